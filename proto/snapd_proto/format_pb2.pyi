@@ -228,7 +228,10 @@ class Mapping(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    DEFAULT_FACTORY_FIELD_NUMBER: _builtins.int
     type: Global___Mapping.Type.ValueType
+    default_factory: _builtins.str
+    """DEFAULT_DICT: "builtins:list"; empty: none, or one that cannot be named"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Value]: ...
     @_builtins.property
@@ -239,10 +242,11 @@ class Mapping(_message.Message):
         type: Global___Mapping.Type.ValueType = ...,
         keys: _abc.Iterable[Global___Value] | None = ...,
         values: _abc.Iterable[Global___Value] | None = ...,
+        default_factory: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "type", b"type", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_factory", b"default_factory", "keys", b"keys", "type", b"type", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -406,6 +410,7 @@ class Tensor(_message.Message):
     FIELD_FIELD_NUMBER: _builtins.int
     PARAMETER_NAME_FIELD_NUMBER: _builtins.int
     QUANTISATION_FIELD_NUMBER: _builtins.int
+    STORAGE_OFFSET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """path in the state tree, unique in the shard"""
     dtype: _builtins.str
@@ -429,6 +434,8 @@ class Tensor(_message.Message):
     """of optimizer state: "exp_avg", ..."""
     parameter_name: _builtins.str
     """of optimizer state and gradients: the parameter that it belongs to"""
+    storage_offset: _builtins.int
+    """in bytes, of the first element, from the lowest captured byte of its storage"""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """local shape"""
@@ -481,10 +488,11 @@ class Tensor(_message.Message):
         field: _builtins.str = ...,
         parameter_name: _builtins.str = ...,
         quantisation: Global___Quantisation | None = ...,
+        storage_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["distributed", b"distributed", "quantisation", b"quantisation", "replica_set", b"replica_set", "subclass", b"subclass"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "distributed", b"distributed", "dtype", b"dtype", "field", b"field", "global_shape", b"global_shape", "is_frozen", b"is_frozen", "is_parameter", b"is_parameter", "local_offset", b"local_offset", "name", b"name", "nbytes", b"nbytes", "parameter_name", b"parameter_name", "quantisation", b"quantisation", "region", b"region", "region_offset", b"region_offset", "replica_set", b"replica_set", "requires_grad", b"requires_grad", "role", b"role", "shape", b"shape", "storage_alias", b"storage_alias", "strides", b"strides", "subclass", b"subclass"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "distributed", b"distributed", "dtype", b"dtype", "field", b"field", "global_shape", b"global_shape", "is_frozen", b"is_frozen", "is_parameter", b"is_parameter", "local_offset", b"local_offset", "name", b"name", "nbytes", b"nbytes", "parameter_name", b"parameter_name", "quantisation", b"quantisation", "region", b"region", "region_offset", b"region_offset", "replica_set", b"replica_set", "requires_grad", b"requires_grad", "role", b"role", "shape", b"shape", "storage_alias", b"storage_alias", "storage_offset", b"storage_offset", "strides", b"strides", "subclass", b"subclass"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
