@@ -1,0 +1,439 @@
+"""`Snapshotter`: what a training loop uses.
+
+Start-up and restore may raise. In the loop nothing does unless `strict`: a failure is logged once, counted in
+`health()`, and training goes on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from snapd_native import CopyEngine
+from snapd_proto import trainer_pb2 as pb
+
+from . import estimate, faults, locate, restore
+from .agree import agree_incarnation
+from .capture import Audit, Capturer, Outcome
+from .control import ControlThread
+from .errors import ConfigError, SnapdError, UnavailableError
+from .health import Health
+from .session import Session
+from .state.loaders import rng_neutral
+from .state.tree import StateTree
+from .version import VERSION
+from .world import World, job_name
+
+_log = logging.getLogger(__name__)
+
+LEVELS = {"captured": pb.LEVEL_CAPTURED, "protected": pb.LEVEL_PROTECTED, "durable": pb.LEVEL_DURABLE}
+_LEVEL_NAMES = {number: name for name, number in LEVELS.items()}
+CLOSE_TIMEOUT_S = 30.0
+_turns: dict[str, int] = {}
+_live: weakref.WeakSet[Snapshotter] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Handle:
+    """One snapshot that was handed over, or not."""
+
+    generation: int
+    step: int
+    is_handed_over: bool
+    reason: str = ""
+
+
+class Snapshotter:
+    """Keeps the state of a training job safe, one snapshot per `interval` steps.
+
+    Args:
+        state: name -> module, optimizer (or a dict or list of them), scheduler, loader, scaler, anything with
+            `state_dict()`/`load_state_dict()`, tensors, or plain values.
+        job: the run's name; default `SNAPD_JOB`.
+        interval: take a snapshot at the steps that it divides.
+        strict: raise in the loop when a snapshot fails.
+        audit: "sampled" (default), "full", "counters": see docs/checks.md.
+        gradients: capture `.grad` too.
+        wait_max_s: the longest that `step` waits for a free slot before it skips the step on all ranks.
+        copy_threads: native copy threads; one is enough unless the step is shorter than the copy.
+        slots: how many snapshots the arena holds, the one being captured included; 0: the daemon's default.
+        fresh: start anew although the job has snapshots; they are dropped when the first new one is complete.
+        trust: top-level packages whose objects may be rebuilt from their fields, beside the optimizer's own.
+        runtime_dir: folder of the daemon's sockets; default `SNAPD_RUNTIME_DIR`, then `XDG_RUNTIME_DIR`.
+    Raises:
+        SnapdError: the daemon cannot be reached or started, the arena is too small, the environment is wrong.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, object],
+        *,
+        job: str | None = None,
+        interval: int = 1,
+        strict: bool = False,
+        audit: str = "sampled",
+        gradients: bool = False,
+        wait_max_s: float = 2.0,
+        copy_threads: int = 1,
+        slots: int = 0,
+        fresh: bool = False,
+        trust: Sequence[str] = (),
+        runtime_dir: str | None = None,
+    ) -> None:
+        self.job = job_name(job)
+        self.world = World.from_environment()
+        if interval < 1:
+            raise ConfigError("interval counts steps: 1 or more", interval=interval)
+        self._interval, self._strict, self._wait_max_s, self._fresh = interval, strict, wait_max_s, fresh
+        self._gradients = gradients
+        self._pid = os.getpid()
+        self._health = Health()
+        self._errors_logged: set[str] = set()
+        self._is_closed = False
+        self._is_started = False  # restored, or stepped
+        self._rollback_count = 0
+        self._last: Handle | None = None
+        self._has_updated = True
+        self._hooks: list[Any] = []
+        self._tree = StateTree(
+            state, gradients=gradients, rank=self.world.rank, world_size=self.world.world_size, job=self.job
+        )
+        self._tree.trust(trust)
+        self._session = Session(locate.find_sockets(runtime_dir), VERSION)
+        self._open(slots)
+        self._engine = CopyEngine(copy_threads)
+        self._control = ControlThread(self._session, self._lose)
+        self._capturer = Capturer(self._tree, self._session, self._engine, self._control, self._health, Audit(audit))
+        self._control.start()
+        for number, optimizer in enumerate(self._tree.optimizers):
+            self._hooks.append(optimizer.register_step_pre_hook(self._fence_hook(number + 1)))
+        _live.add(self)
+
+    # --- start-up -----------------------------------------------------------------------------------------------
+    def _open(self, slots: int) -> None:
+        world = self.world
+        turn = _turns.get(self.job, 0)
+        _turns[self.job] = turn + 1
+        incarnation = agree_incarnation(
+            _default_store(), job=self.job, rank=world.rank, world_size=world.world_size, turn=turn
+        )
+        self._session.open(
+            pb.OpenSessionRequest(
+                job=self.job,
+                incarnation=incarnation,
+                rank=world.rank,
+                world_size=world.world_size,
+                local_rank=world.local_rank,
+                local_world_size=world.local_world_size,
+                node_rank=world.node_rank,
+                state_bytes_estimate=estimate.state_bytes(self._tree),
+                slots=slots,
+                interval_steps=self._interval,
+                fresh=self._fresh,
+                pid=self._pid,
+            )
+        )
+
+    @property
+    def generation(self) -> int:
+        """This start's number; it grows with every start, restore and rollback."""
+        return self._session.generation
+
+    def restore(
+        self, *, step: int | None = None, accept_older: bool = False, allow_partial: Sequence[str] = ()
+    ) -> int:
+        """Put the newest snapshot that is complete and verified on all ranks into the live state.
+
+        Call it on every rank, once, before the loop. Returns the step to go on from; 0 if the job has none.
+
+        Raises:
+            NotRestorable: snapshots exist and none can be used; lists why.
+            RestoreMismatch: other names or shapes; nothing was changed.
+            UnavailableError: the daemon does not answer.
+        """
+        self._is_started = True
+        return restore.restore(
+            self._restore_context(), step=step, accept_older=accept_older, allow_partial=list(allow_partial)
+        )
+
+    def rollback(self, step: int | None = None) -> int:
+        """Go back to a snapshot in place, on all ranks, without leaving the process. Returns its step.
+
+        Raises:
+            NotRestorable: that snapshot is not held (the arena keeps the newest, more with `slots`).
+        """
+        self._capturer.finish()
+        self._wait_settled()
+        self._rollback_count += 1
+        request = pb.BeginRollbackRequest(session_id=self._session.session_id, rollback_count=self._rollback_count)
+        reply = self._session.call(lambda stub, **options: stub.BeginRollback(request, **options))
+        self._session.generation = reply.generation
+        self._capturer.forget_base()
+        self._last = None
+        return restore.restore(self._restore_context(), step=step, accept_older=False, allow_partial=[])
+
+    def _restore_context(self) -> restore.Context:
+        return restore.Context(self._tree, self._session, self.job, self.world)
+
+    @property
+    def values(self) -> dict[str, object]:
+        """Plain values of the mapping as the last restore found them (numbers cannot be written back in place)."""
+        return self._tree.restored_values
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+    def step(self, step: int, *, wait: str | None = None) -> Handle | None:
+        """After the update of `step`: hand its state over if a snapshot is due, and return.
+
+        Args:
+            wait: a level to wait for, e.g. "captured".
+        """
+        if self._is_closed or not self._is_due(step):
+            self._has_updated = False
+            return None
+        return self.save(step, wait=wait)
+
+    def save(self, step: int, *, wait: str | None = None) -> Handle | None:
+        """Capture now, whatever the interval."""
+        if self._is_closed or os.getpid() != self._pid:
+            return None
+        if not self._is_started:
+            self._refuse_to_overwrite()
+        if self._last is not None and self._last.step == step and self._last.is_handed_over:
+            self._warn_once("same-step", f"step {step} of generation {self.generation} is captured already")
+            return self._last
+        started = time.monotonic()
+        handle = self._guard("snapshot", lambda: self._hand_over(step))
+        self._health.handover_s.append(time.monotonic() - started)
+        if wait is not None and handle is not None and handle.is_handed_over:
+            self.wait(wait)
+        return handle
+
+    def _hand_over(self, step: int) -> Handle:
+        self._notice_accumulation()
+        outcome = self._capturer.hand_over(step, self._wait_max_s)
+        if outcome is Outcome.SKIPPED:
+            self._health.skipped += 1
+            self._warn_once("skipped", f"step {step} was skipped: no slot came free within {self._wait_max_s} s")
+        elif outcome is Outcome.FENCED:
+            self._health.is_fenced = True
+            self._warn_once("fenced", f"a newer generation of job {self.job} runs: this process saves nothing more")
+        handed_over = outcome is Outcome.HANDED_OVER
+        self._last = Handle(self.generation, step, handed_over, "" if handed_over else outcome.value)
+        return self._last
+
+    def _is_due(self, step: int) -> bool:
+        page = self._session.page
+        interval = self._interval
+        if page is not None:
+            agreed = page.load("interval_steps")
+            if agreed and step >= page.load("interval_from_step"):
+                interval = agreed
+        return step % interval == 0
+
+    def _refuse_to_overwrite(self) -> None:
+        """The first save without a restore, although the job has snapshots: a mistake that would lose them."""
+        self._is_started = True
+        opened = self._session.reply
+        if opened.has_parent and not self._fresh:
+            self._is_started = False
+            raise ConfigError(
+                "the job has snapshots, and this run began without restoring one",
+                hint="call snap.restore() before the loop, or pass fresh=True to start anew",
+                job=self.job,
+                newest_step=opened.newest_step,
+                generation=opened.newest_generation,
+            )
+
+    def _notice_accumulation(self) -> None:
+        if not self._has_updated and not self._gradients and self._tree.has_gradients():
+            self._warn_once(
+                "gradients", "gradients are being accumulated and are not part of the snapshot (gradients=True captures them)"
+            )
+        self._has_updated = False
+
+    def fence(self) -> None:
+        """Before a hand-made update: everything is copied when this returns."""
+        self._fence(None)
+
+    def _fence_hook(self, group: int) -> Callable[..., None]:
+        reference = weakref.ref(self)
+
+        def snapd_fence(*_: object) -> None:
+            snapshotter = reference()
+            if snapshotter is not None:
+                snapshotter._fence(group)
+
+        snapd_fence._torchdynamo_disable = True  # type: ignore[attr-defined]  # a compiled step calls it, untraced
+        return snapd_fence
+
+    def _fence(self, group: int | None) -> None:
+        self._has_updated = True
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        started = time.monotonic()
+        self._guard("fence", lambda: self._capturer.fence(group))
+        self._health.fence_s.append(time.monotonic() - started)
+
+    # --- asking and waiting -------------------------------------------------------------------------------------
+    def wait(self, level: str = "captured", timeout: float | None = None) -> str:
+        """Wait until the last snapshot handed over has `level` on all ranks; returns the level that it has.
+
+        Raises:
+            ConfigError: no such level.
+            UnavailableError: the time ran out, or the snapshot was dropped; the message says which.
+        """
+        if level not in LEVELS:
+            raise ConfigError("no such level", level=level, hint=f"one of {', '.join(LEVELS)}")
+        if self._last is None or not self._last.is_handed_over:
+            raise UnavailableError("nothing was handed over that could be waited for")
+        self._capturer.finish()
+        timeout_s = CLOSE_TIMEOUT_S if timeout is None else timeout
+        request = pb.WaitLevelRequest(
+            session_id=self._session.session_id, step=self._last.step, level=LEVELS[level], timeout_s=timeout_s
+        )
+        reply = self._session.call(lambda stub, **options: stub.WaitLevel(request, **options), timeout_s=timeout_s + 10)
+        if not reply.reached:
+            raise UnavailableError(
+                f"step {self._last.step} is not {level}", reason=reply.reason, waited_s=timeout_s, dropped=reply.dropped
+            )
+        return _LEVEL_NAMES.get(reply.level, level)
+
+    def last(self, level: str = "captured") -> int | None:
+        """The newest step that has `level` on all ranks."""
+        request = pb.LastRequest(session_id=self._session.session_id, level=LEVELS[level])
+        reply = self._session.call(lambda stub, **options: stub.Last(request, **options))
+        return reply.step if reply.found else None
+
+    def health(self) -> dict[str, object]:
+        """Counters and recent durations (seconds); what went wrong last, in words."""
+        facts = self._health.summary()
+        page = self._session.page
+        facts["is_connected"] = self._session.is_connected
+        facts["reconnects"] = self._session.reconnect_count
+        if page is not None:
+            facts["captured_step"] = page.load("captured_step_plus_one") - 1
+            facts["complete_step"] = page.load("complete_step_plus_one") - 1
+        return facts
+
+    @contextlib.contextmanager
+    def rng_neutral(self) -> Iterator[None]:
+        """Leaves the global random generators as they were: for loaders outside the mapping."""
+        with rng_neutral():
+            yield
+
+    # --- the end ------------------------------------------------------------------------------------------------
+    def close(self, *, final: bool = False) -> None:
+        """Wait for what is under way and leave; the snapshots stay. `final=True`: the job is done, drop them.
+
+        Idempotent. Raises nothing: what could not be waited for is logged.
+        """
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        with contextlib.suppress(SnapdError):
+            self._capturer.finish()
+            self._wait_settled()
+        self._is_closed = True
+        for hook in self._hooks:
+            hook.remove()
+        request = pb.CloseSessionRequest(session_id=self._session.session_id, final=final)
+        try:
+            self._session.call(lambda stub, **options: stub.CloseSession(request, **options), timeout_s=CLOSE_TIMEOUT_S)
+        except SnapdError as error:
+            _log.warning("snapd: closing: %s", error)
+        self._shut_down()
+
+    def __enter__(self) -> Snapshotter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait_settled(self) -> None:
+        """Until the daemon has taken what was committed, or is away."""
+        page = self._session.page
+        step = self._health.last_committed_step
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while page is not None and step is not None and self._session.is_connected and time.monotonic() < deadline:
+            if page.load("captured_step_plus_one") > step or not _has_complete_lane(page):
+                return
+            time.sleep(0.001)
+
+    def _shut_down(self) -> None:
+        self._capturer.abandon()
+        self._control.stop()
+        self._engine.close()
+        self._session.disconnect()
+        _live.discard(self)
+
+    def _at_exit(self) -> None:
+        """The process ends without close(): finish the copy, so that the last step is safe, and join the threads."""
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._is_closed = True
+        with contextlib.suppress(SnapdError):
+            self._capturer.finish()
+        self._shut_down()
+
+    # --- failures -----------------------------------------------------------------------------------------------
+    def _guard(self, what: str, action: Callable[[], Any]) -> Any:
+        """Nothing of ours is raised into the loop unless `strict`."""
+        try:
+            return action()
+        except Exception as error:
+            self._health.failures += 1
+            self._health.last_error = f"{what}: {error}"
+            if self._strict:
+                raise
+            self._warn_once(f"{what}:{type(error).__name__}", f"{what} failed, training goes on: {error}")
+            return None
+
+    def _lose(self, error: SnapdError) -> None:
+        self._health.failures += 1
+        self._health.last_error = str(error)
+        self._warn_once("lost", f"the daemon does not know this session any more, nothing is saved: {error}")
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._errors_logged:
+            self._errors_logged.add(key)
+            _log.warning("snapd: %s", text)
+
+    def _abandon_in_child(self) -> None:
+        self._is_closed = True
+        self._session.abandon_in_child()
+        self._control.abandon_in_child()
+
+
+def _has_complete_lane(page: Any) -> bool:
+    import snapd_native as native
+
+    return any(page.lane_state(lane) == native.LANE_COMPLETE for lane in range(page.lane_count))
+
+
+def _default_store() -> Any:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _close_at_exit() -> None:
+    for snapshotter in list(_live):
+        snapshotter._at_exit()
+
+
+def _abandon_in_child() -> None:
+    for snapshotter in list(_live):
+        snapshotter._abandon_in_child()
+
+
+atexit.register(_close_at_exit)
+os.register_at_fork(after_in_child=_abandon_in_child)
+faults.point("client.imported")

@@ -1,0 +1,165 @@
+"""Taking a lane, and which chunks of the previous shard stand for this one's.
+
+A lane is the daemon's promise of frames (csrc/include/snapd/control_page.hpp). The book remembers what was handed
+over in which lane, so that chunks which cannot have changed are named instead of copied.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from dataclasses import dataclass
+
+import snapd_native as native
+from snapd_native import ControlPage
+
+from .errors import UnavailableError
+from .session import Session
+from .state.layout import Layout
+
+POLL_S = 0.0005
+RECHECK_TURNS = 32  # each unchanging chunk is copied again, and so compared by the daemon, every so many snapshots
+
+
+@dataclass
+class Lane:
+    """A granted lane: chunk number -> place."""
+
+    index: int
+    segments: list[int]
+    frames: list[int]
+
+
+@dataclass
+class HandedOver:
+    """What was written to a lane, until it is known to be captured."""
+
+    layout: Layout
+    generation: int
+    step: int
+    lane: int
+
+
+@dataclass
+class Base:
+    """The newest captured shard: where its chunks lie."""
+
+    layout: Layout
+    segments: list[int]
+    frames: list[int]
+
+
+class LaneBook:
+    """Lanes of one session, seen from the trainer. Used by the training thread only."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._handed_over: list[HandedOver] = []
+        self._base: Base | None = None
+        self._turn = 0
+
+    @property
+    def _page(self) -> ControlPage:
+        page = self._session.page
+        if page is None:
+            raise UnavailableError("the session is closed")
+        return page
+
+    def forget_base(self) -> None:
+        """Copy everything next time (after a rollback, or when the daemon refused a lane)."""
+        self._base = None
+        self._handed_over.clear()
+
+    def fresh_chunks(self, layout: Layout) -> tuple[list[int], Base | None]:
+        """The chunks to copy now, ascending, and the base that the others are taken from."""
+        self._learn_base()
+        base = self._base
+        count = len(layout.chunk_nbytes)
+        self._turn += 1
+        if base is None or base.layout is not layout:
+            return list(range(count)), None
+        turn = self._turn % RECHECK_TURNS
+        kept = {chunk for chunk in layout.unchanging_chunks if chunk % RECHECK_TURNS != turn}
+        return [chunk for chunk in range(count) if chunk not in kept], base
+
+    def _learn_base(self) -> None:
+        """Advance the base to the newest captured shard. The daemon has put its final places into the lane's table."""
+        page = self._page
+        captured = page.load("captured_step_plus_one") - 1
+        generation = page.load("generation")
+        for known in reversed(self._handed_over):
+            if known.step == captured and known.generation == generation:
+                segments, frames, _, _ = page.read_entries(known.lane)
+                self._base = Base(known.layout, segments, frames)
+                self._handed_over = [h for h in self._handed_over if h.step > captured]
+                return
+
+    def take(self, needed: int, wait_max_s: float) -> Lane | None:
+        """A lane with at least `needed` frames; None if none came in time or the daemon is away."""
+        deadline = time.monotonic() + wait_max_s
+        while True:
+            lane = self._try_take(needed)
+            if lane is not None:
+                return lane
+            if not self._session.is_connected or time.monotonic() >= deadline:
+                return None
+            time.sleep(POLL_S)
+
+    def _try_take(self, needed: int) -> Lane | None:
+        page = self._page
+        for index in range(page.lane_count):
+            if page.lane_state(index) != native.LANE_GRANTED:
+                continue
+            segments, frames = page.read_grant(index)
+            if len(frames) >= needed:
+                if not self._knows(segments):
+                    return None
+                return Lane(index, segments, frames)
+            page.store("wanted_frames", needed)  # give it back: the next grant is large enough
+            if page.set_lane_state(index, native.LANE_GRANTED, native.LANE_DISCARDED):
+                self.wake()
+        return None
+
+    def _knows(self, segments: list[int]) -> bool:
+        known = self._session.segments
+        if all(segment in known for segment in set(segments)):
+            return True
+        if self._session.is_connected:
+            self._session.refresh_segments()
+        return all(segment in known for segment in set(segments))
+
+    def wake(self) -> None:
+        if self._session.wake_fd >= 0:
+            os.eventfd_write(self._session.wake_fd, 1)
+
+    def places(self, layout: Layout, lane: Lane, fresh: list[int], base: Base | None) -> Placement:
+        """Where every chunk lies: granted frames for the fresh ones, the base's for the others."""
+        count = len(layout.chunk_nbytes)
+        if base is None:
+            segments, frames, flags = lane.segments[:count], lane.frames[:count], [0] * count
+        else:
+            segments, frames, flags = list(base.segments), list(base.frames), [native.ENTRY_REUSED] * count
+            for position, chunk in enumerate(fresh):
+                segments[chunk], frames[chunk], flags[chunk] = lane.segments[position], lane.frames[position], 0
+        mapped = self._session.segments
+        origin = {segment: mapped[segment].address for segment in set(segments)}
+        size = self._session.chunk_bytes
+        addresses = array("Q", [origin[s] + f * size for s, f in zip(segments, frames, strict=True)])
+        return Placement(segments, frames, flags, addresses)
+
+    def note(self, layout: Layout, step: int, lane: Lane) -> None:
+        """Remember what was handed over; what an earlier use of the lane held is gone."""
+        generation = self._page.load("generation")
+        self._handed_over = [h for h in self._handed_over if h.lane != lane.index]
+        self._handed_over.append(HandedOver(layout, generation, step, lane.index))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Per chunk of the shard: segment, frame, flags, address in this process."""
+
+    segments: list[int]
+    frames: list[int]
+    flags: list[int]
+    addresses: array[int]

@@ -1,0 +1,218 @@
+"""Restore, seen from one rank: ask, map read-only, verify and copy chunk by chunk, report, go on.
+
+All ranks of a round get the same snapshot, and none goes on before all have it. A chunk that is not what its hash says
+ends the round; the daemon then marks the snapshot unusable and the next round takes the next one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from array import array
+from dataclasses import dataclass
+
+import xxhash
+from snapd_native import CopyPlan
+from snapd_proto import format_pb2, trainer_pb2 as pb
+
+from . import faults
+from .errors import IntegrityError, NotRestorable, SnapdError, UnavailableError
+from .session import ReadOnlyShards, Session
+from .state.apply import PendingRestore, prepare_restore
+from .state.tree import StateTree
+from .world import World
+
+ROUNDS_MAX = 8
+COPY_THREADS_MAX = 2
+RESTORE_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a restore needs of its Snapshotter."""
+
+    tree: StateTree
+    session: Session
+    job: str
+    world: World
+
+
+class BadChunks(IntegrityError):
+    """Chunks whose bytes are not what their hash says: (rank, chunk)."""
+
+    def __init__(self, chunks: list[tuple[int, int]]) -> None:
+        super().__init__("chunks are not what their hashes say", chunks=chunks[:10], count=len(chunks))
+        self.chunks = chunks
+
+
+def restore(context: Context, *, step: int | None, accept_older: bool, allow_partial: list[str]) -> int:
+    """Rounds until all ranks have one snapshot. Returns its step, 0 if there is none.
+
+    Raises:
+        NotRestorable, RestoreMismatch, UnavailableError: see Snapshotter.restore.
+    """
+    for turn in range(ROUNDS_MAX):
+        plan = _ask(context, turn, step, accept_older)
+        if plan is None:
+            return 0
+        try:
+            _fill(context, plan, allow_partial)
+        except BadChunks as error:
+            _report(context, turn, bad=error.chunks)
+            continue
+        except Exception as error:
+            _report_failure(context, turn, error)
+            raise
+        answer = _report(context, turn)
+        if answer.committed:
+            return plan.step
+        if not answer.try_again:
+            raise UnavailableError("another rank could not restore", reason=answer.reason, step=plan.step)
+    raise NotRestorable("every round of the restore met bad chunks", rounds=ROUNDS_MAX, job=context.job)
+
+
+def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> pb.PlanRestoreReply | None:
+    request = pb.PlanRestoreRequest(
+        session_id=context.session.session_id,
+        round=turn,
+        has_step=step is not None,
+        step=step or 0,
+        accept_older=accept_older,
+    )
+    plan = context.session.call(
+        lambda stub, **options: stub.PlanRestore(request, **options), timeout_s=RESTORE_TIMEOUT_S
+    )
+    outcome = plan.outcome
+    if outcome == pb.PlanRestoreReply.FOUND:
+        return plan
+    if outcome == pb.PlanRestoreReply.ABSENT and step is None:
+        return None
+    candidates = [f"generation {c.generation} step {c.step}: {c.verdict}: {c.reason}" for c in plan.candidates]
+    if outcome == pb.PlanRestoreReply.ABSENT:
+        raise NotRestorable("the job has no snapshot of that step", step=step, job=context.job, candidates=candidates)
+    if outcome == pb.PlanRestoreReply.WORLD_SIZE_DIFFERS:
+        raise NotRestorable(
+            "the snapshot was taken by another number of ranks",
+            hint="start with the same WORLD_SIZE",
+            reason=plan.reason,
+            job=context.job,
+            candidates=candidates,
+        )
+    if outcome == pb.PlanRestoreReply.UNREACHABLE:
+        raise UnavailableError("a source that may hold a newer snapshot cannot be reached", reason=plan.reason)
+    raise NotRestorable(
+        "snapshots were found, none can be used", reason=plan.reason, job=context.job, candidates=candidates
+    )
+
+
+def _fill(context: Context, plan: pb.PlanRestoreReply, allow_partial: list[str]) -> None:
+    ranks = [record.rank for record in plan.shards]
+    with context.session.read_only_shards(context.job, plan.generation, plan.step, ranks) as shards:
+        record = plan.shards[0]
+        source = _Source(record, shards)
+        layout = format_pb2.ShardLayout.FromString(source.read(0, record.layout_nbytes))
+        early = format_pb2.EarlyValues.FromString(
+            source.read(record.early_values_offset, record.early_values_nbytes)
+        )
+        pending = prepare_restore(context.tree, layout, early, allow_partial=allow_partial)
+        faults.point("client.restore.prepared")
+        _copy_verified(pending, source, _threads(context.world))
+        faults.point("client.restore.copied")
+        pending.finish()
+
+
+def _threads(world: World) -> int:
+    share = len(os.sched_getaffinity(0)) // world.local_world_size
+    return max(1, min(COPY_THREADS_MAX, share))
+
+
+class _Source:
+    """The chunks of one shard, as read-only memory."""
+
+    def __init__(self, record: format_pb2.ShardRecord, shards: ReadOnlyShards) -> None:
+        self.record, self.chunk_bytes = record, record.chunk_bytes
+        self._shards = shards
+        self._is_good: dict[int, bool] = {}
+
+    def address(self, number: int) -> int:
+        chunk = self.record.chunks[number]
+        return self._mapping(chunk).address + chunk.frame * self.chunk_bytes
+
+    def _mapping(self, chunk: format_pb2.Chunk) -> object:
+        return self._shards.mappings[chunk.segment_rank, chunk.segment]
+
+    def is_good(self, number: int) -> bool:
+        """Whether the chunk's bytes are what its hash says. Releases the GIL while hashing."""
+        chunk = self.record.chunks[number]
+        mapping = self._shards.mappings[chunk.segment_rank, chunk.segment]
+        with mapping.view(chunk.frame * self.chunk_bytes, chunk.nbytes) as view:
+            return bool(xxhash.xxh3_128_digest(view) == chunk.xxh3_128)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Verified bytes of the shard (layout and early values: small).
+
+        Raises:
+            BadChunks: names them.
+        """
+        parts = []
+        while nbytes:
+            number, start = divmod(offset, self.chunk_bytes)
+            if not self.is_good(number):
+                raise BadChunks([(self.record.rank, number)])
+            chunk = self.record.chunks[number]
+            mapping = self._shards.mappings[chunk.segment_rank, chunk.segment]
+            count = min(nbytes, chunk.nbytes - start)
+            with mapping.view(chunk.frame * self.chunk_bytes + start, count) as view:
+                parts.append(bytes(view))
+            offset, nbytes = offset + count, nbytes - count
+        return b"".join(parts)
+
+
+def _copy_verified(pending: PendingRestore, source: _Source, threads: int) -> None:
+    """Each chunk is hashed and, while it is in the cache, copied to where its bytes belong.
+
+    Raises:
+        BadChunks: all that were found; the live state is then partly overwritten, and the next round or the error
+            that follows says so.
+    """
+    plan = CopyPlan(*pending.plan)
+    count = len(source.record.chunks)
+    bases = array("Q", [source.address(number) for number in range(count)])
+    bad: list[tuple[int, int]] = []
+
+    def take(number: int) -> None:
+        first, pieces = pending.pieces_of_chunk[number]
+        if pieces == 0:
+            return
+        if not source.is_good(number):
+            bad.append((source.record.rank, number))
+        elif not bad:
+            plan.run(bases, pending.destinations, first, pieces)
+
+    with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="snapd-restore") as pool:
+        list(pool.map(take, range(count)))
+    if bad:
+        raise BadChunks(sorted(bad))
+
+
+def _report(context: Context, turn: int, bad: list[tuple[int, int]] | None = None) -> pb.FinishRestoreReply:
+    request = pb.FinishRestoreRequest(
+        session_id=context.session.session_id,
+        round=turn,
+        succeeded=not bad,
+        bad_chunks=[pb.BadChunk(rank=rank, chunk_index=chunk, what="hash differs") for rank, chunk in bad or []],
+    )
+    return context.session.call(
+        lambda stub, **options: stub.FinishRestore(request, **options), timeout_s=RESTORE_TIMEOUT_S
+    )
+
+
+def _report_failure(context: Context, turn: int, error: Exception) -> None:
+    """Tell the other ranks, so that they do not wait for this one."""
+    request = pb.FinishRestoreRequest(
+        session_id=context.session.session_id, round=turn, succeeded=False, failure=f"{type(error).__name__}: {error}"
+    )
+    try:
+        context.session.call(lambda stub, **options: stub.FinishRestore(request, **options))
+    except SnapdError:
+        return  # the error itself is raised right after this; the daemon notices that we are gone

@@ -1,0 +1,270 @@
+"""The client's side of one session: connection, control page, segments, calls.
+
+Owns the descriptors and mappings of one (job, rank). Thread-safe: calls come from the training thread (start-up,
+restore, waits) and from the control thread (reconnection, new segments); `_lock` guards the connection.
+It must not know what a snapshot consists of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from snapd_native import ControlPage, Mapping
+from snapd_proto import trainer_pb2 as pb
+
+from . import handshake, locate
+from .errors import FencedError, ProtocolError, SnapdError, UnavailableError, from_daemon
+
+if TYPE_CHECKING:
+    import grpc
+    from snapd_proto.trainer_pb2_grpc import TrainerStub
+
+PROTOCOL_VERSION = 1
+CALL_TIMEOUT_S = 60.0
+_MADV_POPULATE_WRITE = 23
+_libc = ctypes.CDLL(None, use_errno=True)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ReadOnlyShards:
+    """Read-only mappings of the segments that a snapshot's shards lie in, by (rank, segment)."""
+
+    mappings: dict[tuple[int, int], Mapping]
+
+    def close(self) -> None:
+        for mapping in self.mappings.values():
+            mapping.close()
+
+
+class Session:
+    """One (job, rank, generation) at the daemon."""
+
+    def __init__(self, sockets: locate.Sockets, software_version: str) -> None:
+        self.sockets = sockets
+        self.software_version = software_version
+        self.session_id = 0
+        self.generation = 0
+        self.chunk_bytes = 0
+        self.reply = pb.OpenSessionReply()
+        self.page: ControlPage | None = None
+        self.wake_fd = -1
+        self.segments: dict[int, Mapping] = {}
+        self.is_connected = False
+        self.reconnect_count = 0
+        self._segments_version = -1
+        self._secret = b""
+        self._token = ""
+        self._connection: socket.socket | None = None
+        self._channel: grpc.Channel | None = None
+        self._lock = threading.RLock()
+
+    # --- opening ------------------------------------------------------------------------------------------------
+    def open(self, request: pb.OpenSessionRequest) -> pb.OpenSessionReply:
+        """Connect (starting a per-user daemon if none answers and none is configured) and open the session.
+
+        Raises:
+            SnapdError: by kind; nothing is left behind.
+        """
+        try:
+            self._greet(locate.connect_or_start(self.sockets))
+            self.reply = self.call(lambda stub, **options: stub.OpenSession(request, **options), timeout_s=300.0)
+            self.session_id, self._secret = self.reply.session_id, self.reply.session_secret
+            self.generation, self.chunk_bytes = self.reply.generation, self.reply.chunk_bytes
+            self.refresh_segments()
+        except SnapdError:
+            self.disconnect()
+            raise
+        return self.reply
+
+    def _greet(self, connection: socket.socket) -> None:
+        hello = pb.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=self.software_version,
+            role=pb.PEER_ROLE_TRAINER,
+            session_id=self.session_id,
+            session_secret=self._secret,
+        )
+        try:
+            reply, _ = handshake.exchange(connection, pb.HandshakeRequest(hello=hello))
+        except SnapdError:
+            connection.close()
+            raise
+        if not reply.HasField("welcome"):
+            connection.close()
+            raise ProtocolError("the daemon did not answer the greeting", socket=self.sockets.handshake)
+        with self._lock:
+            self._close_connection()
+            self._connection, self._token = connection, reply.welcome.token
+            self.is_connected = True
+
+    def reconnect(self) -> None:
+        """Greet a restarted daemon again and take up the session there.
+
+        Raises:
+            UnavailableError: not yet.
+            SnapdError: it does not know the session any more.
+        """
+        self._greet(locate.connect(self.sockets, timeout_s=5.0))
+        self._segments_version = -1
+        self.refresh_segments()
+        self.reconnect_count += 1
+
+    def connection_fileno(self) -> int:
+        with self._lock:
+            return self._connection.fileno() if self._connection is not None else -1
+
+    # --- segments -----------------------------------------------------------------------------------------------
+    def refresh_segments(self) -> None:
+        """Map what the daemon has added since; the control page and the wake descriptor on the first time."""
+        with self._lock:
+            if self._connection is None:
+                raise UnavailableError("the daemon is away", socket=self.sockets.handshake)
+            request = pb.FetchSegments(session_id=self.session_id, session_secret=self._secret)
+            reply, descriptors = handshake.exchange(self._connection, pb.HandshakeRequest(fetch_segments=request))
+            try:
+                self._take(reply, descriptors)
+            finally:
+                handshake.close_all(descriptors)
+
+    def _take(self, reply: pb.HandshakeReply, descriptors: list[int]) -> None:
+        infos = reply.descriptors.segments
+        if len(descriptors) != len(infos) + 2:
+            raise ProtocolError("the daemon passed another number of descriptors than it named", got=len(descriptors))
+        if self.page is None:
+            self.page = ControlPage.attach(descriptors[0])
+        version = self.page.load("segments_version")
+        if self.wake_fd < 0:
+            self.wake_fd = os.dup(descriptors[1])
+            os.set_inheritable(self.wake_fd, False)
+        else:  # in place: another thread may be about to write to it
+            os.dup2(descriptors[1], self.wake_fd, inheritable=False)
+        for info, descriptor in zip(infos, descriptors[2:], strict=True):
+            if info.segment not in self.segments:
+                self.segments[info.segment] = Mapping(descriptor, info.nbytes, True)
+        self._segments_version = version
+
+    def has_new_segments(self) -> bool:
+        return self.page is not None and self.page.load("segments_version") != self._segments_version
+
+    def populate(self) -> None:
+        """Fill this process's page tables for the arena, so that the first copies take no faults. Best effort."""
+        for mapping in list(self.segments.values()):
+            _libc.madvise(ctypes.c_void_p(mapping.address), ctypes.c_size_t(mapping.nbytes), _MADV_POPULATE_WRITE)
+
+    @contextlib.contextmanager
+    def read_only_shards(self, job: str, generation: int, step: int, ranks: list[int]) -> Iterator[ReadOnlyShards]:
+        """Map the segments that the shards of `ranks` lie in, read-only, for the time of a restore."""
+        shards = ReadOnlyShards({})
+        try:
+            for rank in ranks:
+                self._map_shard(shards, pb.FetchShard(job=job, generation=generation, step=step, rank=rank))
+            yield shards
+        finally:
+            shards.close()
+
+    def _map_shard(self, shards: ReadOnlyShards, request: pb.FetchShard) -> None:
+        with self._lock:
+            if self._connection is None:
+                raise UnavailableError("the daemon is away", socket=self.sockets.handshake)
+            reply, descriptors = handshake.exchange(self._connection, pb.HandshakeRequest(fetch_shard=request))
+        try:
+            infos = reply.descriptors.segments
+            if len(infos) != len(descriptors):
+                raise ProtocolError("the daemon passed another number of descriptors than it named")
+            for info, descriptor in zip(infos, descriptors, strict=True):
+                key = (info.rank, info.segment)
+                if key not in shards.mappings:
+                    shards.mappings[key] = Mapping(descriptor, info.nbytes, False)
+        finally:
+            handshake.close_all(descriptors)
+
+    # --- calls --------------------------------------------------------------------------------------------------
+    def call(self, invoke: Callable[..., _T], *, timeout_s: float = CALL_TIMEOUT_S) -> _T:
+        """`invoke(stub, timeout=..., metadata=...)`; gRPC's errors become ours.
+
+        Raises:
+            UnavailableError, FencedError, CapacityError, ...: as the daemon says.
+        """
+        import grpc
+
+        try:
+            return invoke(self._stub(), timeout=timeout_s, metadata=(("snapd-token", self._token),))
+        except grpc.RpcError as error:
+            raise _translate(error) from error
+
+    def _stub(self) -> TrainerStub:
+        import grpc
+        from snapd_proto.trainer_pb2_grpc import TrainerStub
+
+        with self._lock:
+            if self._channel is None:
+                options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 256 << 20)]
+                self._channel = grpc.insecure_channel(f"unix:{self.sockets.grpc}", options=options)
+            return TrainerStub(self._channel)
+
+    # --- closing ------------------------------------------------------------------------------------------------
+    def mark_lost(self) -> None:
+        """The daemon's end of the connection is gone."""
+        with self._lock:
+            self.is_connected = False
+            self._close_connection()
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+
+    def disconnect(self) -> None:
+        """Give everything back; snapshots stay with the daemon. Idempotent."""
+        self.mark_lost()
+        with self._lock:
+            for mapping in self.segments.values():
+                mapping.close()
+            self.segments.clear()
+            if self.page is not None:
+                self.page.close()
+                self.page = None
+            if self.wake_fd >= 0:
+                os.close(self.wake_fd)
+                self.wake_fd = -1
+
+    def abandon_in_child(self) -> None:
+        """In a forked child: close the sockets that would keep the session alive; touch nothing else.
+
+        The mappings are not there (MADV_DONTFORK); locks may be held by threads that do not exist here.
+        """
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._connection.detach())
+        if self.wake_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.wake_fd)
+        self.is_connected = False
+
+    def _close_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _translate(error: grpc.RpcError) -> SnapdError:
+    """The daemon's own words if it sent any (trailing metadata), else what gRPC says."""
+    import grpc
+
+    metadata: dict[str, Any] = {}
+    if isinstance(error, grpc.Call):
+        metadata = {key: value for key, value in error.trailing_metadata() or ()}
+        if "snapd-kind" in metadata:
+            return from_daemon(
+                str(metadata["snapd-kind"]), str(error.details()), str(metadata.get("snapd-hint", ""))
+            )
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return FencedError(str(error.details()))
+        return UnavailableError("the daemon did not answer a call", code=error.code().name, details=error.details())
+    return UnavailableError("the daemon did not answer a call", cause=error)
