@@ -52,7 +52,82 @@ def _new_arena(prefix: str) -> Path:
     raise FileExistsError(f"no free name for an arena: {prefix}")
 
 
-class Node:
+class Asker:
+    """Questions to the daemon that serves `runtime`, as the command line asks them. Not thread-safe."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.runtime = runtime
+        self._channel: grpc.Channel | None = None
+        self._token = ""
+        self._greeting: socket.socket | None = None  # open as long as the token is used
+
+    def _handshake(self, timeout_s: float) -> str:
+        request = trainer_pb2.HandshakeRequest(
+            hello=trainer_pb2.Hello(
+                protocol_version=1, software_version="0", role=trainer_pb2.PEER_ROLE_ADMIN
+            )
+        ).SerializeToString()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._greeting = sock
+        sock.settimeout(timeout_s)
+        sock.connect(str(self.runtime / "handshake.sock"))
+        sock.sendall(struct.pack("<I", len(request)) + request)
+        (length,) = struct.unpack("<I", _exactly(sock, 4))
+        reply = trainer_pb2.HandshakeReply.FromString(_exactly(sock, length))
+        if reply.HasField("refusal"):
+            raise ConnectionRefusedError(f"{reply.refusal.kind}: {reply.refusal.message}")
+        return reply.welcome.token
+
+    def admin(self, timeout_s: float) -> admin_pb2_grpc.AdminStub:
+        if self._channel is None:
+            self._token = self._handshake(timeout_s)
+            self._channel = grpc.insecure_channel(
+                f"unix:{self.runtime}/snapd.sock",
+                options=[
+                    ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
+                    ("grpc.use_local_subchannel_pool", 1),
+                ],
+            )
+        return admin_pb2_grpc.AdminStub(self._channel)
+
+    def forget(self) -> None:
+        """Drop the connection: the next question goes to whoever serves then."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._greeting is not None:
+            self._greeting.close()
+            self._greeting = None
+
+    def status(self, job: str = "", *, timeout_s: float = 5.0) -> admin_pb2.StatusReply:
+        try:
+            return self.admin(timeout_s).Status(
+                admin_pb2.StatusRequest(job=job), timeout=timeout_s, metadata=[("snapd-token", self._token)]
+            )
+        except (OSError, grpc.RpcError):
+            self.forget()
+            raise
+
+    def wait_until_served(self, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+        """Return once the daemon answers; RuntimeError if it ends or the time runs out."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until and process.poll() is None:
+            try:
+                self.status(timeout_s=1.0)
+                return
+            except (OSError, grpc.RpcError):
+                time.sleep(0.02)
+        raise RuntimeError(f"the daemon does not answer (exit status {process.poll()})")
+
+    def newest(self, job: str) -> tuple[int, int] | None:
+        """(generation, step) of the newest snapshot that is complete on all ranks, as `status` reports it."""
+        for found in self.status(job).jobs:
+            if found.job == job and found.has_complete:
+                return found.complete_generation, found.complete_step
+        return None
+
+
+class Node(Asker):
     """One daemon with a runtime folder and an arena of its own.
 
     `env()` is what trainers need to find it. Leaving the context stops the daemon and removes both folders.
@@ -62,15 +137,12 @@ class Node:
         self, prefix: str, *, options: Sequence[str] = (), env: Mapping[str, str] | None = None
     ) -> None:
         sweep(prefix)
-        self.runtime = Path(
-            tempfile.mkdtemp(prefix=f"{prefix}-")
-        )  # short: a socket's path has at most 107 bytes
+        # short: a socket's path has at most 107 bytes
+        super().__init__(Path(tempfile.mkdtemp(prefix=f"{prefix}-")))
         self.arena = _new_arena(prefix)
         self.options = list(options)
         self.extra_env = dict(env or {})
         self.process: subprocess.Popen[bytes] | None = None
-        self._channel: grpc.Channel | None = None
-        self._token = ""
 
     def __enter__(self) -> Self:
         try:
@@ -100,14 +172,10 @@ class Node:
                 env={**os.environ, **self.env(), **self.extra_env, **(env or {})},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        until = time.monotonic() + timeout_s
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                self.status(timeout_s=1.0)
-                return
-            except (OSError, grpc.RpcError):
-                time.sleep(0.02)
-        raise RuntimeError(f"the daemon does not answer:\n{self.tail()}")
+        try:
+            self.wait_until_served(self.process, timeout_s)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}:\n{self.tail()}") from None
 
     def tail(self, nbytes: int = 3000) -> str:
         return self.log.read_bytes()[-nbytes:].decode(errors="replace") if self.log.exists() else ""
@@ -117,58 +185,6 @@ class Node:
         if self.process is None:
             raise RuntimeError("the daemon was not started")
         return self.process.pid
-
-    # ---- questions
-
-    def _handshake(self, timeout_s: float) -> str:
-        request = trainer_pb2.HandshakeRequest(
-            hello=trainer_pb2.Hello(
-                protocol_version=1, software_version="0", role=trainer_pb2.PEER_ROLE_ADMIN
-            )
-        ).SerializeToString()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(timeout_s)
-            sock.connect(str(self.runtime / "handshake.sock"))
-            sock.sendall(struct.pack("<I", len(request)) + request)
-            (length,) = struct.unpack("<I", _exactly(sock, 4))
-            reply = trainer_pb2.HandshakeReply.FromString(_exactly(sock, length))
-        if reply.HasField("refusal"):
-            raise ConnectionRefusedError(f"{reply.refusal.kind}: {reply.refusal.message}")
-        return reply.welcome.token
-
-    def admin(self, timeout_s: float) -> admin_pb2_grpc.AdminStub:
-        if self._channel is None:
-            self._token = self._handshake(timeout_s)
-            self._channel = grpc.insecure_channel(
-                f"unix:{self.runtime}/snapd.sock",
-                options=[
-                    ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
-                    ("grpc.use_local_subchannel_pool", 1),
-                ],
-            )
-        return admin_pb2_grpc.AdminStub(self._channel)
-
-    def forget(self) -> None:
-        """Drop the connection: the next question goes to whoever serves then."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-
-    def status(self, job: str = "", *, timeout_s: float = 5.0) -> admin_pb2.StatusReply:
-        try:
-            return self.admin(timeout_s).Status(
-                admin_pb2.StatusRequest(job=job), timeout=timeout_s, metadata=[("snapd-token", self._token)]
-            )
-        except (OSError, grpc.RpcError):
-            self.forget()
-            raise
-
-    def newest(self, job: str) -> tuple[int, int] | None:
-        """(generation, step) of the newest snapshot that is complete on all ranks, as `status` reports it."""
-        for found in self.status(job).jobs:
-            if found.job == job and found.has_complete:
-                return found.complete_generation, found.complete_step
-        return None
 
     # ---- ends
 
