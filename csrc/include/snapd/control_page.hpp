@@ -13,7 +13,8 @@
 // acquire order, so whoever sees a state sees everything written before it. A trainer killed in OPEN leaves a
 // shard that is dropped; killed after COMPLETE, a whole one.
 //
-// The file: PageHeader, then lane_count x (LaneHeader, entry_capacity x Entry, entry_capacity x Frame).
+// The file: PageHeader, then lane_count x (LaneHeader, entry_capacity x Entry, entry_capacity x Frame), each lane
+// padded to a multiple of 64 bytes.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,25 @@
+// CopyPlan as Python holds it.
+#pragma once
+
+#include <memory>
+#include <nanobind/nanobind.h>
+#include <vector>
+
+#include "snapd/copy_plan.hpp"
+#include "snapd/sampling.hpp"
+
+namespace snapd::bind {
+
+struct PyPlan {
+  std::shared_ptr<const CopyPlan> plan;
+  std::shared_ptr<const Sampler> sampler;
+};
+
+/// Bases that own their numbers.
+struct HeldBases {
+  std::vector<uint64_t> src;
+  std::vector<uint64_t> dst;
+  Bases view() const { return {src, dst}; }
+};
+
+}  // namespace snapd::bind

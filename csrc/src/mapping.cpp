@@ -1,0 +1,66 @@
+#include "snapd/mapping.hpp"
+
+#include <cerrno>
+#include <string>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <utility>
+
+namespace snapd {
+namespace {
+
+// Since Linux 5.14; older headers lack the names.
+constexpr int kMadvPopulateRead = 22;
+constexpr int kMadvPopulateWrite = 23;
+
+}  // namespace
+
+Status Mapping::map(int fd, size_t nbytes, bool is_writable, Mapping* out) {
+  if (nbytes == 0) return Status::invalid("nbytes is 0, nothing to map");
+  struct stat file {};
+  if (fstat(fd, &file) != 0) return Status::system(errno, "fstat of descriptor " + std::to_string(fd));
+  if (static_cast<uint64_t>(file.st_size) < nbytes) {
+    return Status::invalid("nbytes is " + std::to_string(nbytes) + ", but the file has " +
+                           std::to_string(file.st_size));
+  }
+  const int protection = is_writable ? PROT_READ | PROT_WRITE : PROT_READ;
+  void* data = mmap(nullptr, nbytes, protection, MAP_SHARED, fd, 0);
+  if (data == MAP_FAILED) return Status::system(errno, "mmap of " + std::to_string(nbytes) + " bytes");
+  if (madvise(data, nbytes, MADV_DONTFORK) != 0) {
+    const int error = errno;
+    munmap(data, nbytes);
+    return Status::system(error, "madvise(MADV_DONTFORK)");
+  }
+  Mapping mapping;
+  mapping.data_ = static_cast<uint8_t*>(data);
+  mapping.nbytes_ = nbytes;
+  mapping.is_writable_ = is_writable;
+  mapping.pid_ = getpid();
+  *out = std::move(mapping);
+  return Status::good();
+}
+
+Status Mapping::populate() noexcept {
+  if (!is_mapped()) return Status::invalid("the mapping is closed, or belongs to the parent process");
+  if (madvise(data_, nbytes_, is_writable_ ? kMadvPopulateWrite : kMadvPopulateRead) != 0 && errno != EINVAL) {
+    return Status::system(errno, "populating " + std::to_string(nbytes_) + " bytes");
+  }
+  return Status::good();
+}
+
+void Mapping::unmap() noexcept {
+  if (is_mapped()) munmap(data_, nbytes_);
+  data_ = nullptr;
+}
+
+bool Mapping::is_mapped() const noexcept { return data_ != nullptr && pid_ == getpid(); }
+
+void Mapping::swap(Mapping& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(nbytes_, other.nbytes_);
+  std::swap(is_writable_, other.is_writable_);
+  std::swap(pid_, other.pid_);
+}
+
+}  // namespace snapd
