@@ -1,0 +1,132 @@
+"""The state tree as JSON: every kind of value, and what is refused."""
+
+import json
+import struct
+
+import pytest
+
+from snapd.export.tree_json import TreeContext, TreeError, tree_to_json
+from snapd_proto import format_pb2
+
+Value, Sequence, Mapping = format_pb2.Value, format_pb2.Sequence, format_pb2.Mapping
+
+
+def _text(text: str) -> format_pb2.Value:
+    return Value(text=text)
+
+
+def _list(*items: format_pb2.Value) -> format_pb2.Value:
+    return Value(sequence=Sequence(type=Sequence.LIST, items=items))
+
+
+def _dict(*pairs: tuple[format_pb2.Value, format_pb2.Value]) -> format_pb2.Value:
+    keys, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return Value(mapping=Mapping(type=Mapping.DICT, keys=keys, values=values))
+
+
+def _convert(value: format_pb2.Value, scalars: list[format_pb2.Value] | None = None) -> object:
+    context = TreeContext(tensor_names=["w", "b"], parameter_names=["layer.w"], scalars=scalars or [])
+    found = tree_to_json(value, context)
+    return json.loads(json.dumps(found, allow_nan=False))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Value(none=format_pb2.Unit()), None),
+        (Value(boolean=True), True),
+        (Value(integer=-(2**63)), -(2**63)),
+        (Value(big_integer=(2**80 - 3).to_bytes(11, "little", signed=True)), 2**80 - 3),
+        (Value(big_integer=(-(2**70)).to_bytes(9, "little", signed=True)), -(2**70)),
+        (Value(real=0.1), 0.1),
+        (Value(real=float("inf")), {"$type": "float", "value": "inf", "bits": "7ff0000000000000"}),
+        (Value(text="ä"), "ä"),
+        (Value(raw=b"\x00\xff"), {"$type": "bytes", "base64": "AP8="}),
+        (Value(tensor=1), {"$tensor": "b"}),
+        (Value(parameter=0), {"$parameter": "layer.w"}),
+        (
+            Value(named=format_pb2.Named(type_name="torch:dtype", text="float32")),
+            {"$type": "named", "class": "torch:dtype", "text": "float32"},
+        ),
+        (
+            Value(complex=format_pb2.Complex(re=1.0, im=-2.0)),
+            {"$type": "complex", "re": 1.0, "im": -2.0},
+        ),
+    ],
+)
+def test_leaves(value: format_pb2.Value, expected: object) -> None:
+    assert _convert(value) == expected
+
+
+def test_nan_keeps_its_payload() -> None:
+    (nan,) = struct.unpack(">d", bytes.fromhex("7ff8000000000123"))
+    assert _convert(Value(real=nan)) == {"$type": "float", "value": "nan", "bits": "7ff8000000000123"}
+
+
+def test_a_real_that_is_whole_stays_a_real() -> None:
+    assert isinstance(_convert(Value(real=2.0)), float)
+    assert isinstance(_convert(Value(integer=2)), int)
+
+
+def test_plain_containers_stay_plain() -> None:
+    value = _dict((_text("lr"), Value(real=0.5)), (_text("betas"), _list(Value(integer=1), Value(integer=2))))
+    assert _convert(value) == {"lr": 0.5, "betas": [1, 2]}
+
+
+def test_dictionaries_with_other_keys_keep_their_types() -> None:
+    value = _dict((Value(integer=1), _text("a")), (Value(boolean=True), _text("b")))
+    assert _convert(value) == {"$type": "dict", "items": [[1, "a"], [True, "b"]]}
+    assert _convert(_dict((_text("$type"), _text("x")))) == {"$type": "dict", "items": [["$type", "x"]]}
+
+
+def test_ordered_and_default_dictionaries_are_named() -> None:
+    ordered = Value(mapping=Mapping(type=Mapping.ORDERED_DICT, keys=[_text("a")], values=[Value(integer=1)]))
+    assert _convert(ordered) == {"$type": "ordered_dict", "items": [["a", 1]]}
+    default = Value(mapping=Mapping(type=Mapping.DEFAULT_DICT, default_factory="builtins:list"))
+    assert _convert(default) == {"$type": "default_dict", "factory": "builtins:list", "items": []}
+
+
+def test_sequences_that_are_not_lists_are_named() -> None:
+    deque = Value(sequence=Sequence(type=Sequence.DEQUE, items=[Value(integer=1)], deque_maxlen=4))
+    assert _convert(deque) == {"$type": "deque", "maxlen": 4, "items": [1]}
+    unbounded = Value(sequence=Sequence(type=Sequence.DEQUE, deque_maxlen=-1))
+    assert _convert(unbounded) == {"$type": "deque", "maxlen": None, "items": []}
+    named = Value(sequence=Sequence(type=Sequence.TUPLE, items=[Value(integer=1)], type_name="m:Point"))
+    assert _convert(named) == {"$type": "tuple", "class": "m:Point", "items": [1]}
+
+
+def test_scalars_are_put_in_place() -> None:
+    assert _convert(_list(Value(scalar=1), Value(scalar=0)), [Value(integer=7), _text("x")]) == ["x", 7]
+
+
+def test_objects_show_class_and_fields() -> None:
+    value = Value(
+        opaque=format_pb2.Opaque(type_name="m:C", how="fields", fields=_dict((_text("n"), Value(integer=3))))
+    )
+    assert _convert(value) == {"$type": "object", "class": "m:C", "how": "fields", "fields": {"n": 3}}
+
+
+def test_an_alias_points_at_the_container_by_its_number() -> None:
+    shared = _list(Value(integer=5))
+    value = _dict((_text("a"), shared), (_text("b"), Value(alias=1)))
+    assert _convert(value) == {"a": {"$type": "list", "$id": 1, "items": [5]}, "b": {"$same_as": 1}}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Value(tensor=2), "tensor 2, but there are 2"),
+        (Value(parameter=1), "parameter 1"),
+        (Value(scalar=0), "scalar 0"),
+        (Value(), "unknown kind"),
+        (Value(mapping=Mapping(type=Mapping.DICT, keys=[Value(integer=1)])), "1 keys and 0 values"),
+    ],
+)
+def test_what_points_nowhere_is_refused(value: format_pb2.Value, text: str) -> None:
+    with pytest.raises(TreeError, match=text):
+        _convert(value)
+
+
+def test_a_scalar_that_names_itself_is_refused() -> None:
+    with pytest.raises(TreeError, match="nested"):
+        _convert(Value(scalar=0), [Value(scalar=0)])
