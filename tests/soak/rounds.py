@@ -1,0 +1,259 @@
+"""The kinds of rounds: each kills or stops something, then holds the result against what was promised."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+from scene import Scene, Wrong
+from worlds import World, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+_POINT = re.compile(r"""["']((?:client|daemon)\.[a-z0-9_]+(?:\.[a-z0-9_]+)?)["']""")
+_ONCE = (
+    "imported", "restore", "rollback", "generation", "reserve", "session", "segment", "plan", "parent", "finish", "daemon.fence",
+)  # fmt: skip
+SETTLE_S = 0.05
+
+
+def named_points(side: str) -> list[str]:
+    """All names of fault points in the sources of "client" or "daemon": one that is added is tested by itself."""
+    folder = {"client": ROOT / "client" / "snapd_client", "daemon": ROOT / "snapd"}[side]
+    found: set[str] = set()
+    for path in sorted(folder.rglob("*.py")):
+        found |= set(_POINT.findall(path.read_text()))
+    return sorted(found)
+
+
+def is_once(point: str) -> bool:
+    """Points that a process, or a start of the job, passes once."""
+    return any(word in point for word in _ONCE)
+
+
+def _finish(scene: Scene, job: str, ranks: int) -> int:
+    """Start the job again and check what it goes on from; leaves no trainer behind."""
+    before = scene.observer.reported(job)
+    world = scene.start(job, ranks=ranks)
+    start = scene.check_restored(world, before)
+    if start < scene.steps - 3:
+        scene.wait_reported_beyond(job, before)
+    scene.end(world)
+    return start
+
+
+def _warm(scene: Scene, job: str, ranks: int) -> World:
+    """A world whose first snapshots are complete."""
+    before = scene.observer.reported(job)
+    world = scene.start(job, ranks=ranks)
+    scene.check_restored(world, before)
+    scene.wait_reported_beyond(job, before)
+    return world
+
+
+class Random:
+    """SIGKILL or SIGSTOP/SIGCONT at random moments, the job going on from round to round."""
+
+    def __init__(self, scene: Scene, seed: int) -> None:
+        self.scene, self.chance = scene, random.Random(seed)
+        self.job, self.ranks = scene.new_job(), 2
+
+    def next_job(self) -> None:
+        """A new job once this one is near its end."""
+        if self.scene.observer.reported(self.job)[1] > self.scene.steps * 2 // 3:
+            self.job = self.scene.new_job()
+            self.ranks = self.chance.choice((1, 2))
+
+    def kill_all(self, *, at_start: bool = False) -> str:
+        """Every rank at one moment."""
+        return self._kill_ranks(at_start, everyone=True)
+
+    def kill_one(self, *, at_start: bool = False) -> str:
+        """One rank; the others are ended as a launcher would, a moment later."""
+        return self._kill_ranks(at_start, everyone=False)
+
+    def _kill_ranks(self, at_start: bool, everyone: bool) -> str:
+        scene, chance = self.scene, self.chance
+        self.next_job()
+        before = scene.observer.reported(self.job)
+        world = scene.start(self.job, ranks=self.ranks)
+        if at_start:
+            time.sleep(chance.random() * 0.6)
+        else:
+            scene.check_restored(world, before)
+            time.sleep(chance.random() * 0.4)
+        phase = scene.note_phase(world)
+        victims = world.ranks if everyone else [chance.choice(world.ranks)]
+        for rank in victims:
+            rank.signal(signal.SIGKILL)
+        if not everyone:
+            time.sleep(chance.random() * 0.1)
+            world.kill()
+        world.wait_gone()
+        if not any(rank.status == -signal.SIGKILL for rank in world.ranks) and not _ended_well(world):
+            raise Wrong(f"no rank was killed: {[rank.status for rank in world.ranks]}")
+        scene.check_log(world)
+        _finish(scene, self.job, self.ranks)
+        return phase
+
+    def kill_daemon(self, times: int = 1) -> str:
+        """The daemon, while the ranks train; they go on, and its successor finds what was captured."""
+        scene, chance = self.scene, self.chance
+        self.next_job()
+        world = _warm(scene, self.job, self.ranks)
+        phase = ""
+        for _ in range(times):
+            time.sleep(chance.random() * 0.15)
+            phase = scene.note_phase(world)
+            scene.restart_daemon()
+            before = scene.observer.reported(self.job)
+            self._goes_on(world, before)
+        scene.end(world)
+        _finish(scene, self.job, self.ranks)
+        return phase
+
+    def stop_and_continue(self, what: str) -> str:
+        """SIGSTOP, a while, SIGCONT: of all ranks, of one, or of the daemon."""
+        scene, chance = self.scene, self.chance
+        self.next_job()
+        world = _warm(scene, self.job, self.ranks)
+        time.sleep(chance.random() * 0.1)
+        phase = scene.note_phase(world)
+        pids = {
+            "daemon": [scene.node.pid],
+            "all": [rank.pid for rank in world.ranks],
+            "one": [chance.choice(world.ranks).pid],
+        }[what]
+        with scene.stopped(pids, 0.1 + chance.random()):
+            before = scene.observer.reported(self.job)
+        self._goes_on(world, before)
+        scene.end(world)
+        _finish(scene, self.job, self.ranks)
+        return phase
+
+    def _goes_on(self, world: World, before: tuple[int, int]) -> None:
+        """No trainer fell, and new snapshots become complete (unless the run is over)."""
+        scene = self.scene
+
+        def lives() -> bool:
+            if any(rank.status not in (None, 0) for rank in world.ranks):
+                raise Wrong(f"a trainer fell:\n{world.tail()}\n{scene.node.tail()}")
+            return scene.observer.reported(world.job) > before or _ended_well(world)
+
+        wait_until(lives, 60.0, f"new snapshots after {before}; {world.tail()}\n{scene.node.tail()}")
+
+    def zombie(self, steps_meanwhile: int = 20) -> str:
+        """A whole world is stopped, a new one goes on, and the old one wakes up and goes on writing."""
+        scene, chance = self.scene, self.chance
+        self.next_job()
+        old = _warm(scene, self.job, self.ranks)
+        time.sleep(chance.random() * 0.1)
+        phase = scene.note_phase(old)
+        with scene.stopped([rank.pid for rank in old.ranks], 0.0):
+            before = scene.observer.reported(self.job)
+            new = scene.start(self.job, ranks=self.ranks)
+            start = scene.check_restored(new, before)
+            scene.wait_reported_beyond(self.job, before)
+        at_wake = old.step()
+        wait_until(lambda: old.step() > at_wake + 5 or not old.is_whole, 60.0, "steps of the zombie")
+        scene.reach_step(new, min(start + steps_meanwhile, scene.steps))
+        scene.end(new)
+        _finish(scene, self.job, self.ranks)  # while the zombie still writes
+        scene.end(old)
+        return phase
+
+
+def _ended_well(world: World) -> bool:
+    return all(rank.status == 0 for rank in world.ranks)
+
+
+def client_point(
+    scene: Scene, point: str, *, count: int, ranks: int = 1, victim: int = 0, action: str = "kill"
+) -> None:
+    """A trainer reaches `point` for the `count`-th time and is killed (or stopped, and killed later)."""
+    job = scene.new_job()
+    world = _warm(scene, job, ranks)
+    scene.end(world)
+    before = scene.observer.reported(job)
+    rollback_at = before[1] + 12 if "rollback" in point else 0
+    world = scene.start(
+        job, ranks=ranks, points={victim: f"{point}:{count}={action}"}, rollback_at=rollback_at
+    )
+    rank = world.ranks[victim]
+    if action == "stop":
+        _wait_stopped(rank.pid, point)
+        time.sleep(SETTLE_S)
+        rank.signal(signal.SIGCONT)
+        scene.check_restored(world, before)
+        scene.wait_reported_beyond(job, before)
+    else:
+        wait_until(
+            lambda: rank.status is not None,
+            60.0,
+            f"point {point} was not reached {count} times; {world.tail()}",
+        )
+        if rank.status != -signal.SIGKILL:
+            raise Wrong(
+                f"point {point} did not fire: status {rank.status}\n{world.tail()}\n{scene.node.tail()}"
+            )
+    scene.phases[f"point {point}"] += 1
+    scene.end(world)
+    _finish(scene, job, ranks)
+
+
+def _wait_stopped(pid: int, point: str) -> None:
+    def is_stopped() -> bool:
+        text = Path(f"/proc/{pid}/stat").read_text()
+        return text[text.rindex(")") + 2] == "T"
+
+    wait_until(is_stopped, 60.0, f"point {point}: the process did not stop")
+
+
+def daemon_point(scene: Scene, point: str, *, count: int, ranks: int = 1) -> None:
+    """The daemon reaches `point` for the `count`-th time and dies; its successor serves what was captured."""
+    job = scene.new_job()
+    if "segment" not in point:  # segments are made for a new job
+        world = _warm(scene, job, ranks)
+        scene.end(world)
+    scene.node.stop()
+    scene.node.start(env={"SNAPD_FAULT_POINTS": f"{point}:{count}=kill"})
+    process = scene.node.process
+    assert process is not None
+    before = scene.observer.reported(job)
+    rollback_at = before[1] + 12 if "rollback" in point else 0
+    world = scene.start(job, ranks=ranks, rollback_at=rollback_at)
+    wait_until(
+        lambda: process.poll() is not None,
+        60.0,
+        f"point {point} was not reached {count} times; {world.tail()}",
+    )
+    if process.returncode != -signal.SIGKILL:
+        raise Wrong(
+            f"point {point} did not fire: the daemon's status is {process.returncode}\n{scene.node.tail()}"
+        )
+    scene.phases[f"point {point}"] += 1
+    before = scene.observer.reported(job)
+    scene.node.forget()
+    scene.node.start()
+    _outlive(scene, world, before)
+    scene.end(world)
+    _finish(scene, job, ranks)
+
+
+def _outlive(scene: Scene, world: World, before: tuple[int, int]) -> None:
+    """The trainers go on and snapshots become complete again; one that was just starting may have given up."""
+
+    def is_settled() -> bool:
+        fallen = [rank for rank in world.ranks if rank.status not in (None, 0)]
+        if fallen:
+            late = [rank for rank in fallen if rank.events("restored")]
+            if late:
+                raise Wrong(
+                    f"a trainer fell in its loop because the daemon died:\n{world.tail()}\n{scene.node.tail()}"
+                )
+            return True
+        return scene.observer.reported(world.job) > before or _ended_well(world)
+
+    wait_until(is_settled, 60.0, f"snapshots after the daemon's return; {world.tail()}\n{scene.node.tail()}")
