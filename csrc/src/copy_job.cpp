@@ -11,8 +11,8 @@
 namespace snapd {
 namespace {
 
-// About twice the time that one block takes at 10 GB/s: an owner that runs will have finished by then.
-constexpr int64_t kPatienceNs = 50'000;
+// The time that one block takes at 8 GB/s: an owner that runs will have finished by then.
+constexpr int64_t kPatienceNs = 32'000;
 // Reading the thread's CPU clock is a system call: once in so many blocks, and once nothing is left to claim.
 constexpr uint32_t kBlocksPerCpuReading = 16;
 

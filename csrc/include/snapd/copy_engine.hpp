@@ -15,7 +15,7 @@ namespace snapd {
 inline constexpr uint32_t kThreadCountMax = 64;
 inline constexpr size_t kJobsUnderWayMax = 64;
 
-/// Copy threads named `snapd-copy-N`, at normal priority, with all signals blocked. They take jobs in order of
+/// Copy threads named `snapd-copy-N`, at normal priority (SCHED_BATCH), with all signals blocked. They take jobs in order of
 /// submission and keep each one alive until they are done with it.
 ///
 /// A forked child has none of the threads: there submit() refuses, close() and the destructor touch nothing.

@@ -1,8 +1,8 @@
 // A few bytes of each source, kept for a later comparison with the copy.
 //
-// Version counters do not see every write (fused optimizers, raw pointers), so at the fence some bytes of the source,
-// kept when the copy was submitted... are compared with the destination. Which bytes: windows that move from turn to turn,
-// in an order that visits every window of a source once before it comes back.
+// Version counters do not see every write (fused optimizers, raw pointers), so at the fence some bytes of the source are
+// kept or were kept earlier, and compared with the destination. Which bytes: windows that move from turn to turn, in
+// an order that visits every window of a source once before it comes back.
 #pragma once
 
 #include <cstddef>
