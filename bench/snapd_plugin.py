@@ -1,9 +1,10 @@
 """snapd's plug-in for a peer benchmark: a harness that runs many systems under one interface.
 
-The harness loads this file from the path in BENCH_SNAPD and reads `SYSTEMS`. Its interface, `systems.base.System`, is
-on the path when that happens. What counts as stall: the call of `save`, and `before_update`, where this plug-in
-fences explicitly, so that a copy which was not over by then is paid for where the harness looks.
-`durable` is the level *captured*: the snapshot lies hashed and recorded with the daemon and outlives the trainer.
+The harness loads this file from the path in BENCH_SNAPD and reads `SYSTEMS`. Its interface,
+`systems.base.System`, is on the path when that happens. What counts as stall: the call of `save`, and
+`before_update`, where this plug-in fences explicitly, so that a copy which was not over by then is paid
+for where the harness looks. `durable` is the level *captured*: the snapshot lies hashed and recorded with
+the daemon and outlives the trainer.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ CORPUS_BYTES_MAX = 4 << 20
 
 
 def read_corpus(limit_bytes: int = CORPUS_BYTES_MAX) -> np.ndarray:
-    """The first `limit_bytes` of the sources, in the order of their names: the same bytes for every process."""
+    """The first `limit_bytes` of the sources, in the order of their names: the same for every process."""
     folder = Path(sysconfig.get_path("stdlib"))
     parts: list[bytes] = []
     size = 0

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VOCABULARY = 256  # bytes
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Sizes of the model; the defaults give 10.8 million parameters."""
 
+    vocabulary: int = 256  # bytes
     width: int = 384
     layers: int = 6
     heads: int = 6
@@ -53,7 +52,7 @@ class Transformer(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.dropout = shape.dropout
-        self.bytes = nn.Embedding(VOCABULARY, shape.width)
+        self.bytes = nn.Embedding(shape.vocabulary, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)

@@ -1,6 +1,7 @@
 """A daemon of one's own, for demos, benchmarks and tests: folders, start, questions, kill, clean-up.
 
-It is used from outside, as an operator would: `python -m snapd serve`, the handshake socket, the Admin service.
+It is used from outside, as an operator would: `python -m snapd serve`, the handshake socket, the Admin
+service.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _alive(pid: int) -> bool:
 
 
 def sweep(prefix: str) -> None:
-    """Remove arenas named PREFIX-PID-N of processes that are gone (a demo that was itself killed with SIGKILL)."""
+    """Remove arenas named PREFIX-PID-N of processes that are gone (a demo that was itself killed)."""
     for folder in Path("/dev/shm").glob(f"{prefix}-*"):
         owner = folder.name.removeprefix(f"{prefix}-").split("-")[0]
         if owner.isdigit() and not _alive(int(owner)):
@@ -165,7 +166,7 @@ class Node(Asker):
         return {"SNAPD_RUNTIME_DIR": str(self.runtime), "SNAPD_ARENA_DIR": str(self.arena)}
 
     def start(self, *, env: Mapping[str, str] | None = None, timeout_s: float = 30.0) -> None:
-        """Start the daemon and return once it answers. RuntimeError, with the end of its log, if it does not."""
+        """Start the daemon and return once it answers. RuntimeError with the end of its log if not."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "snapd", "serve", *self.options],

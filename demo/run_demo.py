@@ -1,7 +1,8 @@
 """`make demo`: train, kill every rank with SIGKILL, start again, and prove that nothing changed, to the bit.
 
-Exit status 0: every loss, parameter, optimizer tensor, RNG state and data position equals the uninterrupted run's.
-Exit status 1: something differs (the first difference is printed), or the demo could not be carried out.
+Exit status 0: every loss, parameter, optimizer tensor, RNG state and data position equals the
+uninterrupted run's. Exit status 1: something differs (the first difference is printed), or the demo could
+not be carried out.
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ def until_killed(args: argparse.Namespace, node: Node, watch: Watch, step_s: flo
     chance = random.Random(args.seed)
     step = chance.randrange(args.steps // 4, args.steps - args.steps // 5)
     delay_s = chance.random() * step_s
-    say(
-        f"[2/4] the same run with a snapshot after every step; SIGKILL {delay_s * 1e3:.0f} ms into step {step}"
-    )
+    say(f"[2/4] the same run, a snapshot after every step; SIGKILL {delay_s * 1e3:.0f} ms into step {step}")
     with Launch(
         args.out / "interrupted", steps=args.steps, seed=args.seed, ranks=RANKS, job=JOB, node=node
     ) as launch:
@@ -116,7 +115,7 @@ def demo(args: argparse.Namespace) -> None:
     if found.difference:
         raise DemoFailed(f"NOT equal: {found.difference}")
     say(
-        f"\nEQUAL TO THE BIT: {found.losses} losses, {found.tensors} tensors (parameters, optimizer, RNG, data position) "
+        f"\nEQUAL TO THE BIT: {found.losses} losses, {found.tensors} tensors (parameters, optimizer, RNG, loader) "
         f"on {RANKS} ranks, after SIGKILL in step {kill.step} and a restart from step {run.start}."
     )
 

@@ -1,8 +1,8 @@
 """The demo's trainer, one process per rank under torchrun: FSDP2 over gloo, a snapshot after every step.
 
-The part that concerns snapd is what a user would write; it is marked. Everything random is in play on purpose
-(dropout from torch, noise from NumPy, the crop from Python's `random`, shuffling in the loader), because all of it
-has to come back to the bit.
+The part that concerns snapd is what a user would write; it is marked. Everything random is in play on
+purpose (dropout from torch, noise from NumPy, the crop from Python's `random`, shuffling in the loader),
+because all of it has to come back to the bit.
 """
 
 from __future__ import annotations

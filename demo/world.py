@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -80,7 +81,8 @@ class Launch:
             (out / f"heartbeat-{rank}").unlink(missing_ok=True)
         self.out, self.ranks = out, ranks
         command = [
-            sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(ranks),
             "--monitor-interval", "0.2", str(HERE / "train.py"), "--out", str(out), "--steps", str(steps),
             "--seed", str(seed), "--job", job,
         ]  # fmt: skip
@@ -157,10 +159,8 @@ def _kill_group(pid: int) -> None:
         if os.getpgid(pid) == pid:
             os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # the leader is gone, its workers may not be
-        except ProcessLookupError:
-            pass
 
 
 def kill_ranks(launch: Launch, newest_reported: tuple[int, int] | None) -> Kill:

@@ -1,7 +1,8 @@
 """The short form of `make soak`: real daemon, real trainers, real SIGKILL.
 
-Whatever is killed, at a named point or at a random moment, what comes back is the uninterrupted run's state of that
-step, to the bit, on all ranks alike, and never older than what `status` had reported to a third party.
+Whatever is killed, at a named point or at a random moment, what comes back is the uninterrupted run's
+state of that step, to the bit, on all ranks alike, and never older than what `status` had reported to a
+third party.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A third party that asks `status` over and over and remembers what it was told.
 
-What `status` once reported as complete must be restorable for ever after, whatever is killed: the observer's memory is
-the lower bound of every restore, and a report that goes back is an error by itself.
+What `status` once reported as complete must be restorable for ever after, whatever is killed: the
+observer's memory is the lower bound of every restore, and a report that goes back is an error by itself.
 """
 
 from __future__ import annotations

@@ -12,19 +12,24 @@ from scene import Scene, Wrong
 from worlds import World, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-_POINT = re.compile(r"""["']((?:client|daemon)\.[a-z0-9_]+(?:\.[a-z0-9_]+)?)["']""")
+_CLIENT_POINT = re.compile(r"""\bpoint\(\s*["'](client\.[a-z0-9_.]+)["']""")
+_DAEMON_POINT = re.compile(r"""["'](daemon\.[a-z0-9_]+\.(?:before|after))["']""")
 _ONCE = (
-    "imported", "restore", "rollback", "generation", "reserve", "session", "segment", "plan", "parent", "finish", "daemon.fence",
+    "imported", "restore", "rollback", "generation", "reserve", "session", "segment", "plan", "parent", "finish",
+    "daemon.fence",
 )  # fmt: skip
 SETTLE_S = 0.05
 
 
 def named_points(side: str) -> list[str]:
-    """All names of fault points in the sources of "client" or "daemon": one that is added is tested by itself."""
-    folder = {"client": ROOT / "client" / "snapd_client", "daemon": ROOT / "snapd"}[side]
+    """All fault points in the sources of "client" or "daemon": one that is added is tested by itself."""
+    folder, pattern = {
+        "client": (ROOT / "client" / "snapd_client", _CLIENT_POINT),
+        "daemon": (ROOT / "snapd" / "runtime", _DAEMON_POINT),
+    }[side]
     found: set[str] = set()
     for path in sorted(folder.rglob("*.py")):
-        found |= set(_POINT.findall(path.read_text()))
+        found |= set(pattern.findall(path.read_text()))
     return sorted(found)
 
 
@@ -243,16 +248,15 @@ def daemon_point(scene: Scene, point: str, *, count: int, ranks: int = 1) -> Non
 
 
 def _outlive(scene: Scene, world: World, before: tuple[int, int]) -> None:
-    """The trainers go on and snapshots become complete again; one that was just starting may have given up."""
+    """The trainers go on, snapshots become complete again; one that was just starting may have given up."""
 
     def is_settled() -> bool:
         fallen = [rank for rank in world.ranks if rank.status not in (None, 0)]
         if fallen:
             late = [rank for rank in fallen if rank.events("restored")]
             if late:
-                raise Wrong(
-                    f"a trainer fell in its loop because the daemon died:\n{world.tail()}\n{scene.node.tail()}"
-                )
+                text = f"{world.tail()}\n{scene.node.tail()}"
+                raise Wrong(f"a trainer fell in its loop because the daemon died:\n{text}")
             return True
         return scene.observer.reported(world.job) > before or _ended_well(world)
 

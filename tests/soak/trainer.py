@@ -1,11 +1,12 @@
 """A small trainer for kill tests, and the nursery that forks trainers quickly.
 
-Importing torch takes seconds and a kill test starts hundreds of trainers, so one process, the nursery, imports torch
-(and nothing of snapd, no threads, no RPC) and forks a child per trainer. Commands come in as JSON lines, the ends of
-children go out as JSON lines; the nursery ends, with all of its children, when its input does.
+Importing torch takes seconds and a kill test starts hundreds of trainers, so one process, the nursery,
+imports torch (and nothing of snapd, no threads, no RPC) and forks a child per trainer. Commands come in as
+JSON lines, the ends of children go out as JSON lines; the nursery ends, with all of its children, when its
+input does.
 
-A trainer's state is a function of (rank, step): each step's digest is written to a log before `snap.step` is called, so
-whatever is restored can be compared with an uninterrupted run.
+A trainer's state is a function of (rank, step): each step's digest is written to a log before `snap.step`
+is called, so whatever is restored can be compared with an uninterrupted run.
 """
 
 from __future__ import annotations

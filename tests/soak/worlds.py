@@ -201,7 +201,8 @@ class Nursery:
         assert self._process.stdin is not None
         self._orders += 1
         order = {
-            "id": self._orders, "env": env, "job": job, "steps": steps, "width": width, "rollback_at": rollback_at,
+            "id": self._orders, "env": env, "job": job, "steps": steps, "width": width,
+            "rollback_at": rollback_at,
             "beat": str(folder / f"beat-{rank}"), "log": str(folder / f"log-{rank}"),
             "out": str(folder / f"out-{rank}"), "store": str(folder / "store"),
         }  # fmt: skip
