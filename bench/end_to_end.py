@@ -45,7 +45,7 @@ def worker(args: argparse.Namespace) -> None:
     snap.restore()
 
     def block(interval: int) -> float:
-        """Seconds of one block; interval 0: no snapshots. Background work is charged to it up to the last fence."""
+        """Seconds of one block, up to the last fence; interval 0: no snapshots."""
         start = now()
         for step in range(args.block):
             work.compute()

@@ -1,4 +1,4 @@
-"""Memory: the arena against the state, anonymous memory of the trainer, a thousand snapshots that leak nothing.
+"""Memory: the arena against the state, anonymous memory of the trainer, a thousand snapshots that leak none.
 
 python bench/memory.py                  # 124 M parameters for the sizes, 0.5 M for the leak test
 """

@@ -100,10 +100,11 @@ def judge(report: Report, results: list[dict[str, Any]], ranks: int) -> None:
     taxed = [(turn["call"] + turn["step"] - turn["calm"]) / unit for turn in warm]
     windows = [turn["window"] / unit for turn in warm if turn["window"] > 0]
     failed = sum(result["health"]["skipped"] + result["health"]["discarded"] for result in results)
+    copies = [seconds for result in results for seconds in result["memcpy"]]
     print(
         f"{results[0]['parameters'] / 1e6:.0f} M parameters, {results[0]['nbytes'] / 1e9:.2f} GB a rank, "
-        f"{ranks} rank(s), {len(warm)} warm snapshots, memcpy {spread([c for r in results for c in r['memcpy']])} s, calm step "
-        f"{spread([t['calm'] for t in warm])} s, {failed} skipped or discarded"
+        f"{ranks} rank(s), {len(warm)} warm snapshots, {failed} skipped or discarded; "
+        f"memcpy {spread(copies)} s, calm step {spread([t['calm'] for t in warm])} s"
     )
     name = "both cores busy" if busy else "a core free"
     report.claim(

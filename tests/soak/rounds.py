@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _CLIENT_POINT = re.compile(r"""\bpoint\(\s*["'](client\.[a-z0-9_.]+)["']""")
 _DAEMON_POINT = re.compile(r"""["'](daemon\.[a-z0-9_]+\.(?:before|after))["']""")
 _ONCE = (
-    "imported", "restore", "rollback", "generation", "reserve", "session", "segment", "plan", "parent", "finish",
-    "daemon.fence",
+    "imported", "restore", "rollback", "generation", "reserve", "session", "segment", "plan", "parent",
+    "finish", "daemon.fence",
 )  # fmt: skip
 SETTLE_S = 0.05
 
