@@ -1,0 +1,92 @@
+"""Writing a snapshot back into the live state: first compare everything, then touch.
+
+`prepare_restore` raises before anything live is changed. Between it and `finish` the caller copies the bytes, chunk by
+chunk, as the plan says. `finish` puts the values back: containers and attributes in place, then objects with
+`load_state_dict`, then the loaders, and the global generators last.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from snapd_proto import format_pb2 as pb
+
+from ..errors import IntegrityError, RestoreMismatch
+from . import rng
+from .match import Builder, Differences, Matcher
+from .names import Names
+from .parts import Parts
+from .pieces import PlanArrays
+from .tree import StateTree
+
+__all__ = ["PendingRestore", "prepare_restore"]
+
+
+class PendingRestore:
+    """A restore whose bytes are still to come.
+
+    `plan`: copies from chunks (source: chunk number) to `destinations` (addresses, held alive by this object);
+    `pieces_of_chunk[c]`: the first piece of chunk c and their count; `report`: what allow_partial let pass.
+    """
+
+    def __init__(self, tree: StateTree, matcher: Matcher, parts: Parts, root: Builder, generators: int) -> None:
+        self._tree, self._matcher, self._parts, self._root, self._generators = tree, matcher, parts, root, generators
+        self.plan: PlanArrays
+        self.destinations: array[int]
+        self.pieces_of_chunk: list[tuple[int, int]]
+        self.plan, self.destinations, self.pieces_of_chunk = matcher.destinations.plan()
+        self.report = list(matcher.differences.report)
+        self.values: dict[str, object] = {}
+        self._is_finished = False
+
+    def finish(self) -> None:
+        """After all bytes are in place, once. `values` then holds what could not be put back in place."""
+        if self._is_finished:
+            raise IntegrityError("this restore was finished before")
+        self._is_finished = True
+        self._matcher.destinations.finish()
+        self._root()
+        for load in self._parts.late:
+            load()
+        self.values = dict(self._parts.values)
+        self._tree.restored_values = dict(self.values)
+        absent = rng.restore(self._matcher.decode(self._generators))
+        self.report.extend(f"missing: generator of {name}" for name in absent)
+
+
+def prepare_restore(
+    tree: StateTree, layout: pb.ShardLayout, early: pb.EarlyValues, *, allow_partial: Sequence[str] = ()
+) -> PendingRestore:
+    """Compare a snapshot with the live state and choose where each byte goes. Nothing live is changed.
+
+    Args:
+        allow_partial: patterns (fnmatch) of names that may be missing, extra or reshaped; they are left as they are.
+    Raises:
+        RestoreMismatch: with the three lists.
+        IntegrityError: the layout or the values are malformed.
+    """
+    names = Names(tree.state, tree.vouched)
+    tree.vouch_for_optimizers()
+    differences = Differences(allow_partial)
+    matcher = Matcher(layout, early, names, differences, tree.vouched)
+    parts = Parts(matcher)
+    saved = {key.text: value for key, value in zip(layout.skeleton.mapping.keys, layout.skeleton.mapping.values, strict=True)}
+    if "state" not in saved or "rng" not in saved:
+        raise IntegrityError("the layout has no state")
+    root = parts.entries(saved["state"], tree.state)
+    for first, second in matcher.destinations.overlaps():
+        _settle_overlap(matcher, first, second)
+    if differences:
+        raise RestoreMismatch(missing=differences.missing, extra=differences.extra, reshaped=differences.reshaped)
+    matcher.destinations.allocate()
+    return PendingRestore(tree, matcher, parts, root, saved["rng"].scalar)
+
+
+def _settle_overlap(matcher: Matcher, first: int, second: int) -> None:
+    """Two saved tensors with bytes of their own whose live tensors share some."""
+    one, other = matcher.layout.tensors[first], matcher.layout.tensors[second]
+    if other.role in ("parameter", "buffer"):
+        matcher.differences.note("reshaped", other.name, f"shares memory with {one.name} here, not in the snapshot")
+    else:
+        matcher.destinations.unclaim(second)

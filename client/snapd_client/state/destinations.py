@@ -1,0 +1,282 @@
+"""Where each tensor of a snapshot goes: into the live storage where it fits, else into new memory.
+
+A live tensor is *claimed* by at most one saved tensor. A region is written directly if all its tensors were claimed, lie
+in host memory with the saved strides, and in the same places relative to each other; otherwise into host memory of
+its own, from which `finish` copies.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from typing import Any
+
+import torch
+from snapd_proto import format_pb2 as pb
+from torch.distributed.tensor import DTensor
+
+from ..errors import IntegrityError
+from .classes import find_class, type_name
+from .decode import Decoder
+from .encode import encode_plain
+from .meshes import new_dtensor, spec_difference
+from .pieces import PlanArrays, empty_plan
+from .tensors import component, component_names, dtypes, span_nbytes, subclass_context
+from .classes import Vouched
+
+TENSOR_DIMS_MAX = 64
+
+
+class Destinations:
+    """Claims, then `allocate`, then the bytes arrive, then `finish`; `tensor(i)` gives the object from `allocate` on."""
+
+    def __init__(self, layout: pb.ShardLayout, vouched: Vouched) -> None:
+        self._layout, self._vouched = layout, vouched
+        self._live: dict[int, torch.Tensor] = {}
+        self._claimed: set[int] = set()
+        self._made: dict[int, torch.Tensor] = {}
+        self._dropped: set[int] = set()
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._bases: dict[int, int] = {}
+        self._kept: list[torch.Tensor | torch.UntypedStorage] = []
+        self._plain = [i for i, tensor in enumerate(layout.tensors) if not tensor.HasField("subclass")]
+        check_bounds(layout)
+
+    # --- claiming -----------------------------------------------------------------------------------------------
+    def difference(self, number: int, live: torch.Tensor) -> str:
+        """Why the saved tensor cannot be written into the live one; empty if it can."""
+        saved = self._layout.tensors[number]
+        if tuple(saved.shape) != tuple(live.shape):
+            return f"shape {list(saved.shape)} in the snapshot, {list(live.shape)} here"
+        if dtypes.get(saved.dtype) != live.dtype:
+            return f"dtype {saved.dtype} in the snapshot, {str(live.dtype).removeprefix('torch.')} here"
+        names = component_names(live)
+        if [part.attribute for part in saved.subclass.components] != names:
+            return f"{saved.subclass.type_name or 'a plain tensor'} in the snapshot, {type_name(type(live))} here"
+        if not names:
+            return ""
+        if isinstance(live, DTensor):
+            difference = spec_difference(saved.distributed, live)
+        elif saved.subclass.type_name != type_name(type(live)):
+            difference = f"{saved.subclass.type_name} in the snapshot, {type_name(type(live))} here"
+        else:
+            context = encode_plain(subclass_context(live), self._vouched, saved.name)
+            difference = "" if context == saved.subclass.context else "its parts are described otherwise here"
+        if difference:
+            return difference
+        for part in saved.subclass.components:
+            difference = self.difference(part.tensor, component(live, part.attribute))
+            if difference:
+                return f"its part {part.attribute}: {difference}"
+        return ""
+
+    def claim(self, number: int, live: torch.Tensor) -> bool:
+        """Write saved tensor `number` into `live`; False if it does not fit or is taken by another."""
+        known = self._live.get(number)
+        if known is not None:
+            return known is live
+        if id(live) in self._claimed or self.difference(number, live):
+            return False
+        self._claim(number, live)
+        return True
+
+    def _claim(self, number: int, live: torch.Tensor) -> None:
+        self._claimed.add(id(live))
+        self._live[number] = live
+        for part in self._layout.tensors[number].subclass.components:
+            self._claim(part.tensor, component(live, part.attribute))
+
+    def drop(self, number: int) -> None:
+        """Leave this tensor of the snapshot out."""
+        self._dropped.add(number)
+        for part in self._layout.tensors[number].subclass.components:
+            self.drop(part.tensor)
+
+    def live(self, number: int) -> torch.Tensor | None:
+        return self._live.get(number)
+
+    # --- memory -------------------------------------------------------------------------------------------------
+    def overlaps(self) -> list[tuple[int, int]]:
+        """Pairs of saved tensors without shared bytes whose live tensors share some. The second loses its claim."""
+        spans = []
+        for number in self._plain:
+            live = self._live.get(number)
+            if live is not None and live.numel():
+                saved = self._layout.tensors[number]
+                nbytes = span_nbytes(tuple(live.shape), live.stride(), live.itemsize)
+                spans.append((live.device.index or 0, live.data_ptr(), live.data_ptr() + nbytes, saved.region, number))
+        spans.sort()
+        found = []
+        last: tuple[int, int, int, int, int] | None = None
+        for span in spans:
+            if last is not None and span[0] == last[0] and span[1] < last[2] and span[3] != last[3]:
+                found.append((last[4], span[4]))
+                continue
+            if last is None or span[2] > last[2] or span[0] != last[0]:
+                last = span
+        return found
+
+    def unclaim(self, number: int) -> None:
+        """The tensor gets memory of its own instead."""
+        self._live.pop(number, None)
+
+    def allocate(self) -> None:
+        """Choose the memory of every region that is wanted. Nothing live is touched."""
+        members: dict[int, list[int]] = defaultdict(list)
+        for number in self._plain:
+            if number not in self._dropped:
+                members[self._layout.tensors[number].region].append(number)
+        fresh: dict[int, list[int]] = defaultdict(list)  # storage alias -> regions without a live place
+        for region, numbers in members.items():
+            base = self._direct_base(numbers)
+            if base is None:
+                fresh[self._layout.tensors[numbers[0]].storage_alias].append(region)
+            else:
+                self._bases[region] = base
+        for regions in fresh.values():
+            self._allocate_storage(regions, members)
+
+    def _direct_base(self, numbers: list[int]) -> int | None:
+        bases = set()
+        for number in numbers:
+            live, saved = self._live.get(number), self._layout.tensors[number]
+            if live is None or live.device.type != "cpu" or list(live.stride()) != list(saved.strides):
+                return None
+            bases.add(live.data_ptr() - saved.region_offset)
+        return bases.pop() if len(bases) == 1 else None
+
+    def _allocate_storage(self, regions: list[int], members: dict[int, list[int]]) -> None:
+        """Regions of one storage get one storage; tensors that have a live place are copied there later."""
+        tensors = self._layout.tensors
+        numbers = [number for region in regions for number in members[region]]
+        nbytes = max(tensors[number].storage_offset + tensors[number].nbytes for number in numbers)
+        lowest = min(tensors[number].storage_offset for number in numbers) // 64 * 64
+        storage = torch.UntypedStorage(nbytes - lowest)
+        self._kept.append(storage)
+        for region in regions:
+            first = tensors[members[region][0]]
+            self._bases[region] = storage.data_ptr() + first.storage_offset - lowest - first.region_offset
+        on_device: dict[torch.device, torch.UntypedStorage] = {}
+        for number in numbers:
+            host = _view(storage, tensors[number], lowest)
+            live = self._live.get(number)
+            device = torch.device("cpu") if live is not None else self._device(tensors[number])
+            if live is not None:
+                self._copies.append((live, host))
+            elif device.type == "cpu":
+                self._made[number] = host
+            else:
+                if device not in on_device:
+                    on_device[device] = torch.UntypedStorage(nbytes - lowest, device=device)
+                self._made[number] = _view(on_device[device], tensors[number], lowest)
+                self._copies.append((self._made[number], host))
+
+    def _device(self, saved: pb.Tensor) -> torch.device:
+        """The saved device; a GPU's number is that of the GPU where the owner of the state lives now."""
+        device = torch.device(saved.device)
+        if device.type == "cpu":
+            return device
+        for number, tensor in enumerate(self._layout.tensors):
+            if tensor.parameter_name == saved.parameter_name and tensor.is_parameter and number in self._live:
+                return self._live[number].device
+        return device
+
+    # --- afterwards ---------------------------------------------------------------------------------------------
+    def tensor(self, number: int) -> torch.Tensor:
+        """The object that stands for the saved tensor: the live one, or the new one."""
+        found = self._live.get(number)
+        if found is None:
+            found = self._made.get(number)
+        if found is None:
+            found = self._made[number] = self._new_wrapper(number)
+        return found
+
+    def _new_wrapper(self, number: int) -> torch.Tensor:
+        saved = self._layout.tensors[number]
+        parts = {part.attribute: self.tensor(part.tensor) for part in saved.subclass.components}
+        if not parts:
+            raise IntegrityError("a tensor was left out but is referred to", tensor=saved.name)
+        if saved.HasField("distributed"):
+            return new_dtensor(saved, next(iter(parts.values())), self._owner(saved))
+        cls: Any = find_class(saved.subclass.type_name)
+        if cls is None or not issubclass(cls, torch.Tensor) or not self._vouched.allows(cls):
+            raise IntegrityError(
+                "a tensor class of the snapshot is not known here", type=saved.subclass.type_name, tensor=saved.name
+            )
+        context = Decoder().decode(saved.subclass.context)
+        made: torch.Tensor = cls.__tensor_unflatten__(parts, context, torch.Size(saved.shape), tuple(saved.strides))
+        return made
+
+    def _owner(self, saved: pb.Tensor) -> torch.Tensor | None:
+        """The live parameter that a tensor of optimizer state belongs to."""
+        for number, tensor in enumerate(self._layout.tensors):
+            if tensor.is_parameter and tensor.parameter_name == saved.parameter_name and number in self._live:
+                return self._live[number]
+        return None
+
+    def plan(self) -> tuple[PlanArrays, array[int], list[tuple[int, int]]]:
+        """The copies (from chunks to destinations), the destinations' addresses, and the pieces of each chunk."""
+        size = self._layout.chunk_bytes
+        chunk_count = max((-(-(r.shard_offset + r.nbytes) // size) for r in self._layout.ranges), default=0)
+        plan, addresses = empty_plan(), array("Q")
+        pieces = [[0, 0] for _ in range(chunk_count)]
+        for region in sorted(self._bases, key=lambda region: self._layout.regions[region].shard_offset):
+            saved = self._layout.regions[region]
+            addresses.append(self._bases[region])
+            at, offset = saved.shard_offset, 0
+            while offset < saved.nbytes:
+                chunk, start = divmod(at, size)
+                count = min(saved.nbytes - offset, size - start)
+                if pieces[chunk][1] == 0:
+                    pieces[chunk][0] = len(plan.nbytes)
+                pieces[chunk][1] += 1
+                for column, value in zip(plan, (chunk, start, len(addresses) - 1, offset, count, 0), strict=True):
+                    column.append(value)
+                at, offset = at + count, offset + count
+        return plan, addresses, [(first, count) for first, count in pieces]
+
+    def finish(self) -> None:
+        """All bytes have arrived: copy what could not be written directly, and tell the version counters."""
+        with torch.no_grad():
+            for target, host in self._copies:
+                target.copy_(host)
+        written = [live for live in self._live.values() if not live.is_inference()]
+        if written:
+            torch.autograd.graph.increment_version(written)
+        self._kept.clear()
+
+
+def _view(storage: torch.UntypedStorage, saved: pb.Tensor, lowest: int) -> torch.Tensor:
+    dtype = dtypes[saved.dtype]
+    empty = torch.empty(0, dtype=dtype, device=storage.device)
+    with torch.no_grad():
+        return empty.set_(storage, (saved.storage_offset - lowest) // dtype.itemsize, tuple(saved.shape), tuple(saved.strides))  # type: ignore[call-overload, no-any-return] # fmt: skip
+
+
+def check_bounds(layout: pb.ShardLayout) -> None:
+    """Refuse a layout whose numbers do not fit together, before anything is allocated or addressed.
+
+    Raises:
+        IntegrityError: names the tensor.
+    """
+    end = max((r.shard_offset + r.nbytes for r in layout.ranges), default=0)
+    if not layout.chunk_bytes or layout.chunk_bytes % 64:
+        raise IntegrityError("the layout's chunk size is impossible", chunk_bytes=layout.chunk_bytes)
+    for region in layout.regions:
+        if region.shard_offset + region.nbytes > end:
+            raise IntegrityError("a region lies beyond the shard's end", offset=region.shard_offset)
+    for number, tensor in enumerate(layout.tensors):
+        is_wrapper = tensor.HasField("subclass")
+        if any(part.tensor <= number or part.tensor >= len(layout.tensors) for part in tensor.subclass.components):
+            raise IntegrityError("a tensor's components do not follow it", tensor=tensor.name)
+        if tensor.dtype not in dtypes or len(tensor.shape) > TENSOR_DIMS_MAX:
+            raise IntegrityError("a tensor's dtype or shape is unknown here", tensor=tensor.name, dtype=tensor.dtype)
+        if is_wrapper:
+            continue
+        if len(tensor.strides) != len(tensor.shape) or tensor.region >= len(layout.regions):
+            raise IntegrityError("a tensor's description is inconsistent", tensor=tensor.name)
+        itemsize = dtypes[tensor.dtype].itemsize
+        span = span_nbytes(tuple(tensor.shape), tuple(tensor.strides), itemsize)
+        fits = tensor.region_offset + span <= layout.regions[tensor.region].nbytes and span <= tensor.nbytes
+        if not fits or min(tensor.strides, default=0) < 0 or tensor.storage_offset % itemsize:
+            raise IntegrityError("a tensor does not fit its region", tensor=tensor.name, nbytes=span)
