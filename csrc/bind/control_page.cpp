@@ -53,9 +53,9 @@ std::vector<uint64_t> column(nb::handle values, const char* name, size_t expecte
   }
   for (size_t i = 0; i < numbers.size(); ++i) {
     if (numbers[i] <= UINT32_MAX) continue;
-    throw nb::value_error((std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(numbers[i]) +
-                           ", must be below 2^32")
-                              .c_str());
+    throw nb::value_error(
+        (std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(numbers[i]) + ", must be below 2^32")
+            .c_str());
   }
   return numbers;
 }

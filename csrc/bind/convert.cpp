@@ -37,7 +37,8 @@ std::vector<uint64_t> widen(const Py_buffer& buffer, const char* name) {
   if constexpr (std::is_signed_v<T>) {
     for (size_t i = 0; i < items.size(); ++i) {
       if (items[i] < 0) {
-        refuse(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(items[i]) + ", must not be negative");
+        refuse(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(items[i]) +
+               ", must not be negative");
       }
     }
   }
@@ -82,7 +83,8 @@ std::vector<uint64_t> from_sequence(nb::handle values, const char* name) {
     if (PyLong_Check(objects[i]) && !PyErr_Occurred()) continue;
     PyErr_Clear();
     const std::string shown = nb::repr(nb::handle(objects[i])).c_str();
-    refuse(std::string(name) + "[" + std::to_string(i) + "] is " + shown.substr(0, 100) + ", wanted an integer in 0..2^64-1");
+    refuse(std::string(name) + "[" + std::to_string(i) + "] is " + shown.substr(0, 100) +
+           ", wanted an integer in 0..2^64-1");
   }
   return result;
 }

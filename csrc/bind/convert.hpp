@@ -1,8 +1,8 @@
 // Python arguments to C++ values and statuses to exceptions. Every message names the argument.
 #pragma once
 
-#include <cstdint>
 #include <nanobind/nanobind.h>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <vector>

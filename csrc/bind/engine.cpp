@@ -1,6 +1,6 @@
+#include <unistd.h>
 #include <cerrno>
 #include <memory>
-#include <unistd.h>
 #include <vector>
 
 #include "convert.hpp"
@@ -126,8 +126,7 @@ void add_engine(nb::module_& module) {
   add_ticket(module);
   nb::class_<PyEngine>(module, "CopyEngine", nb::is_final())
       .def(
-          "__init__",
-          [](PyEngine* self, nb::handle thread_count) { new (self) PyEngine(make_engine(thread_count)); },
+          "__init__", [](PyEngine* self, nb::handle thread_count) { new (self) PyEngine(make_engine(thread_count)); },
           "thread_count"_a = 1)
       .def("submit", &submit, "plan"_a, "src_bases"_a, "dst_bases"_a)
       .def("close", [](const PyEngine& self) {

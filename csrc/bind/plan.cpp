@@ -1,7 +1,7 @@
 #include "plan.hpp"
 
-#include <cmath>
 #include <nanobind/stl/unique_ptr.h>
+#include <cmath>
 
 #include "convert.hpp"
 #include "parts.hpp"

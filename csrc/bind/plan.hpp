@@ -1,8 +1,8 @@
 // CopyPlan as Python holds it.
 #pragma once
 
-#include <memory>
 #include <nanobind/nanobind.h>
+#include <memory>
 #include <vector>
 
 #include "snapd/copy_plan.hpp"

@@ -1,10 +1,10 @@
 #include "snapd/copy_job.hpp"
 
+#include <sys/eventfd.h>
+#include <unistd.h>
 #include <cerrno>
 #include <chrono>
 #include <ctime>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "snapd/copy_kernel.hpp"
 
@@ -110,9 +110,7 @@ bool CopyJob::fence(int group, int64_t deadline_ns) noexcept {
   return is_copied(group);
 }
 
-bool CopyJob::is_done(int group) const noexcept {
-  return is_copied(group) && (group != kAllGroups || is_settled());
-}
+bool CopyJob::is_done(int group) const noexcept { return is_copied(group) && (group != kAllGroups || is_settled()); }
 
 bool CopyJob::is_copied(int group) const noexcept {
   const auto& left = group == kAllGroups ? blocks_left_ : groups_[static_cast<uint32_t>(group)].blocks_left;
@@ -244,7 +242,9 @@ void CopyJob::finish_block(const Claim& claim, Worker worker) noexcept {
   const bool is_group_copied = groups_[plan_->group_of(claim.block)].blocks_left.fetch_sub(1) == 1;
   const bool is_all_copied = blocks_left_.fetch_sub(1) == 1;
   if (is_group_copied || is_all_copied) {
-    { const std::lock_guard lock(mutex_); }  // a sleeper has seen either the count or will get the call
+    {
+      const std::lock_guard lock(mutex_);
+    }  // a sleeper has seen either the count or will get the call
     changed_.notify_all();
   }
 }

@@ -1,10 +1,10 @@
 #include "snapd/mapping.hpp"
 
-#include <cerrno>
-#include <string>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <cerrno>
+#include <string>
 #include <utility>
 
 namespace snapd {
@@ -18,7 +18,7 @@ constexpr int kMadvPopulateWrite = 23;
 
 Status Mapping::map(int fd, size_t nbytes, bool is_writable, Mapping* out) {
   if (nbytes == 0) return Status::invalid("nbytes is 0, nothing to map");
-  struct stat file {};
+  struct stat file{};
   if (fstat(fd, &file) != 0) return Status::system(errno, "fstat of descriptor " + std::to_string(fd));
   if (static_cast<uint64_t>(file.st_size) < nbytes) {
     return Status::invalid("nbytes is " + std::to_string(nbytes) + ", but the file has " +

@@ -1,15 +1,15 @@
 #include "snapd/page_access.hpp"
 
+#include <fcntl.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cstring>
-#include <fcntl.h>
 #include <string>
-#include <sys/eventfd.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include <utility>
 
 namespace snapd {
@@ -23,7 +23,8 @@ struct Field {
   uint8_t nbytes;
 };
 
-#define SNAPD_FIELD(type, name) Field{#name, offsetof(type, name), sizeof(type::name)}
+#define SNAPD_FIELD(type, name) \
+  Field { #name, offsetof(type, name), sizeof(type::name) }
 constexpr Field kWords[] = {
     SNAPD_FIELD(PageHeader, generation),
     SNAPD_FIELD(PageHeader, daemon_instance),
@@ -84,7 +85,8 @@ Status too_many(const char* what, size_t count, uint32_t capacity) {
 }
 
 Status check_header(const PageHeader& header, uint64_t file_bytes) {
-  if (std::memcmp(header.magic, kPageMagic, sizeof kPageMagic) != 0) return Status::invalid("magic: not a control page");
+  if (std::memcmp(header.magic, kPageMagic, sizeof kPageMagic) != 0)
+    return Status::invalid("magic: not a control page");
   if (header.version != kPageVersion) {
     return Status::invalid("version is " + std::to_string(header.version) + ", this program knows " +
                            std::to_string(kPageVersion));
@@ -143,7 +145,7 @@ Status PageAccess::create(int fd, const PageSpec& spec, PageAccess* out) {
 }
 
 Status PageAccess::attach(int fd, PageAccess* out) {
-  struct stat file {};
+  struct stat file{};
   if (fstat(fd, &file) != 0) return Status::system(errno, "fstat of descriptor " + std::to_string(fd));
   const auto file_bytes = static_cast<uint64_t>(file.st_size);
   if (file_bytes < sizeof(PageHeader) || file_bytes > page_bytes(kLaneCountMax, kEntryCapacityMax)) {

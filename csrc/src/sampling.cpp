@@ -48,8 +48,7 @@ Status Sample::differing(std::span<const uint64_t> dst_bases, std::vector<uint32
   return Status::good();
 }
 
-Sampler::Sampler(std::shared_ptr<const CopyPlan> plan)
-    : plan_(std::move(plan)), pool_(std::make_shared<BufferPool>()) {
+Sampler::Sampler(std::shared_ptr<const CopyPlan> plan) : plan_(std::move(plan)), pool_(std::make_shared<BufferPool>()) {
   const auto pieces = plan_->pieces();
   std::vector<uint32_t> order;
   for (uint32_t i = 0; i < pieces.size(); ++i) {

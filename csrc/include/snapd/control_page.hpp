@@ -55,33 +55,33 @@ struct alignas(64) PageHeader {
   uint64_t file_bytes;
   uint64_t reserved[2];
   // daemon -> trainer, each written on its own
-  alignas(64) uint64_t generation;          // changes on rollback only
-  uint64_t daemon_instance;                 // who serves this page
-  uint64_t segments_version;                // > what the client has: fetch the descriptors again
-  uint64_t fenced;                          // 1: an older generation; nothing more is taken
-  uint64_t interval_from_step;              // from this step on ...
-  uint64_t interval_steps;                  // ... snapshots are taken every so many steps (0: as configured)
-  uint64_t captured_step_plus_one;          // newest of this rank
-  uint64_t complete_step_plus_one;          // newest on all ranks
+  alignas(64) uint64_t generation;  // changes on rollback only
+  uint64_t daemon_instance;         // who serves this page
+  uint64_t segments_version;        // > what the client has: fetch the descriptors again
+  uint64_t fenced;                  // 1: an older generation; nothing more is taken
+  uint64_t interval_from_step;      // from this step on ...
+  uint64_t interval_steps;          // ... snapshots are taken every so many steps (0: as configured)
+  uint64_t captured_step_plus_one;  // newest of this rank
+  uint64_t complete_step_plus_one;  // newest on all ranks
   // trainer -> daemon
-  alignas(64) uint64_t wanted_frames;       // what the next grant must hold
-  uint64_t skipped_step_plus_one;           // newest step that this rank skipped for want of a lane (abort record)
+  alignas(64) uint64_t wanted_frames;  // what the next grant must hold
+  uint64_t skipped_step_plus_one;      // newest step that this rank skipped for want of a lane (abort record)
   uint64_t skipped_count;
-  uint64_t step_seen_plus_one;              // newest step passed to snap.step
+  uint64_t step_seen_plus_one;  // newest step passed to snap.step
 };
 
 struct alignas(64) LaneHeader {
-  uint32_t state;                           // LaneState
-  uint32_t grant_count;                     // daemon
-  uint32_t entry_count;                     // trainer, as is all below
-  uint32_t discard_reason;                  // 1 counter, 2 sample, 3 address, 4 full audit, 5 error, 6 closed
-  uint64_t sequence;                        // counts the captures of the session
+  uint32_t state;           // LaneState
+  uint32_t grant_count;     // daemon
+  uint32_t entry_count;     // trainer, as is all below
+  uint32_t discard_reason;  // 1 counter, 2 sample, 3 address, 4 full audit, 5 error, 6 closed
+  uint64_t sequence;        // counts the captures of the session
   uint64_t generation;
   uint64_t step;
-  uint64_t layout_nbytes;                   // the layout fills the first ceil(layout_nbytes / chunk_bytes) entries
+  uint64_t layout_nbytes;  // the layout fills the first ceil(layout_nbytes / chunk_bytes) entries
   uint64_t early_values_offset;
   uint64_t early_values_nbytes;
-  uint64_t handed_over_ns;                  // CLOCK_MONOTONIC
+  uint64_t handed_over_ns;  // CLOCK_MONOTONIC
   uint64_t copied_ns;
   uint64_t copied_bytes;
   uint64_t reserved[5];

@@ -1,10 +1,10 @@
 // Threads that copy, outside of any interpreter's lock, what is handed to them.
 #pragma once
 
-#include <cstdint>
-#include <memory>
 #include <pthread.h>
 #include <sys/types.h>
+#include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "snapd/copy_job.hpp"
@@ -15,8 +15,8 @@ namespace snapd {
 inline constexpr uint32_t kThreadCountMax = 64;
 inline constexpr size_t kJobsUnderWayMax = 64;
 
-/// Copy threads named `snapd-copy-N`, at normal priority (SCHED_BATCH), with all signals blocked. They take jobs in order of
-/// submission and keep each one alive until they are done with it.
+/// Copy threads named `snapd-copy-N`, at normal priority (SCHED_BATCH), with all signals blocked. They take jobs in
+/// order of submission and keep each one alive until they are done with it.
 ///
 /// A forked child has none of the threads: there submit() refuses, close() and the destructor touch nothing.
 class CopyEngine {

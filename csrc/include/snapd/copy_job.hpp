@@ -7,12 +7,12 @@
 //                          +--seize--> owner 2, 3, ... --copied--+
 //
 // Seizing. A fence must not wait for a copy thread that was descheduled in the middle of a block (with all cores busy
-// that is the usual state of a copy thread, and its next turn may be many milliseconds away). So a waiter that finds nothing free
-// spins for about the time that one block takes and then seizes the block: it copies the whole block itself, while the source
-// still stands still, and the fence passes. The first owner, whenever it runs again, sees before its next store that
-// the block is no longer its own (copy_kernel.hpp). What it can still do is store one window (<= 256 bytes) that it
-// read before the block was seized: the very bytes that are there already. That is harmless as long as the place still
-// holds this copy, and harmful once the place was handed on. Hence two kinds of "ready":
+// that is the usual state of a copy thread, and its next turn may be many milliseconds away). So a waiter that finds
+// nothing free spins for about the time that one block takes and then seizes the block: it copies the whole block
+// itself, while the source still stands still, and the fence passes. The first owner, whenever it runs again, sees
+// before its next store that the block is no longer its own (copy_kernel.hpp). What it can still do is store one window
+// (<= 256 bytes) that it read before the block was seized: the very bytes that are there already. That is harmless as
+// long as the place still holds this copy, and harmful once the place was handed on. Hence two kinds of "ready":
 //
 //   copied    all bytes of a group are in place: its sources may change. What a fence waits for.
 //   settled   all bytes are in place (or the job is cancelled) and no thread is inside any block: the destinations
@@ -106,11 +106,11 @@ class CopyJob {
   const std::vector<uint64_t> src_;
   const std::vector<uint64_t> dst_;
   std::unique_ptr<std::atomic<uint8_t>[]> state_;
-  std::unique_ptr<Group[]> groups_;  // kGroupCount; those without blocks are copied from the start
+  std::unique_ptr<Group[]> groups_;         // kGroupCount; those without blocks are copied from the start
   std::atomic<uint32_t> blocks_left_;       // not done
   std::atomic<uint32_t> blocks_unclaimed_;  // free
   std::atomic<uint32_t> open_group_{0};     // no lower group has a free block
-  std::atomic<uint32_t> inside_{0};  // threads between claim and leave
+  std::atomic<uint32_t> inside_{0};         // threads between claim and leave
   std::atomic<int> urgent_group_{kAllGroups};
   std::atomic<bool> cancelled_{false};
   std::atomic<bool> settled_{false};
@@ -120,7 +120,7 @@ class CopyJob {
   std::atomic<uint64_t> cpu_ns_{0};
   std::atomic<uint64_t> started_ns_{0};
   std::atomic<uint64_t> finished_ns_{0};
-  std::mutex mutex_;                // for waiting and for event_fd_
+  std::mutex mutex_;                 // for waiting and for event_fd_
   std::condition_variable changed_;  // a group was copied, or settled
   int event_fd_ = -1;
 };

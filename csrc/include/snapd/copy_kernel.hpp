@@ -6,9 +6,9 @@
 // Revocable copies. The helper of a fence may take over a block that a starved thread is in the middle of. The
 // starved thread must then never write anything that it read after the fence let the source change. So every kernel
 // works in small windows (64..256 bytes, held in registers): load a window, look at the block's state, and only if
-// the block is still its own store the window. Since loads are ordered before that look, and the look before the stores,
-// whatever a thread stores was read before its block was revoked. A revoked thread may still *store* one window of
-// the old bytes, long after; see copy_engine.hpp for who waits for that.
+// the block is still its own store the window. Since loads are ordered before that look, and the look before the
+// stores, whatever a thread stores was read before its block was revoked. A revoked thread may still *store* one window
+// of the old bytes, long after; see copy_engine.hpp for who waits for that.
 #pragma once
 
 #include <atomic>

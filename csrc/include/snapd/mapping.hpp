@@ -1,9 +1,9 @@
 // A shared mapping of a file, absent in forked children.
 #pragma once
 
+#include <sys/types.h>
 #include <cstddef>
 #include <cstdint>
-#include <sys/types.h>
 
 #include "snapd/status.hpp"
 

@@ -1,8 +1,8 @@
 // A few bytes of each source, kept for a later comparison with the copy.
 //
-// Version counters do not see every write (fused optimizers, raw pointers), so at the fence some bytes of the source are
-// kept or were kept earlier, and compared with the destination. Which bytes: windows that move from turn to turn, in
-// an order that visits every window of a source once before it comes back.
+// Version counters do not see every write (fused optimizers, raw pointers), so at the fence some bytes of the source
+// are kept or were kept earlier, and compared with the destination. Which bytes: windows that move from turn to turn,
+// in an order that visits every window of a source once before it comes back.
 #pragma once
 
 #include <cstddef>
@@ -64,8 +64,8 @@ class Sampler {
  public:
   explicit Sampler(std::shared_ptr<const CopyPlan> plan);
 
-  /// Keep bytes of the sources. The bases were checked against the plan. In turn t + 1 other windows are kept than in t;
-  /// where `share_max` does not suffice for a window of every source, turns take the sources in rotation.
+  /// Keep bytes of the sources. The bases were checked against the plan. In turn t + 1 other windows are kept than in
+  /// t; where `share_max` does not suffice for a window of every source, turns take the sources in rotation.
   std::unique_ptr<Sample> take(Bases bases, uint64_t turn, SampleLimits limits) const;
 
  private:

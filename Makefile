@@ -1,0 +1,91 @@
+# `make help` lists what there is. Everything is set up below .venv/; a bare machine needs g++, make and Python 3.11+
+# with its headers and venv (Debian, Ubuntu: apt-get install g++ make python3-dev python3-venv).
+
+PYTHON ?= python3
+VENV ?= .venv
+# More options for pip, e.g. an index with the CPU builds of torch.
+PIP_OPTIONS ?=
+# More options for pytest, e.g. -k NAME.
+PYTEST_OPTIONS ?=
+DEMO_OPTIONS ?=
+SOAK_OPTIONS ?=
+BENCH_OPTIONS ?=
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+NATIVE_SOURCES := $(shell find csrc/include csrc/src csrc/bind -type f)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+TEST_FOLDERS := $(wildcard tests/unit tests/property tests/fault tests/e2e)
+RUFF_FOLDERS := $(wildcard snapd client demo bench scripts tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format proto proto-check soak bench gpu-check native-test native-sanitize clean
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## venv             set up .venv/ (once; again when pyproject.toml, constraints.txt or csrc/ change)
+venv: $(STAMP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(VENV)/bin/python pyproject.toml constraints.txt CMakeLists.txt $(NATIVE_SOURCES)
+	$(RUN) -m pip install --quiet $(PIP_OPTIONS) -c constraints.txt -e '.[torch,dev]'
+	@touch $@
+
+## demo             train, kill -9, resume, and prove that nothing changed
+demo: $(STAMP)
+	$(RUN) demo/run_demo.py $(DEMO_OPTIONS)
+
+## test             all tests but the slow ones
+test: $(STAMP)
+	$(RUN) -m pytest -m 'not slow' $(PYTEST_OPTIONS) $(TEST_FOLDERS)
+
+## check            style, types, drift of generated files, unit tests
+check: $(STAMP)
+	$(VENV)/bin/ruff check $(RUFF_FOLDERS)
+	$(VENV)/bin/ruff format --check $(RUFF_FOLDERS)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(RUN) scripts/generate_proto.py --check
+	$(RUN) -m pytest -q -m 'not slow' $(PYTEST_OPTIONS) tests/unit
+
+## format           rewrite the sources in the project's style
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix-only --quiet $(RUFF_FOLDERS)
+	$(VENV)/bin/ruff format --quiet $(RUFF_FOLDERS)
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+## proto            generate proto/snapd_proto/ from proto/snapd/v1/
+proto: $(STAMP)
+	$(RUN) scripts/generate_proto.py
+
+## proto-check      fail if the generated files have drifted
+proto-check: $(STAMP)
+	$(RUN) scripts/generate_proto.py --check
+
+## soak             kills at named points and at random moments, many times
+soak: $(STAMP)
+	$(RUN) tests/soak/run.py $(SOAK_OPTIONS)
+
+## bench            snapd beside torch.save and DCP async
+bench: $(STAMP)
+	$(RUN) bench/run.py $(BENCH_OPTIONS)
+
+## gpu-check        what needs a CUDA device
+gpu-check: $(STAMP)
+	$(RUN) -m snapd_client.gpu_check
+
+## native-test      the C++ tests
+native-test: $(STAMP)
+	$(RUN) scripts/native_test.py
+
+## native-sanitize  the C++ tests under ThreadSanitizer, then AddressSanitizer and UndefinedBehaviorSanitizer
+native-sanitize: $(STAMP)
+	$(RUN) scripts/native_test.py --sanitize thread
+	$(RUN) scripts/native_test.py --sanitize address,undefined
+
+## clean            remove what was built, .venv/ too
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out bench-out .mypy_cache .ruff_cache .pytest_cache .hypothesis
