@@ -1,0 +1,397 @@
+"""Settings of the daemon: default < TOML file < SNAPD_* environment < flags, read once, in `main`.
+
+Each field says what it trades, its unit and its bound. `load` collects every problem before it refuses. A
+field `section.name` is `[section] name = ...` in the file, `SNAPD_SECTION_NAME` in the environment,
+`--section-name` as a flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snapd.core.geometry import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, LANES_MAX, SLOTS_MIN, is_chunk_size
+from snapd.errors import ConfigError
+from snapd.runtime.context import NodeSettings
+from snapd.units import MIB, format_size, parse_duration_s, parse_size
+
+
+def _setting(
+    default: Any, kind: str, doc: str, *, low: float = 0, high: float = 0, choices: tuple[str, ...] = ()
+) -> Any:
+    """A field: `kind` is size, duration, count, port, text or choice; `low` and `high` bound the numbers."""
+    return field(
+        default=default, metadata={"kind": kind, "doc": doc, "low": low, "high": high, "choices": choices}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """Sockets, lock and log."""
+
+    dir: str = _setting(
+        "",
+        "text",
+        "Folder of the sockets, 0700. Empty: $XDG_RUNTIME_DIR/snapd-train, else /tmp/snapd-train-UID. A path"
+        " that every trainer of this user sees; Unix socket paths end at 107 characters.",
+    )
+    connections: int = _setting(
+        1024,
+        "count",
+        "Handshake connections served at once. Each costs a descriptor; one per rank and command.",
+        low=8,
+        high=65536,
+    )
+    stop_grace: float = _setting(
+        5.0,
+        "duration",
+        "How long calls may go on after SIGTERM. Longer lets restores end, shorter frees the machine.",
+        low=0,
+        high=600,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaConfig:
+    """The shared memory."""
+
+    dir: str = _setting(
+        "",
+        "text",
+        "Folder of the arena, 0700, on a tmpfs. Empty: /dev/shm/snapd-train-UID. Snapshots live and die with it.",
+    )
+    bytes: int = _setting(
+        0,
+        "size",
+        "Upper bound of all segments; 0: what the file system, the cgroup and the machine leave. A bound keeps"
+        " room for others, and refuses a job that would not fit beside them.",
+        low=0,
+        high=1 << 50,
+    )
+    headroom: int = _setting(
+        256 * MIB,
+        "size",
+        "Memory left free beside the arena (cgroup and machine). More protects the trainer from the"
+        " out-of-memory killer, less lets larger states in.",
+        low=0,
+        high=1 << 40,
+    )
+    chunk_bytes: int = _setting(
+        4 * MIB,
+        "size",
+        "Largest chunk, a power of two; small states get smaller ones. Larger costs less bookkeeping,"
+        " smaller shares more between snapshots.",
+        low=CHUNK_BYTES_MIN,
+        high=CHUNK_BYTES_MAX,
+    )
+    slots: int = _setting(
+        2,
+        "count",
+        "Shards that fit per rank: one being captured, the others complete. Each more costs one state of"
+        " memory and keeps one more complete snapshot.",
+        low=SLOTS_MIN,
+        high=LANES_MAX,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureConfig:
+    """Taking up what trainers hand over."""
+
+    hash_threads: int = _setting(
+        2,
+        "count",
+        "Threads that hash: one per shard being captured, all of them before a restore. More shortens the"
+        " window of several ranks, and takes cores from training.",
+        low=1,
+        high=64,
+    )
+    poll_interval: float = _setting(
+        0.5,
+        "duration",
+        "How often pages are looked at without a wake-up. Shorter finds a lost wake-up sooner and costs"
+        " idle CPU.",
+        low=0.05,
+        high=60,
+    )
+    interval_factor_max: int = _setting(
+        64,
+        "count",
+        "How far the capture interval is widened when ranks find no free slot. 1 never widens: each step"
+        " then waits its `wait_max`.",
+        low=1,
+        high=1 << 16,
+    )
+    grow_retry: float = _setting(
+        5.0, "duration", "Pause before an arena that was refused is tried again.", low=0.1, high=3600
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreConfig:
+    """Agreeing on a snapshot."""
+
+    settle: float = _setting(
+        60.0,
+        "duration",
+        "How long a restore waits for captures of older trainers, and for ranks of a rollback that are"
+        " late. Shorter fails earlier.",
+        low=1,
+        high=3600,
+    )
+    finish: float = _setting(
+        600.0,
+        "duration",
+        "How long the first rank that has restored waits for the last. It must cover the slowest"
+        " rank's copy.",
+        low=1,
+        high=86400,
+    )
+    wait_max: float = _setting(
+        600.0, "duration", "Longest wait for a level in one call; clients ask again.", low=1, high=86400
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Structured lines, one event each."""
+
+    level: str = _setting(
+        "info", "choice", "debug also tells of drops.", choices=("debug", "info", "warning", "error")
+    )
+    file: str = _setting("", "text", "Append to this file; empty: standard error.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Prometheus over HTTP; off unless a port is given."""
+
+    address: str = _setting(
+        "127.0.0.1", "text", "Address to listen on; others than loopback show the metrics to others."
+    )
+    port: int = _setting(0, "port", "0: not served.", low=0, high=65535)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultConfig:
+    """For tests only."""
+
+    points: str = _setting(
+        "", "text", "Points at which the daemon kills or stops itself: see runtime/faultpoints.py."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything, as configured. `paths` and `node_settings` derive what the parts need."""
+
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    arena: ArenaConfig = field(default_factory=ArenaConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where this daemon's files are."""
+
+    runtime: Path
+    arena: Path
+
+    @property
+    def grpc_socket(self) -> Path:
+        return self.runtime / "snapd.sock"
+
+    @property
+    def handshake_socket(self) -> Path:
+        return self.runtime / "handshake.sock"
+
+    @property
+    def lock(self) -> Path:
+        return self.runtime / "daemon.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A valid configuration, and where each value came from (dotted path -> source)."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One row of `snapd config explain`."""
+
+    path: str
+    value: str
+    source: str
+    default: str
+    unit: str
+    bound: str
+    doc: str
+
+
+def fields_of(config: Config) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """(dotted path, field, value) of every setting, in order."""
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        for setting in dataclasses.fields(part):
+            yield f"{section.name}.{setting.name}", setting, getattr(part, setting.name)
+
+
+def env_name(path: str) -> str:
+    """The environment variable of a setting: arena.dir -> SNAPD_ARENA_DIR."""
+    return "SNAPD_" + path.replace(".", "_").upper()
+
+
+def load(
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Put the configuration together. `flags`: dotted path -> value; None values are not set.
+
+    Raises:
+        ConfigError: kind `settings`; lists every problem with its path, value and source.
+    """
+    environment = os.environ if environ is None else environ
+    problems: list[str] = []
+    from_file = _file_values(file, problems)
+    given = {path: value for path, value in (flags or {}).items() if value is not None}
+    sources: dict[str, str] = {}
+    values: dict[str, dict[str, Any]] = {}
+    known = {path for path, _, _ in fields_of(Config())}
+    problems.extend(f"{path}: no such setting (from {file})" for path in from_file if path not in known)
+    problems.extend(f"{path}: no such setting (from flags)" for path in given if path not in known)
+    for path, setting, default in fields_of(Config()):
+        raw, source = default, "default"
+        for candidate, name in (
+            (from_file.get(path), str(file)),
+            (environment.get(env_name(path)), env_name(path)),
+            (given.get(path), "flag"),
+        ):
+            if candidate is not None:
+                raw, source = candidate, name
+        value = default
+        if source != "default":
+            try:
+                value = _checked(setting, raw)
+            except ValueError as error:
+                problems.append(f"{path} = {raw!r} (from {source}): {error}")
+        section, _, name = path.partition(".")
+        values.setdefault(section, {})[name] = value
+        sources[path] = source
+    config = Config(
+        **{s.name: type(getattr(Config(), s.name))(**values[s.name]) for s in dataclasses.fields(Config)}
+    )
+    if not is_chunk_size(config.arena.chunk_bytes):
+        problems.append(f"arena.chunk_bytes = {config.arena.chunk_bytes}: must be a power of two")
+    if problems:
+        raise ConfigError(
+            "; ".join(problems), kind="settings", hint="`snapd config explain` shows every setting"
+        )
+    return Loaded(config, sources)
+
+
+def _file_values(file: Path | None, problems: list[str]) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"{file}: {error.strerror}")
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"{file}: {error}")
+        return {}
+    found: dict[str, Any] = {}
+    for section, part in tree.items():
+        if not isinstance(part, dict):
+            problems.append(f"{section}: must be a section (from {file})")
+            continue
+        found.update({f"{section}.{name}": value for name, value in part.items()})
+    return found
+
+
+def _checked(setting: dataclasses.Field[Any], raw: Any) -> Any:
+    """Parse and bound one value; ValueError says what is wrong."""
+    kind, low, high = setting.metadata["kind"], setting.metadata["low"], setting.metadata["high"]
+    if kind in ("text", "choice"):
+        if not isinstance(raw, str):
+            raise ValueError("must be text")
+        if kind == "choice" and raw not in setting.metadata["choices"]:
+            raise ValueError(f"must be one of {', '.join(setting.metadata['choices'])}")
+        return raw
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
+        raise ValueError("must be a number")
+    value: int | float
+    if kind == "duration":
+        value = parse_duration_s(str(raw))
+    elif kind == "size":
+        value = 0 if raw == "auto" else parse_size(str(raw))
+    else:
+        value = int(str(raw))
+    if not low <= value <= high:
+        raise ValueError(f"must be {_shown(kind, low)} to {_shown(kind, high)}")
+    return value
+
+
+def _shown(kind: str, value: Any) -> str:
+    if kind == "size":
+        return format_size(int(value))
+    return f"{value:g} s" if kind == "duration" else str(value)
+
+
+def explain(loaded: Loaded) -> list[Explained]:
+    """Every setting with its value, which source won, unit, bound, and what it trades."""
+    defaults = {path: value for path, _, value in fields_of(Config())}
+    rows: list[Explained] = []
+    for path, setting, value in fields_of(loaded.config):
+        meta = setting.metadata
+        kind = meta["kind"]
+        unit = {"size": "bytes", "duration": "seconds", "count": "count", "port": "port"}.get(kind, "")
+        bound = " | ".join(meta["choices"]) if meta["choices"] else ""
+        if unit:
+            bound = f"{_shown(kind, meta['low'])} .. {_shown(kind, meta['high'])}"
+        shown, default = _shown(kind, value), _shown(kind, defaults[path])
+        rows.append(Explained(path, shown, loaded.sources[path], default, unit, bound, meta["doc"]))
+    return rows
+
+
+def paths(config: Config, environ: Mapping[str, str] | None = None, uid: int | None = None) -> Paths:
+    """The folders, with the defaults of ARCHITECTURE.md."""
+    environment = os.environ if environ is None else environ
+    user = os.getuid() if uid is None else uid
+    base = environment.get("XDG_RUNTIME_DIR", "")
+    fallback = Path(base) / "snapd-train" if base else Path(f"/tmp/snapd-train-{user}")
+    runtime = Path(config.runtime.dir) if config.runtime.dir else fallback
+    arena = Path(config.arena.dir) if config.arena.dir else Path(f"/dev/shm/snapd-train-{user}")
+    return Paths(runtime.absolute(), arena.absolute())
+
+
+def node_settings(config: Config) -> NodeSettings:
+    """What the running node needs of it."""
+    return NodeSettings(
+        chunk_bytes=config.arena.chunk_bytes,
+        slots=config.arena.slots,
+        arena_bytes=config.arena.bytes,
+        headroom_bytes=config.arena.headroom,
+        poll_interval_s=config.capture.poll_interval,
+        interval_factor_max=config.capture.interval_factor_max,
+        restore_settle_s=config.restore.settle,
+        restore_finish_s=config.restore.finish,
+        grow_retry_s=config.capture.grow_retry,
+        hash_threads=config.capture.hash_threads,
+        sessions_max=config.runtime.connections,
+        wait_max_s=config.restore.wait_max,
+    )

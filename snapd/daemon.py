@@ -1,0 +1,159 @@
+"""The daemon's wiring: folders, lock, node, services, signals. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TextIO
+
+from snapd import __version__
+from snapd.config import Config, Paths, node_settings, paths
+from snapd.errors import ConfigError, ConflictError, IntegrityError
+from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
+from snapd.obs.log import EventLog, configure_logging
+from snapd.obs.metrics import Metrics
+from snapd.rpc.handshake import HandshakeServer
+from snapd.rpc.server import RpcServer
+from snapd.runtime import faultpoints
+from snapd.runtime.context import Context, Environment
+from snapd.runtime.node import Node
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_BUG = 70
+SOCKET_PATH_MAX = 107
+
+
+def run_daemon(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; a second one ends at once. Returns the exit code, after one line on what
+    is wrong.
+    """
+    where = paths(config)
+    os.umask(0o077)
+    with contextlib.ExitStack() as stack:
+        try:
+            faultpoints.arm(config.fault.points)
+            log = configure_logging(_log_stream(config, stack), config.log.level)
+            arena = _take_folders(where, stack)
+            return asyncio.run(serve(config, where, arena, log))
+        except (ConfigError, ConflictError, IntegrityError) as error:
+            print(f"snapd: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
+            return EXIT_USAGE
+
+
+def _log_stream(config: Config, stack: contextlib.ExitStack) -> TextIO:
+    if not config.log.file:
+        return sys.stderr
+    try:
+        return stack.enter_context(open(config.log.file, "a", encoding="utf-8", buffering=1))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the log {config.log.file}: {error.strerror}", kind="log_file"
+        ) from error
+
+
+def _take_folders(where: Paths, stack: contextlib.ExitStack) -> ArenaFolder:
+    """Check both folders and lock both: a second daemon on either is refused."""
+    if len(str(where.handshake_socket)) > SOCKET_PATH_MAX:
+        raise ConfigError(f"the path of the sockets is too long: {where.runtime}", kind="folder")
+    private_folder(where.runtime)
+    stack.callback(FolderLock.take(where.lock).close)
+    arena = ArenaFolder.open(where.arena)
+    stack.callback(FolderLock.take(where.arena / "daemon.lock").close)
+    for path in (where.grpc_socket, where.handshake_socket):
+        path.unlink(missing_ok=True)  # stale: we hold the lock
+    return arena
+
+
+def real_environment() -> Environment:
+    """The clock, randomness and identity of this machine."""
+    return Environment(
+        monotonic_s=time.monotonic,
+        monotonic_ns=time.monotonic_ns,
+        wall_s=time.time,
+        random_id=lambda: 1 + secrets.randbelow((1 << 48) - 1),
+        random_secret=lambda: secrets.token_bytes(16),
+        random_token=lambda: secrets.token_hex(16),
+    )
+
+
+async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog) -> int:
+    """Run until a signal or a fatal error; the arena stays as it is. Returns the exit code."""
+    stop = asyncio.Event()
+    failures: list[BaseException] = []
+
+    def fatal(error: BaseException) -> None:
+        failures.append(error)
+        stop.set()
+
+    _on_signals(stop, log)
+    settings = node_settings(config)
+    with (
+        ThreadPoolExecutor(settings.hash_threads, thread_name_prefix="snapd-hash") as hashing,
+        ThreadPoolExecutor(1, thread_name_prefix="snapd-back") as blocking,
+    ):
+        context = Context(
+            settings, arena, log, Metrics(), real_environment(), hashing, blocking, fatal, held_by_job=dict
+        )
+        if config.metrics.port:
+            context.metrics.serve(config.metrics.address, config.metrics.port)
+        node = Node(context)
+        node.start()
+        await _serve_node(config, where, node, stop)
+        node.stop()
+    for error in failures:
+        log.error("daemon.failed", error, reason=str(error))
+    log.info("daemon.stopped", pid=os.getpid())
+    return EXIT_BUG if failures else EXIT_OK
+
+
+async def _serve_node(config: Config, where: Paths, node: Node, stop: asyncio.Event) -> None:
+    """Start in order, stop in reverse; a service that ends by itself is fatal."""
+    context = node.context
+    handshakes = HandshakeServer(node, where.handshake_socket, connections_max=config.runtime.connections)
+    rpc = RpcServer(node, where.grpc_socket, calls_max=2 * config.runtime.connections)
+    await rpc.start()
+    handshakes.listen()
+    tasks = [
+        context.spawn(handshakes.run(), "handshakes"),
+        context.spawn(_poll(node), "poll"),
+    ]
+    context.log.info(
+        "daemon.started",
+        pid=os.getpid(),
+        version=__version__,
+        runtime=str(where.runtime),
+        arena=str(where.arena),
+        jobs=len(node.jobs),
+    )
+    await stop.wait()
+    where.handshake_socket.unlink(missing_ok=True)
+    await rpc.stop(config.runtime.stop_grace)
+    for task in [*tasks, *context.tasks]:
+        task.cancel()
+    await asyncio.gather(*tasks, *context.tasks, return_exceptions=True)
+    where.grpc_socket.unlink(missing_ok=True)
+
+
+async def _poll(node: Node) -> None:
+    while True:
+        await asyncio.sleep(node.context.settings.poll_interval_s)
+        node.poll()
+
+
+def _on_signals(stop: asyncio.Event, log: EventLog) -> None:
+    def on_signal(name: str) -> None:
+        if stop.is_set():
+            log.warning("daemon.killed", reason=f"a second {name}")
+            os._exit(1)  # the arena needs no farewell: a kill -9 must do it no harm either
+        log.info("daemon.stopping", reason=name)
+        stop.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, on_signal, signal.Signals(signum).name)

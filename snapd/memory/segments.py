@@ -1,0 +1,138 @@
+"""Segments: files on tmpfs, fully backed before anyone copies into them, mapped once by the daemon."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snapd_native import Mapping
+
+from snapd.core.ids import Place
+from snapd.errors import CapacityError, IntegrityError, InvariantViolated
+from snapd.units import MIB
+
+BACKING_PIECE_BYTES = 64 * MIB
+_MADV_POPULATE_WRITE = 23
+
+
+def back_segment(path: Path, nbytes: int) -> None:
+    """Create `path` with `nbytes` of backed, zeroed pages. Blocking, without the GIL; run it in a thread.
+
+    tmpfs clears an allocated page at its first touch only, so the pages are touched here, not under a copy.
+
+    Raises:
+        CapacityError: kind `arena_full`: the file system ran out on the way; nothing is left behind.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        for offset in range(0, nbytes, BACKING_PIECE_BYTES):
+            length = min(BACKING_PIECE_BYTES, nbytes - offset)
+            os.posix_fallocate(descriptor, offset, length)
+            _touch(descriptor, offset, length)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise CapacityError(
+            f"the arena's file system is full: {nbytes} bytes could not be backed",
+            kind="arena_full",
+            hint="enlarge it: `--shm-size` of the container, `emptyDir.sizeLimit` of the pod, or the memory limit",
+            needed_bytes=nbytes,
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _touch(descriptor: int, offset: int, length: int) -> None:
+    with mmap.mmap(descriptor, length, offset=offset) as window:
+        try:
+            window.madvise(_MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno in (errno.ENOMEM, errno.EFAULT):
+                raise OSError(errno.ENOSPC, "pages could not be backed") from error
+            # an older kernel: the pages are allocated all the same, and cleared at the first touch
+
+
+@dataclass(slots=True)
+class Segment:
+    """One mapped segment of a (job, rank)."""
+
+    number: int
+    nbytes: int
+    path: Path
+    mapping: Mapping
+
+    @classmethod
+    def open(cls, path: Path, number: int, nbytes: int) -> Segment:
+        """Map a backed segment.
+
+        Raises:
+            IntegrityError: kind `segment`: the file is missing, of another size, or not a file.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise IntegrityError(
+                f"segment {path.name} cannot be opened: {error.strerror}", kind="segment"
+            ) from error
+        try:
+            found = os.fstat(descriptor).st_size
+            if found != nbytes:
+                raise IntegrityError(
+                    f"segment {path.name} has {found} bytes, the index says {nbytes}",
+                    kind="segment",
+                    nbytes=found,
+                )
+            return cls(number, nbytes, path, Mapping(descriptor, nbytes, True))
+        finally:
+            os.close(descriptor)
+
+    def descriptor(self, *, is_writable: bool) -> int:
+        """A new descriptor; the caller closes it. Read-only ones are opened as such, not merely mapped so."""
+        mode = os.O_RDWR if is_writable else os.O_RDONLY
+        return os.open(self.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+@dataclass(slots=True)
+class SegmentSet:
+    """All segments of one (job, rank), by number."""
+
+    rank: int
+    chunk_bytes: int
+    segments: dict[int, Segment] = field(default_factory=dict)
+
+    def add(self, segment: Segment) -> None:
+        self.segments[segment.number] = segment
+
+    @property
+    def nbytes(self) -> int:
+        return sum(segment.nbytes for segment in self.segments.values())
+
+    @property
+    def next_number(self) -> int:
+        return max(self.segments, default=-1) + 1
+
+    def view(self, place: Place, nbytes: int) -> memoryview:
+        """The first `nbytes` of a frame."""
+        segment = self._segment(place, nbytes)
+        return segment.mapping.view(place.frame * self.chunk_bytes, nbytes)
+
+    def address(self, place: Place, nbytes: int) -> int:
+        """Where the frame begins in this process; valid while the set is alive."""
+        return self._segment(place, nbytes).mapping.address + place.frame * self.chunk_bytes
+
+    def has(self, place: Place, nbytes: int) -> bool:
+        segment = self.segments.get(place.segment)
+        return (
+            segment is not None
+            and nbytes <= self.chunk_bytes
+            and (place.frame + 1) * self.chunk_bytes <= segment.nbytes
+        )
+
+    def _segment(self, place: Place, nbytes: int) -> Segment:
+        if not self.has(place, nbytes):
+            raise InvariantViolated("a frame outside its segment", segment=place.segment, frame=place.frame)
+        return self.segments[place.segment]

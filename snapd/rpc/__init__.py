@@ -1,0 +1,1 @@
+"""The daemon's doors: the handshake socket and gRPC. Nothing is decided here."""

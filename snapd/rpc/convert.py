@@ -1,0 +1,85 @@
+"""proto <-> core: requests are bounded and checked here, before anything else sees them."""
+
+from __future__ import annotations
+
+from snapd_proto import trainer_pb2
+
+from snapd.core.ids import check_world, checked_incarnation, checked_job_name
+from snapd.core.restore import Decision, Outcome, RankReport
+from snapd.errors import RemoteProtocolError
+from snapd.runtime.opening import Opening
+
+STATE_BYTES_MAX = 1 << 46
+BAD_CHUNKS_MAX = 4096
+TEXT_MAX = 4096
+INTERVAL_MAX = 1 << 31
+
+OUTCOMES = {
+    Outcome.FOUND: trainer_pb2.PlanRestoreReply.FOUND,
+    Outcome.ABSENT: trainer_pb2.PlanRestoreReply.ABSENT,
+    Outcome.UNUSABLE: trainer_pb2.PlanRestoreReply.UNUSABLE,
+    Outcome.WORLD_SIZE_DIFFERS: trainer_pb2.PlanRestoreReply.WORLD_SIZE_DIFFERS,
+}
+
+
+def opening_of(request: trainer_pb2.OpenSessionRequest, *, is_clustered: bool) -> Opening:
+    """Check an OpenSession request.
+
+    Raises:
+        ConfigError: kinds `job_name`, `incarnation`, `world`, `no_coordination`.
+        RemoteProtocolError: a number is out of range.
+    """
+    checked_job_name(request.job)
+    checked_incarnation(request.incarnation)
+    check_world(
+        request.rank,
+        request.world_size,
+        request.local_rank,
+        request.local_world_size,
+        is_clustered=is_clustered,
+    )
+    checked_state_bytes(request.state_bytes_estimate)
+    if request.interval_steps > INTERVAL_MAX:
+        raise RemoteProtocolError("interval_steps is out of range", interval_steps=request.interval_steps)
+    return Opening(
+        job=request.job,
+        incarnation=request.incarnation,
+        rank=request.rank,
+        world_size=request.world_size,
+        state_bytes_estimate=request.state_bytes_estimate,
+        chunk_bytes=request.chunk_bytes,
+        slots=request.slots,
+        interval_steps=max(1, request.interval_steps),
+    )
+
+
+def checked_state_bytes(nbytes: int) -> int:
+    """Return `nbytes` if a state can have that size."""
+    if nbytes > STATE_BYTES_MAX:
+        raise RemoteProtocolError("the state's size is out of range", state_bytes=nbytes, max=STATE_BYTES_MAX)
+    return nbytes
+
+
+def report_of(request: trainer_pb2.FinishRestoreRequest) -> RankReport:
+    """Check a FinishRestore request."""
+    if len(request.bad_chunks) > BAD_CHUNKS_MAX:
+        raise RemoteProtocolError("too many bad chunks in one report", count=len(request.bad_chunks))
+    bad = tuple((chunk.rank, chunk.chunk_index, chunk.what[:TEXT_MAX]) for chunk in request.bad_chunks)
+    return RankReport(request.succeeded and not bad, bad, request.failure[:TEXT_MAX])
+
+
+def plan_reply(decision: Decision) -> trainer_pb2.PlanRestoreReply:
+    """The decision without its shards."""
+    reply = trainer_pb2.PlanRestoreReply(outcome=OUTCOMES[decision.outcome], reason=decision.reason)
+    if decision.chosen is not None:
+        reply.generation, reply.step = decision.chosen.generation, decision.chosen.step
+    reply.candidates.extend(
+        trainer_pb2.Candidate(
+            generation=verdict.id.generation,
+            step=verdict.id.step,
+            verdict=verdict.verdict,
+            reason=verdict.reason,
+        )
+        for verdict in decision.verdicts
+    )
+    return reply

@@ -1,0 +1,171 @@
+"""The Trainer service: see proto/snapd/v1/trainer.proto."""
+
+from __future__ import annotations
+
+from snapd_proto import trainer_pb2, trainer_pb2_grpc
+
+from snapd.core.ids import SnapshotId
+from snapd.core.restore import Outcome
+from snapd.errors import AuthError, CapacityError, ConfigError, NotFoundError, UnavailableError
+from snapd.memory.records import record_to_proto
+from snapd.rpc.convert import checked_state_bytes, opening_of, plan_reply, report_of
+from snapd.rpc.guard import ServicerContext, caller, told
+from snapd.runtime import service
+from snapd.runtime.job import Job
+from snapd.runtime.node import Node
+from snapd.runtime.opening import begin_rollback, open_session, reserve
+from snapd.runtime.restoring import finish_restore, plan_restore, shards_for
+from snapd.runtime.session import Session
+
+
+class TrainerService(trainer_pb2_grpc.TrainerServicer):
+    """One per daemon."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def _session(self, session_id: int, context: ServicerContext) -> tuple[Job, Session]:
+        return self.node.session_of(caller(self.node, context), session_id)
+
+    @told
+    async def OpenSession(
+        self, request: trainer_pb2.OpenSessionRequest, context: ServicerContext
+    ) -> trainer_pb2.OpenSessionReply:
+        peer = caller(self.node, context)
+        if peer.is_admin:
+            raise AuthError("an admin connection opens no session", kind="role")
+        opening = opening_of(request, is_clustered=False)
+        job = self.node.job_for(opening.job)
+        try:
+            session = await open_session(self.node.context, job, peer, opening)
+        except (CapacityError, ConfigError):
+            self.node.drop_if_empty(job)
+            raise
+        self.node.adopt_new(session)
+        newest = job.ledger.newest_complete()
+        bad = next((facts for facts in job.ledger.newest_first() if facts.problem), None)
+        shown = newest or bad
+        return trainer_pb2.OpenSessionReply(
+            session_id=session.id,
+            session_secret=session.row.secret,
+            generation=session.generation,
+            chunk_bytes=job.chunk_bytes,
+            lane_count=session.row.slots,
+            has_parent=shown is not None,
+            newest_generation=shown.id.generation if shown else 0,
+            newest_step=shown.id.step if shown else 0,
+            arena_bytes=job.arena(session.rank).memory.nbytes,
+        )
+
+    @told
+    async def Reserve(
+        self, request: trainer_pb2.ReserveRequest, context: ServicerContext
+    ) -> trainer_pb2.ReserveReply:
+        job, session = self._session(request.session_id, context)
+        nbytes = await reserve(job, session, checked_state_bytes(request.state_bytes))
+        return trainer_pb2.ReserveReply(arena_bytes=nbytes)
+
+    @told
+    async def PlanRestore(
+        self, request: trainer_pb2.PlanRestoreRequest, context: ServicerContext
+    ) -> trainer_pb2.PlanRestoreReply:
+        job, session = self._session(request.session_id, context)
+        decision = await plan_restore(job, session, request.round, request.step if request.has_step else None)
+        reply = plan_reply(decision)
+        if decision.outcome is Outcome.FOUND and decision.chosen is not None:
+            facts = job.ledger.snapshots.get(decision.chosen)
+            if facts is None:
+                raise NotFoundError("the round's snapshot is gone: begin another round", kind="restore_round")
+            reply.shards.extend(
+                record_to_proto(record) for record in await shards_for(job, facts, session.rank)
+            )
+        return reply
+
+    @told
+    async def FinishRestore(
+        self, request: trainer_pb2.FinishRestoreRequest, context: ServicerContext
+    ) -> trainer_pb2.FinishRestoreReply:
+        job, session = self._session(request.session_id, context)
+        answer = await finish_restore(job, session, request.round, report_of(request))
+        return trainer_pb2.FinishRestoreReply(
+            committed=answer.is_committed, try_again=answer.is_try_again, reason=answer.reason
+        )
+
+    @told
+    async def BeginRollback(
+        self, request: trainer_pb2.BeginRollbackRequest, context: ServicerContext
+    ) -> trainer_pb2.BeginRollbackReply:
+        job, session = self._session(request.session_id, context)
+        generation = await begin_rollback(job, session, request.rollback_count)
+        return trainer_pb2.BeginRollbackReply(generation=generation)
+
+    @told
+    async def WaitLevel(
+        self, request: trainer_pb2.WaitLevelRequest, context: ServicerContext
+    ) -> trainer_pb2.WaitLevelReply:
+        job, session = self._session(request.session_id, context)
+        _check_level(request.level)
+        snapshot = SnapshotId(session.generation, request.step)
+        service.serve(job, session)
+
+        def is_over() -> bool:
+            return (
+                job.is_removed
+                or not session.is_served
+                or _reached(job, snapshot)
+                or snapshot in job.ledger.dropped
+            )
+
+        timeout_s = min(max(0.0, request.timeout_s), self.node.context.settings.wait_max_s)
+        await job.changes.wait_until(is_over, timeout_s)
+        reply = trainer_pb2.WaitLevelReply(level=trainer_pb2.LEVEL_CAPTURED)
+        dropped = job.ledger.dropped.get(snapshot)
+        if _reached(job, snapshot) or (dropped is not None and dropped.was_complete):
+            reply.reached, reply.reason = True, "captured on all ranks"
+        elif dropped is not None:
+            reply.dropped, reply.reason = True, dropped.reason
+        else:
+            facts = job.ledger.snapshots.get(snapshot)
+            missing = facts.missing_ranks[:8] if facts else list(range(session.row.world_size))[:8]
+            reply.reason = f"not yet captured by ranks {', '.join(map(str, missing))}"
+        return reply
+
+    @told
+    async def Last(self, request: trainer_pb2.LastRequest, context: ServicerContext) -> trainer_pb2.LastReply:
+        job, _ = self._session(request.session_id, context)
+        _check_level(request.level)
+        newest = job.ledger.newest_complete()
+        if newest is None:
+            return trainer_pb2.LastReply()
+        return trainer_pb2.LastReply(found=True, generation=newest.id.generation, step=newest.id.step)
+
+    @told
+    async def CloseSession(
+        self, request: trainer_pb2.CloseSessionRequest, context: ServicerContext
+    ) -> trainer_pb2.CloseSessionReply:
+        job, session = self._session(request.session_id, context)
+        service.serve(job, session)
+        if not await job.changes.wait_until(
+            lambda: session.is_drained, self.node.context.settings.restore_settle_s
+        ):
+            raise UnavailableError(
+                "the session's captures are still being taken up", kind="settling", hint="ask again"
+            )
+        if session.is_served:
+            self.node.close_session(job, session, is_final=request.final)
+        return trainer_pb2.CloseSessionReply()
+
+
+def _reached(job: Job, snapshot: SnapshotId) -> bool:
+    """True when it is complete now; one that was overtaken is among the dropped."""
+    facts = job.ledger.snapshots.get(snapshot)
+    return facts is not None and facts.is_usable
+
+
+def _check_level(level: int) -> None:
+    if level not in (trainer_pb2.LEVEL_UNSPECIFIED, trainer_pb2.LEVEL_CAPTURED):
+        raise ConfigError(
+            "this daemon has the level `captured` only",
+            kind="level",
+            hint="protection and durable tiers are not configured",
+        )

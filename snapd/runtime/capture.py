@@ -1,0 +1,289 @@
+"""From a complete lane to a record in the index: check, hash, share, commit, tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from snapd_native import ControlPage
+from snapd_proto import format_pb2
+
+from snapd.core.ids import Place, SnapshotId
+from snapd.core.lanes import ChunkSource, HandOver, check_hand_over
+from snapd.core.manifest import Chunk, ShardRecord
+from snapd.core.states import LaneState, LaneStep
+from snapd.errors import RemoteProtocolError
+from snapd.memory.hashing import differing_pairs, hash_digests, hash_frames
+from snapd.memory.segments import SegmentSet
+from snapd.runtime.faultpoints import point
+from snapd.runtime.job import Job
+from snapd.runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """Chunks with their final places, and the places that the base shard has too."""
+
+    chunks: tuple[Chunk, ...]
+    own: list[Place]
+    shared: list[Place]
+    digest: bytes
+
+
+async def capture_pending(job: Job, session: Session) -> None:
+    """Take up the session's accepted lanes, in the order in which they were handed over."""
+    while session.pending and not job.is_removed:
+        lane = min(session.pending, key=session.pending.__getitem__)
+        try:
+            await _capture(job, session, lane)
+        except RemoteProtocolError as error:
+            _refuse(job, session, lane, error)
+        session.pending.pop(lane, None)
+        job.settle()
+
+
+def read_hand_over(page: ControlPage, lane: int) -> HandOver:
+    """Read what the trainer wrote into a COMPLETE lane.
+
+    Raises:
+        RemoteProtocolError: kind `lane`: the table's size is out of range.
+    """
+    try:
+        segments, frames, nbytes, flags = page.read_entries(lane)
+    except ValueError as error:
+        raise RemoteProtocolError(f"a lane cannot be read: {error}", kind="lane") from error
+    field = {
+        name: page.lane_load(lane, name)
+        for name in (
+            "sequence",
+            "generation",
+            "step",
+            "layout_nbytes",
+            "early_values_offset",
+            "early_values_nbytes",
+            "handed_over_ns",
+            "copied_ns",
+        )
+    }
+    return HandOver(**field, segments=segments, frames=frames, nbytes=nbytes, flags=flags)
+
+
+async def _capture(job: Job, session: Session, lane: int) -> None:
+    hand_over = read_hand_over(session.page, lane)
+    snapshot = SnapshotId(session.generation, hand_over.step)
+    arena, ledger = job.arena(session.rank), job.ledger
+    base = ledger.newest_shard(session.rank)
+    own = ledger.newest_shard(session.rank, session_id=session.id) if session.may_reuse else None
+    sources = check_hand_over(
+        hand_over,
+        chunk_bytes=job.chunk_bytes,
+        generation=session.generation,
+        granted=arena.pool.grant_of(session.key(lane)),
+        base=own.record if own else None,
+        is_known=ledger.has_shard(snapshot, session.rank),
+    )
+    pinned = [
+        place for facts in {id(f): f for f in (base, own) if f}.values() for place in facts.record.places
+    ]
+    arena.pool.hold(pinned)  # they may be dropped while we hash, and must not be granted again
+    try:
+        point("daemon.hash.before")
+        started_s = job.context.environment.monotonic_s()
+        digested = await asyncio.get_running_loop().run_in_executor(
+            job.context.hashing,
+            digest_shard,
+            arena.memory,
+            sources,
+            own.record if own else None,
+            base.record if base else None,
+            expected_layout(job, session, hand_over.layout_nbytes),
+        )
+        point("daemon.hash.after")
+        job.context.metrics.hash_seconds.observe(job.context.environment.monotonic_s() - started_s)
+        if not job.is_removed:
+            _commit(job, session, lane, hand_over, digested)
+    finally:
+        arena.pool.release(pinned)
+
+
+def expected_layout(job: Job, session: Session, layout_nbytes: int) -> format_pb2.ShardLayout:
+    """What the layout of this session's shards must say of itself; the early offset carries the layout's
+    size.
+    """
+    return format_pb2.ShardLayout(
+        job=job.name,
+        rank=session.rank,
+        world_size=session.row.world_size,
+        chunk_bytes=job.chunk_bytes,
+        early_values_offset=layout_nbytes,
+    )
+
+
+def digest_shard(
+    memory: SegmentSet,
+    sources: Sequence[ChunkSource],
+    own: ShardRecord | None,
+    base: ShardRecord | None,
+    expected: format_pb2.ShardLayout,
+) -> Digested:
+    """Hash what is new, find what the base has byte for byte at the same index. Runs in a thread.
+
+    Raises:
+        RemoteProtocolError: kind `layout`: the layout does not parse or is another shard's.
+    """
+    fresh = [index for index, source in enumerate(sources) if not source.is_reused]
+    digests = dict(
+        zip(fresh, hash_frames(memory, [(sources[i].place, sources[i].nbytes) for i in fresh]), strict=True)
+    )
+    hits = [
+        index
+        for index in fresh
+        if base is not None
+        and index < len(base.chunks)
+        and base.chunks[index].digest == digests[index]
+        and base.chunks[index].nbytes == sources[index].nbytes
+    ]
+    pairs = (
+        [(base.chunks[i].place, sources[i].place, sources[i].nbytes) for i in hits]
+        if base is not None
+        else []
+    )
+    unequal = differing_pairs(memory, pairs)
+    equal = {index for number, index in enumerate(hits) if number not in unequal}
+    chunks: list[Chunk] = []
+    for index, source in enumerate(sources):
+        if source.is_reused:
+            assert own is not None
+            chunks.append(own.chunks[index])
+        elif index in equal:
+            assert base is not None
+            chunks.append(base.chunks[index])
+        else:
+            chunks.append(Chunk(source.nbytes, digests[index], source.place))
+    layout_nbytes = expected.early_values_offset
+    layout_count = -(-layout_nbytes // expected.chunk_bytes)
+    if not all(sources[index].is_reused or index in equal for index in range(layout_count)):
+        _check_layout(memory, chunks[:layout_count], layout_nbytes, expected)
+    shared = [chunk.place for i, chunk in enumerate(chunks) if sources[i].is_reused or i in equal]
+    own_places = [chunk.place for i, chunk in enumerate(chunks) if not (sources[i].is_reused or i in equal)]
+    return Digested(tuple(chunks), own_places, shared, hash_digests([chunk.digest for chunk in chunks]))
+
+
+def read_layout(memory: SegmentSet, chunks: Sequence[Chunk], layout_nbytes: int) -> format_pb2.ShardLayout:
+    """Parse the layout at the beginning of a shard; `layout_nbytes` was checked against its bound.
+
+    Raises:
+        DecodeError: it is not one.
+    """
+    data = b"".join(bytes(memory.view(chunk.place, chunk.nbytes)) for chunk in chunks)
+    return format_pb2.ShardLayout.FromString(data[:layout_nbytes])
+
+
+def _check_layout(
+    memory: SegmentSet, chunks: Sequence[Chunk], layout_nbytes: int, expected: format_pb2.ShardLayout
+) -> None:
+    try:
+        layout = read_layout(memory, chunks, layout_nbytes)
+    except DecodeError as error:
+        raise RemoteProtocolError("the layout does not parse", kind="layout") from error
+    for name in ("job", "rank", "world_size", "chunk_bytes"):
+        if getattr(layout, name) != getattr(expected, name):
+            raise RemoteProtocolError("the layout is of another shard", kind="layout", field=name)
+
+
+def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested: Digested) -> None:
+    """Write the record and everything that follows from it; nothing here waits."""
+    context, arena = job.context, job.arena(session.rank)
+    generation = job.coordination.generation(session.generation)
+    record = ShardRecord(
+        job=job.name,
+        id=SnapshotId(session.generation, hand_over.step),
+        rank=session.rank,
+        world_size=session.row.world_size,
+        chunk_bytes=job.chunk_bytes,
+        layout_nbytes=hand_over.layout_nbytes,
+        early_values_offset=hand_over.early_values_offset,
+        early_values_nbytes=hand_over.early_values_nbytes,
+        chunks=digested.chunks,
+        parent=generation.parent if generation else None,
+        captured_wall_time_s=context.environment.wall_s(),
+        digest=digested.digest,
+    )
+    point("daemon.record.before")
+    job.index.add_shard(record, session_id=session.id, sequence=hand_over.sequence)
+    point("daemon.record.after")
+    arena.pool.settle(session.key(lane), digested.own)
+    arena.pool.hold(digested.shared)
+    job.ledger.add(record, session_id=session.id, sequence=hand_over.sequence, is_verified=True)
+    job.has_new_writers = True
+    _tell_places(session.page, lane, hand_over, digested)
+    captured = session.page.load("captured_step_plus_one")
+    session.page.store("captured_step_plus_one", max(captured, hand_over.step + 1))
+    point("daemon.captured.after")
+    session.move_lane(lane, LaneState.COMPLETE, LaneStep.FINISH)
+    point("daemon.lane_freed.after")
+    if len(digested.own) + len(digested.shared) == len(digested.chunks) and not _is_reusing(hand_over):
+        session.may_reuse = True
+    counts = session.counts
+    counts.newest_captured_step = max(hand_over.step, counts.newest_captured_step or 0)
+    counts.last_window_s = max(0.0, (context.environment.monotonic_ns() - hand_over.handed_over_ns) / 1e9)
+    context.metrics.shards_captured.inc()
+    context.metrics.bytes_hashed.inc(record.nbytes)
+    context.metrics.chunks_shared.inc(len(digested.shared))
+    context.metrics.window_seconds.observe(counts.last_window_s)
+    context.log.info(
+        "shard.captured",
+        job=job.name,
+        generation=session.generation,
+        step=hand_over.step,
+        rank=session.rank,
+        nbytes=record.nbytes,
+        chunks=len(record.chunks),
+        chunks_shared=len(digested.shared),
+        window_s=round(counts.last_window_s, 4),
+    )
+
+
+def _tell_places(page: ControlPage, lane: int, hand_over: HandOver, digested: Digested) -> None:
+    """Put the final places into the lane's table: the trainer names them when a chunk has not changed since."""
+    places = [chunk.place for chunk in digested.chunks]
+    page.write_entries(
+        lane,
+        [place.segment for place in places],
+        [place.frame for place in places],
+        hand_over.nbytes,
+        hand_over.flags,
+    )
+
+
+def _is_reusing(hand_over: HandOver) -> bool:
+    return any(hand_over.flags)
+
+
+def _refuse(job: Job, session: Session, lane: int, error: RemoteProtocolError) -> None:
+    """The lane is not a shard: it is given back, or set aside where its writer must not be believed any more."""
+    if job.is_removed:
+        return
+    pool, key = job.arena(session.rank).pool, session.key(lane)
+    step = session.page.lane_load(lane, "step")
+    if session.is_served:
+        pool.return_grant(key)
+        job.ledger.passed(session.generation, session.rank, step)
+    elif session.is_live:
+        pool.set_aside(key)
+    else:
+        pool.return_grant(key)
+    session.move_lane(lane, LaneState.COMPLETE, LaneStep.FINISH)
+    session.counts.refused += 1
+    job.ledger.note_dropped(SnapshotId(session.generation, step), f"rank {session.rank}: {error.message}")
+    job.context.metrics.lanes_refused.inc()
+    job.context.log.warning(
+        "lane.refused",
+        job=job.name,
+        generation=session.generation,
+        step=step,
+        rank=session.rank,
+        reason=str(error),
+    )

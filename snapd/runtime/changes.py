@@ -1,0 +1,35 @@
+"""Waiting for a change of state on the event loop, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+class Changes:
+    """Wakes those who wait whenever `notify` is called; each looks at its own condition again."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def notify(self) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+        self._waiting.clear()
+
+    async def wait_until(self, is_so: Callable[[], bool], timeout_s: float) -> bool:
+        """Return True once `is_so()`, False when the time ran out."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while not is_so():
+            left = deadline - loop.time()
+            if left <= 0:
+                return False
+            future: asyncio.Future[None] = loop.create_future()
+            self._waiting.add(future)
+            try:
+                await asyncio.wait([future], timeout=left)
+            finally:
+                self._waiting.discard(future)
+        return True

@@ -1,0 +1,80 @@
+"""Named points at which a test can kill or stop the daemon; free when nothing is armed.
+
+SNAPD_FAULT_POINTS="daemon.record.before:3=kill,daemon.grant.after=stop" arms the third arrival at the first
+point and the first at the second; a point fires once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from snapd.errors import ConfigError
+
+POINTS = (
+    "daemon.generation.after",
+    "daemon.session.before",
+    "daemon.session.after",
+    "daemon.segment.before",
+    "daemon.segment.after",
+    "daemon.grant.before",
+    "daemon.grant.after",
+    "daemon.hash.before",
+    "daemon.hash.after",
+    "daemon.record.before",
+    "daemon.record.after",
+    "daemon.captured.after",
+    "daemon.lane_freed.after",
+    "daemon.drop.before",
+    "daemon.drop.after",
+    "daemon.complete.after",
+    "daemon.fence.before",
+    "daemon.fence.after",
+    "daemon.plan.before",
+    "daemon.plan.after",
+    "daemon.parent.before",
+    "daemon.parent.after",
+    "daemon.finish.after",
+)
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+@dataclass(slots=True)
+class _Armed:
+    arrivals_left: int
+    signal: signal.Signals
+
+
+_armed: dict[str, _Armed] = {}
+
+
+def arm(spec: str) -> None:
+    """Arm the points that `spec` names; an empty one disarms all. Called once, by main.
+
+    Raises:
+        ConfigError: kind `fault_points`: an unknown point or action.
+    """
+    _armed.clear()
+    for item in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, action = item.partition("=")
+        name, _, count = name.partition(":")
+        if name not in POINTS or action not in _SIGNALS or (count and not count.isdigit()):
+            raise ConfigError(
+                f"bad fault point {item!r}", kind="fault_points", hint=f"points: {', '.join(POINTS)}"
+            )
+        _armed[name] = _Armed(int(count or 1), _SIGNALS[action])
+
+
+def point(name: str, strike: Callable[[int, int], None] = os.kill) -> None:
+    """Say that execution has come to `name`."""
+    if not _armed:
+        return
+    armed = _armed.get(name)
+    if armed is None:
+        return
+    armed.arrivals_left -= 1
+    if armed.arrivals_left <= 0:
+        del _armed[name]
+        strike(os.getpid(), armed.signal)

@@ -1,0 +1,294 @@
+"""One job on this node: its index, ledger, arenas and sessions, and what follows from a change of any of
+them.
+
+Every method that is not a coroutine runs to its end on the event loop, so each sees and leaves a consistent
+job. `settle` is called after every change: it announces, drops, and grants. The order that a crash may cut
+anywhere: a record is committed before its words are set, its deletion is committed before its frames are
+free, its lane is FREE before they are granted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from snapd.coordination.base import Coordination
+from snapd.core.capacity import Limit, check_fits
+from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
+from snapd.core.ledger import Ledger, ShardFacts
+from snapd.core.restore import RestoreRound
+from snapd.core.states import LaneState, LaneStep
+from snapd.errors import CapacityError
+from snapd.memory.folders import JobFolder
+from snapd.memory.index import Index
+from snapd.memory.segments import Segment, back_segment
+from snapd.runtime.changes import Changes
+from snapd.runtime.context import Context
+from snapd.runtime.faultpoints import point
+from snapd.runtime.limits import arena_limits
+from snapd.runtime.rank_arena import SEGMENTS_MAX, RankArena
+from snapd.runtime.session import Session
+
+
+class Job:
+    """A healthy job; one whose files are broken is kept as an error by the node instead."""
+
+    def __init__(
+        self, context: Context, name: str, folder: JobFolder, index: Index, coordination: Coordination
+    ) -> None:
+        self.context = context
+        self.name = name
+        self.folder = folder
+        self.index = index
+        self.coordination = coordination
+        self.ledger = Ledger()
+        self.arenas: dict[int, RankArena] = {}
+        self.sessions: dict[int, Session] = {}
+        self.chunk_bytes = index.chunk_bytes()
+        self.rounds: dict[tuple[int, int], RestoreRound] = {}
+        self.final_ranks: set[int] = set()
+        self.changes = Changes()
+        self.opening = asyncio.Lock()
+        self.planning = asyncio.Lock()
+        self.verifying: dict[SnapshotId, asyncio.Task[None]] = {}
+        self.has_new_writers = True  # since its chunks were last distrusted
+        self.is_removed = False
+        self._announced: SnapshotId | None = None
+
+    # what there is
+
+    def arena(self, rank: int) -> RankArena:
+        """The rank's arena, an empty one at first."""
+        if rank not in self.arenas:
+            self.arenas[rank] = RankArena.empty(self.folder, rank, self.chunk_bytes)
+        return self.arenas[rank]
+
+    @property
+    def arena_bytes(self) -> int:
+        return sum(arena.memory.nbytes for arena in self.arenas.values())
+
+    def live_sessions(self) -> Iterator[Session]:
+        return (session for session in self.sessions.values() if session.is_live)
+
+    def served_sessions(self) -> Iterator[Session]:
+        return (
+            session for session in self.sessions.values() if session.is_served and not session.is_page_closed
+        )
+
+    def closed_below(self) -> int:
+        """Generations below this one capture nothing more."""
+        working = [s.generation for s in self.sessions.values() if s.is_served or not s.is_drained]
+        return min([*working, self.coordination.current()])
+
+    def newest_step_seen(self) -> int:
+        return max((session.newest_step_seen() for session in self.served_sessions()), default=-1)
+
+    # after every change
+
+    def settle(self) -> None:
+        """Announce what is complete, drop what may go, grant what is free."""
+        if self.is_removed:
+            return
+        self._announce()
+        self._drop()
+        for session in list(self.served_sessions()):
+            self._grant(session)
+        self.changes.notify()
+
+    def _announce(self) -> None:
+        newest = self.ledger.newest_complete()
+        if newest is None:
+            return
+        if self._announced is None or newest.id > self._announced:
+            self._announced = newest.id
+            self.context.metrics.snapshots_completed.inc()
+            self.context.log.info(
+                "snapshot.completed", job=self.name, generation=newest.id.generation, step=newest.id.step
+            )
+            self.write_interval(self.coordination.note_complete(newest_step_seen=self.newest_step_seen())[0])
+        for session in self.served_sessions():
+            if session.generation == newest.id.generation:
+                session.page.store("complete_step_plus_one", newest.id.step + 1)
+        point("daemon.complete.after")
+
+    def forget_announced(self) -> None:
+        """After a snapshot was proved bad: the newest complete one may be an older one."""
+        self._announced = None
+
+    def write_interval(self, interval: Interval) -> None:
+        """Tell every rank of the current generation; from_step lies ahead of all of them."""
+        for session in self.served_sessions():
+            page = session.page
+            if page.load("interval_from_step") == interval.from_step:
+                continue
+            page.store("interval_steps", 0 if interval.factor == 1 else interval.steps)
+            page.store("interval_from_step", interval.from_step)
+
+    def _keep_complete(self) -> int:
+        return max((session.row.slots for session in self.served_sessions()), default=2) - 1
+
+    def _drop(self) -> None:
+        closed_below = self.closed_below()
+        doomed = self.ledger.to_drop(keep_complete=self._keep_complete(), closed_below=closed_below)
+        if not doomed:
+            return
+        point("daemon.drop.before")
+        self.index.remove_snapshots(snapshot for snapshot, _ in doomed)
+        point("daemon.drop.after")
+        for snapshot, reason in doomed:
+            facts = self.ledger.drop(snapshot, reason)
+            for rank, shard in facts.shards.items():
+                self.arenas[rank].pool.release(shard.record.places)
+                self._shard_is_gone(rank, shard)
+            self.context.metrics.snapshots_dropped.inc()
+            self.context.log.debug(
+                "snapshot.dropped",
+                job=self.name,
+                generation=snapshot.generation,
+                step=snapshot.step,
+                reason=reason,
+            )
+        self.ledger.forget_passed(closed_below=closed_below)
+
+    def _shard_is_gone(self, rank: int, shard: ShardFacts) -> None:
+        """A session's newest shard was dropped: its page says so, and nothing may be reused from it."""
+        session = self.sessions.get(shard.session_id)
+        if session is None or not session.is_served or shard.record.id.generation != session.generation:
+            return
+        newest = self.ledger.newest_shard(rank, session_id=session.id)
+        is_same_generation = newest is not None and newest.record.id.generation == session.generation
+        if newest is not None and is_same_generation and newest.record.id > shard.record.id:
+            return
+        session.may_reuse = False
+        session.page.store(
+            "captured_step_plus_one", newest.record.id.step + 1 if newest and is_same_generation else 0
+        )
+
+    # grants
+
+    def _grant(self, session: Session) -> None:
+        page, arena = session.page, self.arena(session.rank)
+        wanted = page.load("wanted_frames")
+        if wanted == 0:
+            return
+        if wanted > page.entry_capacity:
+            self.context.log.once(
+                f"capacity {session.id}",
+                "grant.refused",
+                job=self.name,
+                rank=session.rank,
+                wanted_frames=wanted,
+                reason=f"the control page has room for {page.entry_capacity} entries: open the session anew",
+            )
+            return
+        for lane in range(page.lane_count):
+            if lane in session.pending:
+                continue
+            state = session.lane_state(lane)
+            have = len(arena.pool.grant_of(session.key(lane)))
+            if state is LaneState.FREE or (state is LaneState.GRANTED and have < wanted):
+                if not self._grant_lane(session, arena, lane, wanted, is_extended=state is LaneState.GRANTED):
+                    self._grow_later(session, arena, wanted)
+                    return
+
+    def _grant_lane(
+        self, session: Session, arena: RankArena, lane: int, wanted: int, *, is_extended: bool
+    ) -> bool:
+        """Write a grant. An extended one keeps its frames and order, so that a trainer that just took it is
+        right too.
+        """
+        key = session.key(lane)
+        if wanted - len(arena.pool.grant_of(key)) > arena.pool.free_count:
+            return False
+        if is_extended and not session.move_lane(lane, LaneState.GRANTED, LaneStep.EXTEND):
+            return True
+        places = arena.pool.grant(key, wanted)
+        assert places is not None
+        point("daemon.grant.before")
+        session.page.write_grant(lane, [place.segment for place in places], [place.frame for place in places])
+        session.move_lane(lane, LaneState.FREE, LaneStep.GRANT)
+        point("daemon.grant.after")
+        return True
+
+    # growth
+
+    def _grow_later(self, session: Session, arena: RankArena, wanted: int) -> None:
+        now = self.context.environment.monotonic_s()
+        is_tried = bool(arena.refusal) and now < arena.refused_at_s + self.context.settings.grow_retry_s
+        if is_tried or arena.growing.locked() or self._frames_missing(session, arena, wanted) == 0:
+            return
+        self.context.spawn(self._grow_in_background(session, wanted), f"grow {self.name}/{session.rank}")
+
+    async def _grow_in_background(self, session: Session, wanted: int) -> None:
+        arena = self.arena(session.rank)
+        try:
+            await self.grow(session, wanted)
+        except CapacityError as error:
+            if error.message != arena.refusal:
+                self.context.log.warning("arena.refused", job=self.name, rank=session.rank, reason=str(error))
+            arena.refusal = error.message
+            arena.refused_at_s = self.context.environment.monotonic_s()
+
+    def _frames_missing(self, session: Session, arena: RankArena, wanted: int) -> int:
+        newest = self.ledger.newest_complete()
+        held = (
+            len(newest.shards[session.rank].record.chunks) if newest and session.rank in newest.shards else 0
+        )
+        return arena.frames_missing(
+            wanted_per_slot=wanted,
+            slots=session.row.slots,
+            session_id=session.id,
+            newest_complete_frames=held,
+        )
+
+    async def grow(self, session: Session, wanted: int) -> None:
+        """Back what the session's slots lack for shards of `wanted` frames.
+
+        Raises:
+            CapacityError: it does not fit; nothing has changed.
+        """
+        arena = self.arena(session.rank)
+        async with arena.growing, self.context.backing:
+            missing = self._frames_missing(session, arena, wanted)
+            if missing == 0 or self.is_removed or not session.is_served:
+                return
+            await self._add_segment(arena, missing * self.chunk_bytes)
+        arena.refusal = ""
+        self.settle()
+
+    async def _add_segment(self, arena: RankArena, nbytes: int) -> None:
+        number = arena.memory.next_number
+        if number >= SEGMENTS_MAX:
+            raise CapacityError(
+                f"rank {arena.rank} of job {self.name!r} has {SEGMENTS_MAX} segments already",
+                kind="segments",
+                hint="start the job's world anew, with an estimate of the state's size",
+            )
+        check_fits(nbytes, self._limits(), self.context.held_by_job(), job=self.name, rank=arena.rank)
+        path = self.folder.segment(arena.rank, number)
+        path.unlink(missing_ok=True)  # of a daemon that was killed before it was recorded
+        point("daemon.segment.before")
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.context.blocking, back_segment, path, nbytes)
+        if self.is_removed:
+            path.unlink(missing_ok=True)
+            return
+        self.index.add_segment(arena.rank, number, nbytes)
+        arena.add(Segment.open(path, number, nbytes))
+        point("daemon.segment.after")
+        self.context.metrics.arena_bytes.inc(nbytes)
+        self.context.log.info("segment.backed", job=self.name, rank=arena.rank, segment=number, nbytes=nbytes)
+        for session in self.served_sessions():
+            if session.rank == arena.rank:
+                session.segments_version += 1
+                session.page.store("segments_version", session.segments_version)
+
+    def _limits(self) -> list[Limit]:
+        settings = self.context.settings
+        return arena_limits(
+            self.context.arena.path,
+            configured_bytes=settings.arena_bytes,
+            backed_bytes=sum(self.context.held_by_job().values()),
+            headroom_bytes=settings.headroom_bytes,
+        )

@@ -1,0 +1,393 @@
+"""All jobs of this node and who is connected to it: what the services call.
+
+Peers are handshake connections; a token names one. Processes are watched by pidfd where there is one; else
+the end of a peer's connection counts as the death of its trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from snapd.coordination.base import Coordination
+from snapd.coordination.embedded import EmbeddedCoordination
+from snapd.core.ids import SnapshotId, checked_job_name
+from snapd.core.states import SessionEvent
+from snapd.errors import AuthError, CapacityError, ConflictError, FencedError, JobUnusable, NotFoundError
+from snapd.memory.index import Index
+from snapd.runtime import service
+from snapd.runtime.context import Context
+from snapd.runtime.job import Job
+from snapd.runtime.liveness import Peer, Process
+from snapd.runtime.recovery import take_up
+from snapd.runtime.restoring import distrust
+from snapd.runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class PassedSegment:
+    """A segment whose descriptor is handed to a client."""
+
+    number: int
+    nbytes: int
+    chunk_bytes: int
+    rank: int
+
+
+class Node:
+    """Single-threaded: everything runs on the event loop."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.instance = context.environment.random_id()
+        self.started_s = context.environment.monotonic_s()
+        self.jobs: dict[str, Job] = {}
+        self.broken: dict[str, JobUnusable] = {}
+        self.peers: dict[str, Peer] = {}
+        self._processes: set[Process] = set()
+        context.held_by_job = self.held_by_job
+
+    def held_by_job(self) -> dict[str, int]:
+        return {name: job.arena_bytes for name, job in self.jobs.items()}
+
+    # start and end
+
+    def start(self) -> None:
+        """Take up what is in the arena; the loop must be running."""
+        for name in self.context.arena.job_names():
+            try:
+                job = take_up(self.context, checked_job_name(name), self._coordination, Process.find)
+            except JobUnusable as error:
+                self.broken[name] = error
+                self.context.log.error("job.refused", job=name, reason=str(error), hint=error.hint)
+                continue
+            if job is not None:
+                self._adopt(job)
+
+    def _coordination(self, index: Index) -> Coordination:
+        return EmbeddedCoordination(index, interval_factor_max=self.context.settings.interval_factor_max)
+
+    def _adopt(self, job: Job) -> None:
+        self.jobs[job.name] = job
+        self.context.metrics.arena_bytes.inc(job.arena_bytes)
+        current = job.coordination.current()
+        for session in list(job.sessions.values()):
+            if session.process.is_dead:
+                service.died(job, session)
+                continue
+            self._watch(session.process)
+            session.page.store("daemon_instance", self.instance)
+            if session.generation < current and session.is_served and not self._is_rolling_back(job, session):
+                service.fence(job, session)
+            service.serve(job, session)
+        distrust(job)
+        job.settle()
+        self.context.log.info(
+            "job.taken_up",
+            job=job.name,
+            snapshots=len(job.ledger.snapshots),
+            arena_bytes=job.arena_bytes,
+            sessions=sum(1 for _ in job.live_sessions()),
+        )
+
+    def _is_rolling_back(self, job: Job, session: Session) -> bool:
+        current = job.coordination.generation(job.coordination.current())
+        return current is not None and current.incarnation == session.row.incarnation
+
+    def stop(self) -> None:
+        """Let go of everything; the arena and live trainers' pages stay."""
+        for job in self.jobs.values():
+            for session in job.sessions.values():
+                session.release(keep_page=session.is_live)
+            job.index.close()
+        for process in self._processes:
+            with contextlib.suppress(ValueError, OSError):
+                asyncio.get_running_loop().remove_reader(process.pidfd)
+            process.close()
+        self._processes.clear()
+
+    # every half second
+
+    def poll(self) -> None:
+        """The safety net beside wake-ups: look at every live page."""
+        for job in list(self.jobs.values()):
+            for session in list(job.live_sessions()):
+                service.serve(job, session)
+
+    # peers
+
+    def connect(self, pid: int, *, is_admin: bool) -> Peer:
+        """A peer of our own user has said hello. The caller watches its connection."""
+        if len(self.peers) >= self.context.settings.sessions_max:
+            raise CapacityError(
+                "too many connections", kind="connections", max=self.context.settings.sessions_max
+            )
+        process = Process.watch(pid) if not is_admin else Process(pid, 0, -1)
+        peer = Peer(self.context.environment.random_token(), is_admin, process)
+        self.peers[peer.token] = peer
+        return peer
+
+    def resume(self, peer: Peer, session_id: int, secret: bytes) -> Session:
+        """A client has come back, to us or to a restarted daemon: its session is this peer's from now on.
+
+        Raises:
+            NotFoundError: kind `session`; AuthError: the secret is wrong.
+        """
+        job, session = self.find_session(session_id)
+        if not hmac.compare_digest(session.row.secret, secret):
+            raise AuthError("the session's secret is wrong", session=session_id)
+        if not session.is_live:
+            raise NotFoundError("the session has ended", kind="session", session=session_id)
+        if session.peer is not None:
+            session.peer.session_ids.discard(session_id)
+        session.apply(SessionEvent.CONNECTED)
+        session.peer = peer
+        peer.session_ids.add(session_id)
+        if session.process is not peer.process:
+            session.process.session_ids.discard(session_id)
+            self._release_process(session.process)
+            session.process = peer.process
+            peer.process.session_ids.add(session_id)
+            self._watch(peer.process)
+        session.page.store("daemon_instance", self.instance)
+        service.serve(job, session)
+        return session
+
+    def disconnect(self, peer: Peer) -> None:
+        """The peer's connection has ended."""
+        peer.is_connected = False
+        self.peers.pop(peer.token, None)
+        for session_id in list(peer.session_ids):
+            with contextlib.suppress(NotFoundError):
+                job, session = self.find_session(session_id)
+                session.peer = None
+                if session.is_live:
+                    session.apply(SessionEvent.CONNECTION_LOST)
+                if session.is_live and (session.process.pidfd < 0 or session.process.has_ended()):
+                    self._session_died(job, session)
+        self._release_process(peer.process)
+
+    def peer_of(self, token: str) -> Peer:
+        """Return whom a call comes from.
+
+        Raises:
+            AuthError: kind `token`.
+        """
+        peer = self.peers.get(token)
+        if peer is None:
+            raise AuthError(
+                "no handshake connection has this token",
+                kind="token",
+                hint="shake hands again: the daemon was restarted",
+            )
+        return peer
+
+    def _watch(self, process: Process) -> None:
+        if process.pidfd >= 0 and process not in self._processes:
+            self._processes.add(process)
+            asyncio.get_running_loop().add_reader(process.pidfd, self._process_ended, process)
+
+    def _process_ended(self, process: Process) -> None:
+        process.is_dead = True
+        for session_id in list(process.session_ids):
+            with contextlib.suppress(NotFoundError):
+                job, session = self.find_session(session_id)
+                if session.is_live:
+                    self._session_died(job, session)
+        process.session_ids.clear()
+        self._release_process(process)
+
+    def _session_died(self, job: Job, session: Session) -> None:
+        service.died(job, session)
+        if not any(True for _ in job.served_sessions()):
+            distrust(job)
+
+    def _release_process(self, process: Process) -> None:
+        is_used = process.session_ids or any(peer.process is process for peer in self.peers.values())
+        if is_used and not process.is_dead:
+            return
+        if process in self._processes:
+            self._processes.discard(process)
+            asyncio.get_running_loop().remove_reader(process.pidfd)
+        process.close()
+
+    # sessions
+
+    def sessions(self) -> Iterator[tuple[Job, Session]]:
+        for job in self.jobs.values():
+            for session in job.sessions.values():
+                yield job, session
+
+    def find_session(self, session_id: int) -> tuple[Job, Session]:
+        """Raise NotFoundError (kind `session`) if there is none."""
+        for job in self.jobs.values():
+            session = job.sessions.get(session_id)
+            if session is not None:
+                return job, session
+        raise NotFoundError("no such session", kind="session", hint="open a new one", session=session_id)
+
+    def session_of(self, peer: Peer, session_id: int) -> tuple[Job, Session]:
+        """Return a session for a call of its own trainer.
+
+        Raises:
+            NotFoundError, AuthError; FencedError: a newer generation has begun.
+        """
+        job, session = self.find_session(session_id)
+        if session.peer is not peer:
+            raise AuthError("the session belongs to another connection", kind="token", session=session_id)
+        if not session.is_served:
+            raise FencedError(
+                "a newer generation of this job has begun",
+                kind="stale_generation",
+                hint="this trainer belongs to an older start of the job: stop it",
+                session=session_id,
+            )
+        return job, session
+
+    def adopt_new(self, session: Session) -> None:
+        """A session was opened: watch its process, and give it a wake descriptor."""
+        self._watch(session.process)
+        session.page.store("daemon_instance", self.instance)
+        if session.process.has_ended():
+            self._process_ended(session.process)
+
+    def job_for(self, name: str) -> Job:
+        """Return the job, a new one if there is none.
+
+        Raises:
+            ConfigError: the name; JobUnusable: its files are broken.
+        """
+        checked_job_name(name)
+        self.check_healthy(name)
+        job = self.jobs.get(name)
+        if job is None:
+            folder = self.context.arena.job(name)
+            folder.path.mkdir(mode=0o700, exist_ok=True)
+            index = Index.open(folder.index, job=name, may_create=not folder.has_data())
+            job = self.jobs[name] = Job(self.context, name, folder, index, self._coordination(index))
+        return job
+
+    def existing_job(self, name: str) -> Job:
+        """Raise NotFoundError (kind `job`), or JobUnusable."""
+        self.check_healthy(name)
+        job = self.jobs.get(name)
+        if job is None:
+            raise NotFoundError(f"no job {name[:64]!r} on this node", kind="job")
+        return job
+
+    def check_healthy(self, name: str) -> None:
+        problem = self.broken.get(name)
+        if problem is not None:
+            raise JobUnusable(problem.message, kind=problem.kind, hint=problem.hint, job=name)
+
+    def drop_if_empty(self, job: Job) -> None:
+        """After a refused opening: leave nothing of a job that never was."""
+        if not job.sessions and not job.ledger.snapshots and self.jobs.get(job.name) is job:
+            self._remove(job)
+
+    def remove_job(self, name: str, *, is_forced: bool) -> tuple[int, int]:
+        """Delete a job; returns its snapshots and bytes. A broken one's files are deleted only when forced.
+
+        Raises: NotFoundError; ConflictError (kind `job_in_use`): live sessions; JobUnusable: broken and not
+            forced.
+        """
+        checked_job_name(name)
+        if name in self.broken:
+            if not is_forced:
+                self.check_healthy(name)
+            del self.broken[name]
+            return 0, self.context.arena.job(name).remove()
+        job = self.existing_job(name)
+        live = [session for session in job.live_sessions()]
+        if live and not is_forced:
+            raise ConflictError(
+                f"job {name!r} has {len(live)} live sessions (pid {live[0].row.pid}, ...)",
+                kind="job_in_use",
+                hint="stop the job first, or use --force",
+                job=name,
+            )
+        count = len(job.ledger.snapshots)
+        return count, self._remove(job)
+
+    def _remove(self, job: Job) -> int:
+        job.is_removed = True
+        del self.jobs[job.name]
+        for session in job.sessions.values():
+            if session.is_live and not session.is_page_closed:
+                session.page.store("fenced", 1)
+                session.apply(SessionEvent.OVERTAKEN)
+            session.process.session_ids.discard(session.id)
+            if session.peer is not None:
+                session.peer.session_ids.discard(session.id)
+            session.release(keep_page=False)
+        job.changes.notify()
+        job.index.close()
+        self.context.metrics.arena_bytes.dec(job.arena_bytes)
+        freed = job.folder.remove()
+        self.context.log.info("job.removed", job=job.name, nbytes=freed)
+        return freed
+
+    def close_session(self, job: Job, session: Session, *, is_final: bool) -> None:
+        """After its lanes were taken up: the client has stopped. The last final one releases the job's arena."""
+        rank, world_size = session.rank, session.row.world_size
+        service.closed(job, session)
+        self._release_process(session.process)
+        if is_final:
+            job.final_ranks.add(rank)
+        if len(job.final_ranks) == world_size and not any(True for _ in job.live_sessions()):
+            self._remove(job)
+
+    # descriptors; the caller closes them
+
+    def session_descriptors(self, session: Session, job: Job) -> tuple[list[PassedSegment], list[int]]:
+        """The control page, the wake descriptor and the read-write segments of a session, in this order."""
+        if session.wake_fd < 0:
+            session.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            asyncio.get_running_loop().add_reader(session.wake_fd, self._woken, job, session)
+        arena = job.arena(session.rank)
+        with contextlib.ExitStack() as undo:
+            descriptors = [
+                os.open(session.page_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW),
+                os.dup(session.wake_fd),
+            ]
+            undo.callback(_close_all, descriptors)
+            passed: list[PassedSegment] = []
+            for number, segment in sorted(arena.memory.segments.items()):
+                descriptors.append(segment.descriptor(is_writable=True))
+                passed.append(PassedSegment(number, segment.nbytes, job.chunk_bytes, session.rank))
+            undo.pop_all()
+        return passed, descriptors
+
+    def shard_descriptors(
+        self, job: Job, snapshot: SnapshotId, rank: int
+    ) -> tuple[list[PassedSegment], list[int]]:
+        """Read-only descriptors of the segments that a captured shard lies in.
+
+        Raises:
+            NotFoundError: kind `shard`.
+        """
+        facts = job.ledger.snapshots.get(snapshot)
+        if facts is None or rank not in facts.shards:
+            raise NotFoundError(f"rank {rank} of snapshot {snapshot} is not here", kind="shard", job=job.name)
+        memory = job.arena(rank).memory
+        numbers = sorted({place.segment for place in facts.shards[rank].record.places})
+        descriptors: list[int] = []
+        passed: list[PassedSegment] = []
+        for number in numbers:
+            descriptors.append(memory.segments[number].descriptor(is_writable=False))
+            passed.append(PassedSegment(number, memory.segments[number].nbytes, job.chunk_bytes, rank))
+        return passed, descriptors
+
+    def _woken(self, job: Job, session: Session) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(session.wake_fd)
+        service.serve(job, session)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

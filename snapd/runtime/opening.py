@@ -1,0 +1,258 @@
+"""OpenSession: from what a trainer says of itself to a session with a backed arena."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from snapd_native import ControlPage
+
+from snapd.core.generations import Generation
+from snapd.core.geometry import LANES_MAX, SLOTS_MIN, choose_chunk_bytes, entry_capacity_for, frames_for
+from snapd.core.states import SessionState
+from snapd.errors import CapacityError, ConfigError, ConflictError, FencedError
+from snapd.memory.index import SessionRow
+from snapd.runtime import service
+from snapd.runtime.context import Context
+from snapd.runtime.faultpoints import point
+from snapd.runtime.job import Job
+from snapd.runtime.liveness import Peer
+from snapd.runtime.restoring import distrust, release_rounds
+from snapd.runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """A checked OpenSession request."""
+
+    job: str
+    incarnation: str
+    rank: int
+    world_size: int
+    state_bytes_estimate: int
+    chunk_bytes: int
+    slots: int
+    interval_steps: int
+
+
+def checked_slots(requested: int, default: int) -> int:
+    """Return the slots of a session.
+
+    Raises:
+        ConfigError: kind `slots`.
+    """
+    slots = requested or default
+    if not SLOTS_MIN <= slots <= LANES_MAX:
+        raise ConfigError(f"slots must be {SLOTS_MIN} to {LANES_MAX}", kind="slots", slots=slots)
+    return slots
+
+
+async def open_session(context: Context, job: Job, peer: Peer, opening: Opening) -> Session:
+    """Open a session; it returns when the estimate is backed.
+
+    Raises:
+        FencedError, ConflictError, CapacityError, ConfigError: nothing is left of the session.
+    """
+    async with job.opening:
+        assignment = await job.coordination.next_generation(
+            incarnation=opening.incarnation, rollback_count=0, world_size=opening.world_size
+        )
+        generation = assignment.generation
+        point("daemon.generation.after")
+        if assignment.is_new:
+            job.final_ranks.clear()
+        _overtake(job, generation.number)
+        same = _same_rank(job, generation, opening.rank)
+        if same is not None and same.peer is peer:
+            return same  # the answer to an earlier call was lost
+        if same is not None:
+            raise ConflictError(
+                f"rank {opening.rank} of this start of job {job.name!r} is already served (pid {same.row.pid})",
+                kind="duplicate_rank",
+                hint="two processes have the same RANK, or two Snapshotters the same job",
+                rank=opening.rank,
+            )
+        _choose_chunk_bytes(context, job, opening)
+        session = _create(context, job, peer, opening, generation)
+        if assignment.is_new:
+            job.coordination.configure_interval(opening.interval_steps)
+    context.log.info(
+        "session.opened",
+        job=job.name,
+        session=session.id,
+        generation=generation.number,
+        rank=session.rank,
+        world_size=opening.world_size,
+        pid=peer.process.pid,
+        reason=assignment.reason,
+    )
+    await _back(context, job, session, opening.state_bytes_estimate)
+    service.serve(job, session)
+    return session
+
+
+def _overtake(job: Job, generation: int) -> None:
+    """Sessions of older generations are fenced; their captures up to now still count."""
+    for session in list(job.sessions.values()):
+        if session.generation < generation and session.is_served:
+            service.fence(job, session)
+    release_rounds(job, below=generation)
+    distrust(job)
+    job.settle()
+
+
+def _same_rank(job: Job, generation: Generation, rank: int) -> Session | None:
+    for session in list(job.sessions.values()):
+        if session.rank != rank or session.generation != generation.number:
+            continue
+        if session.is_live and session.process.has_ended():
+            service.died(job, session)
+        if session.is_live:
+            return session
+    return None
+
+
+def _choose_chunk_bytes(context: Context, job: Job, opening: Opening) -> None:
+    if job.chunk_bytes:
+        return
+    chunk_bytes, reason = choose_chunk_bytes(
+        opening.state_bytes_estimate,
+        requested=opening.chunk_bytes,
+        kept=0,
+        default=context.settings.chunk_bytes,
+    )
+    job.index.set_chunk_bytes(chunk_bytes)
+    job.chunk_bytes = chunk_bytes
+    job.arenas.clear()
+    context.log.info("chunks.chosen", job=job.name, chunk_bytes=chunk_bytes, reason=reason)
+
+
+def _create(context: Context, job: Job, peer: Peer, opening: Opening, generation: Generation) -> Session:
+    session_id = context.environment.random_id()
+    path = job.folder.page(session_id)
+    slots = checked_slots(opening.slots, context.settings.slots)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        page = ControlPage.create(
+            descriptor,
+            lane_count=slots,
+            entry_capacity=entry_capacity_for(opening.state_bytes_estimate, job.chunk_bytes),
+            rank=opening.rank,
+            session_id=session_id,
+            chunk_bytes=job.chunk_bytes,
+            generation=generation.number,
+        )
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise CapacityError(
+            f"no room for a control page: {error.strerror}",
+            kind="arena_full",
+            hint="release a job with `snapd rm`",
+        ) from error
+    finally:
+        os.close(descriptor)
+    row = SessionRow(
+        id=session_id,
+        secret=context.environment.random_secret(),
+        rank=opening.rank,
+        world_size=opening.world_size,
+        generation=generation.number,
+        incarnation=opening.incarnation,
+        pid=peer.process.pid,
+        pid_start=peer.process.start,
+        slots=slots,
+        interval_steps=opening.interval_steps,
+        is_fenced=False,
+    )
+    point("daemon.session.before")
+    job.index.put_session(row)
+    point("daemon.session.after")
+    session = Session(row, job.name, page, path, peer.process, peer=peer)
+    _forget_ended(job, opening.rank)
+    job.sessions[session_id] = session
+    job.arena(opening.rank)
+    peer.session_ids.add(session_id)
+    peer.process.session_ids.add(session_id)
+    job.has_new_writers = True
+    interval = job.coordination.interval()
+    page.store("interval_steps", 0 if interval.factor == 1 else interval.steps)
+    page.store("interval_from_step", interval.from_step)
+    return session
+
+
+def _forget_ended(job: Job, rank: int) -> None:
+    for old in [s for s in job.sessions.values() if s.rank == rank and not s.is_live and s.is_drained]:
+        del job.sessions[old.id]
+
+
+async def _back(context: Context, job: Job, session: Session, state_bytes: int) -> None:
+    try:
+        await job.grow(session, frames_for(state_bytes, job.chunk_bytes))
+    except CapacityError:
+        if session.is_live:
+            service.closed(job, session)
+            job.sessions.pop(session.id, None)
+        raise
+    if session.segments_version == 0:
+        session.segments_version = 1
+        if not session.is_page_closed:
+            session.page.store("segments_version", 1)
+
+
+async def reserve(job: Job, session: Session, state_bytes: int) -> int:
+    """Back the session's slots for a state of that many bytes; returns the bytes that are backed for its
+    rank.
+
+    Raises:
+        CapacityError: it does not fit into the arena, or into the session's control page.
+    """
+    frames = frames_for(state_bytes, job.chunk_bytes)
+    if frames > session.page.entry_capacity:
+        raise CapacityError(
+            f"the session's control page has room for {session.page.entry_capacity} chunks, {frames} are needed",
+            kind="entries",
+            hint="open the session anew with a state_bytes_estimate that fits",
+        )
+    await job.grow(session, frames)
+    return job.arena(session.rank).memory.nbytes
+
+
+async def begin_rollback(job: Job, session: Session, rollback_count: int) -> int:
+    """Move the session to the generation of this rollback; returns its number.
+
+    Lanes that are complete are taken up first, under the old generation; one completed later is refused.
+    """
+    service.serve(job, session)
+    await job.changes.wait_until(lambda: session.is_drained, job.context.settings.restore_settle_s)
+    async with job.opening:
+        if session.state is SessionState.FENCED or not session.is_live:
+            raise FencedError("the session was overtaken", kind="stale_generation", session=session.id)
+        assignment = await job.coordination.next_generation(
+            incarnation=session.row.incarnation,
+            rollback_count=rollback_count,
+            world_size=session.row.world_size,
+        )
+        point("daemon.generation.after")
+        number = assignment.generation.number
+        if session.generation == number:
+            return number
+        if assignment.is_new:
+            job.coordination.configure_interval(session.row.interval_steps)
+        job.index.put_session(session.update(generation=number))
+        session.may_reuse = False
+        session.counts.newest_captured_step = None
+        page = session.page
+        # the trainer waits for our answer: its own words may be set back, so that no step of before counts as passed
+        page.store("step_seen_plus_one", 0)
+        page.store("skipped_step_plus_one", 0)
+        page.store("captured_step_plus_one", 0)
+        page.store("complete_step_plus_one", 0)
+        page.store("interval_steps", 0)
+        page.store("interval_from_step", 0)
+        page.store("generation", number)
+        release_rounds(job, below=min(s.generation for s in job.served_sessions()))
+    job.context.log.info(
+        "session.rolled_back", job=job.name, session=session.id, generation=number, rank=session.rank
+    )
+    job.settle()
+    return number

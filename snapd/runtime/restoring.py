@@ -1,0 +1,257 @@
+"""Choosing and agreeing on a snapshot to restore: the I/O around core/restore.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from google.protobuf.message import DecodeError
+
+from snapd.core.ids import SnapshotId
+from snapd.core.ledger import ShardFacts, SnapshotFacts
+from snapd.core.manifest import ShardRecord
+from snapd.core.restore import Decision, Outcome, RankReport, RestoreRound, Verdicts, choose
+from snapd.errors import ConflictError, NotFoundError, UnavailableError
+from snapd.memory.hashing import bad_chunks
+from snapd.runtime.capture import read_layout
+from snapd.runtime.faultpoints import point
+from snapd.runtime.job import Job
+from snapd.runtime.session import Session
+
+ROUNDS_MAX = 64
+VERIFY_PIECE_CHUNKS = 32
+Progress = Callable[[int], None]
+
+
+async def plan_restore(job: Job, session: Session, number: int, step: int | None) -> Decision:
+    """Return the decision of this generation's round `number`; the first rank to ask makes it, all get the
+    same.
+
+    A snapshot that was found is held until the round is concluded or the generation is over.
+
+    Raises:
+        ConflictError: the ranks of a round ask for different steps, or rounds are left out.
+        UnavailableError: kind `settling`: an older trainer's captures were not taken up in time; ask again.
+    """
+    if number >= ROUNDS_MAX:
+        raise ConflictError("too many rounds of one restore", kind="restore_round", round=number)
+    generation, key = session.generation, (session.generation, number)
+    point("daemon.plan.before")
+    async with job.planning:
+        known = job.rounds.get(key)
+        if known is not None:
+            known.check_same(step)
+            return known.decision
+        if not await job.changes.wait_until(
+            lambda: _is_settled(job, generation), job.context.settings.restore_settle_s
+        ):
+            raise UnavailableError(
+                "captures of an older generation are still being taken up", kind="settling", hint="ask again"
+            )
+        decision = await _decide(job, session, step)
+        if decision.outcome is Outcome.FOUND and decision.chosen is not None:
+            job.ledger.hold(decision.chosen)
+        job.rounds[key] = RestoreRound(generation, number, session.row.world_size, step, decision)
+    job.context.log.info(
+        "restore.planned",
+        job=job.name,
+        generation=generation,
+        round=number,
+        outcome=decision.outcome.value,
+        chosen=str(decision.chosen) if decision.chosen else None,
+        reason=decision.reason,
+    )
+    point("daemon.plan.after")
+    return decision
+
+
+def _is_settled(job: Job, generation: int) -> bool:
+    """Nothing of an older generation is still being taken up, and no rank of a rollback is still behind."""
+    older = [s for s in job.sessions.values() if s.generation < generation]
+    return all(s.is_drained and not s.is_served for s in older)
+
+
+async def _decide(job: Job, session: Session, step: int | None) -> Decision:
+    while True:
+        snapshots = [
+            facts for facts in job.ledger.newest_first() if facts.id.generation <= session.generation
+        ]
+        decision = choose(snapshots, world_size=session.row.world_size, step=step)
+        if decision.outcome is not Outcome.VERIFY or decision.chosen is None:
+            return decision
+        await verify(job, decision.chosen)
+
+
+async def verify(
+    job: Job, snapshot: SnapshotId, progress: Progress | None = None
+) -> list[tuple[int, int, str]]:
+    """Hash every chunk of a snapshot again; mark it verified or unusable. Returns the bad ones: (rank, index,
+    what).
+    """
+    facts = job.ledger.snapshots[snapshot]
+    job.ledger.hold(snapshot)
+    bad: list[tuple[int, int, str]] = []
+    try:
+        pieces = [
+            (shard, first)
+            for _, shard in sorted(facts.shards.items())
+            for first in range(0, len(shard.record.chunks), VERIFY_PIECE_CHUNKS)
+        ]
+        parallel = asyncio.Semaphore(job.context.settings.hash_threads)
+        found = await asyncio.gather(
+            *(_verify_piece(job, parallel, shard, first, progress) for shard, first in pieces)
+        )
+        bad = sorted(entry for part in found for entry in part)
+    finally:
+        job.ledger.unhold(snapshot)
+    if bad:
+        job.context.metrics.chunks_bad.inc(len(bad))
+        listed = "; ".join(f"rank {rank} chunk {index}: {what}" for rank, index, what in bad[:4])
+        condemn(job, snapshot, listed + (f" and {len(bad) - 4} more" if len(bad) > 4 else ""))
+    else:
+        for shard in facts.shards.values():
+            shard.is_verified = True
+    return bad
+
+
+async def _verify_piece(
+    job: Job, parallel: asyncio.Semaphore, shard: ShardFacts, first: int, progress: Progress | None
+) -> list[tuple[int, int, str]]:
+    record = shard.record
+    async with parallel:
+        found = await asyncio.get_running_loop().run_in_executor(
+            job.context.hashing, bad_chunks, job.arena(record.rank).memory, record, first, VERIFY_PIECE_CHUNKS
+        )
+    if progress is not None:
+        progress(sum(chunk.nbytes for chunk in record.chunks[first : first + VERIFY_PIECE_CHUNKS]))
+    return [(record.rank, index, what) for index, what in found]
+
+
+def condemn(job: Job, snapshot: SnapshotId, problem: str) -> None:
+    """A snapshot is proved bad: remember it, also across restarts, and say so once."""
+    facts = job.ledger.snapshots.get(snapshot)
+    if facts is None or facts.problem:
+        return
+    job.ledger.mark_unusable(snapshot, problem)
+    job.index.set_problem(snapshot, problem)
+    job.forget_announced()
+    job.context.log.error(
+        "snapshot.unusable", job=job.name, generation=snapshot.generation, step=snapshot.step, reason=problem
+    )
+
+
+def distrust(job: Job) -> None:
+    """The writers of the job are gone: hash its newest complete snapshot again, beside everything else."""
+    if not job.has_new_writers or job.is_removed:
+        return
+    job.has_new_writers = False
+    for facts in job.ledger.snapshots.values():
+        for shard in facts.shards.values():
+            shard.is_verified = False
+    if job.ledger.newest_complete() is not None:
+        job.context.spawn(_verify_newest(job), f"verify {job.name}")
+
+
+async def _verify_newest(job: Job) -> None:
+    async with job.planning:  # so that a plan that comes meanwhile uses the result
+        newest = job.ledger.newest_complete()
+        while newest is not None and not newest.is_verified and not job.is_removed:
+            await verify(job, newest.id)
+            newest = job.ledger.newest_complete()
+    job.settle()
+
+
+async def shards_for(job: Job, facts: SnapshotFacts, rank: int) -> list[ShardRecord]:
+    """The records that a rank needs: its own first, then those of ranks that hold bytes for it."""
+    own = facts.shards[rank].record
+    try:
+        layout = await asyncio.get_running_loop().run_in_executor(
+            job.context.hashing,
+            read_layout,
+            job.arena(rank).memory,
+            own.chunks[: own.layout_chunk_count],
+            own.layout_nbytes,
+        )
+        holders = {region.held_by_rank_plus_one - 1 for region in layout.regions} - {-1, rank}
+    except DecodeError:
+        holders = set(facts.shards) - {rank}
+    return [own, *(facts.shards[other].record for other in sorted(holders) if other in facts.shards)]
+
+
+async def finish_restore(job: Job, session: Session, number: int, report: RankReport) -> Verdicts:
+    """Report one rank's restore; return when all ranks have reported, one is gone, or the time is over.
+
+    Raises: NotFoundError: kind `restore_round`: nothing was planned for this round, or the daemon was
+        restarted since.
+    """
+    generation = session.generation
+    round_ = job.rounds.get((generation, number))
+    if round_ is None:
+        known = job.coordination.generation(generation)
+        if known is not None and known.parent is not None:
+            return Verdicts(True, False, "restored on all ranks")
+        raise NotFoundError(
+            "no restore was planned in this round",
+            kind="restore_round",
+            hint="call PlanRestore again",
+            round=number,
+        )
+    round_.report(session.rank, report)
+    job.changes.notify()
+
+    def is_answered() -> bool:
+        return round_.settle(lost_ranks=_lost_ranks(job, generation)) is not None
+
+    await job.changes.wait_until(is_answered, job.context.settings.restore_finish_s)
+    answer = round_.settle(is_late=True)
+    assert answer is not None
+    async with job.planning:
+        await _conclude(job, round_, answer)
+    point("daemon.finish.after")
+    return answer
+
+
+def _lost_ranks(job: Job, generation: int) -> set[int]:
+    mine = [session for session in job.sessions.values() if session.generation == generation]
+    return {session.rank for session in mine if not session.is_live}
+
+
+async def _conclude(job: Job, round_: RestoreRound, answer: Verdicts) -> None:
+    """Act upon the answer, once, before anyone is told."""
+    if round_.is_concluded:
+        return
+    round_.is_concluded = True
+    chosen = round_.decision.chosen
+    if round_.decision.outcome is not Outcome.FOUND or chosen is None:
+        return
+    job.ledger.unhold(chosen)
+    if answer.is_committed:
+        point("daemon.parent.before")
+        await job.coordination.commit_parent(round_.generation, chosen)
+        point("daemon.parent.after")
+    if answer.problem:
+        condemn(job, chosen, answer.problem)
+    job.context.log.info(
+        "restore.finished",
+        job=job.name,
+        generation=round_.generation,
+        round=round_.number,
+        step=chosen.step,
+        is_committed=answer.is_committed,
+        reason=answer.reason,
+    )
+    job.settle()
+
+
+def release_rounds(job: Job, *, below: int) -> None:
+    """The restores of generations below this are over, finished or not."""
+    for key, round_ in list(job.rounds.items()):
+        if key[0] >= below:
+            continue
+        if (
+            not round_.is_concluded
+            and round_.decision.outcome is Outcome.FOUND
+            and round_.decision.chosen is not None
+        ):
+            job.ledger.unhold(round_.decision.chosen)
+        del job.rounds[key]
