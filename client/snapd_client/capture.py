@@ -1,39 +1,38 @@
 """One capture after the other: hand over, copy, check, commit.
 
-The training thread hands over and goes on. Copy threads fill the chunks. Whoever comes first after the last byte, the
-control thread or the fence, settles: version counters, addresses and the samples taken at the hand-over are
-compared, then the lane is committed or discarded. A capture is committed exactly once, and never after a difference.
+The training thread hands over and goes on; copy threads or a side stream fill the chunks; `inflight` concludes.
 
 Order that must hold: entries and counts are written before OPEN; OPEN before the first lazy byte is copied; the last
-check before COMPLETE; the fence returns only when every byte of its group is copied and its counters are compared.
+check before COMPLETE; the fence returns only when the bytes of its group are safe from what the training thread does
+next, and their counters are compared.
 """
 
 from __future__ import annotations
 
 import enum
 import logging
-import threading
 import time
-from array import array
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import snapd_native as native
-from snapd_native import CopyEngine, CopyPlan
+from snapd_native import ControlPage, CopyEngine
 
 from . import faults
 from .control import ControlThread
-from .errors import FencedError
+from .device import DeviceCapture
+from .errors import FencedError, UnavailableError
 from .health import Health
-from .lanes import Base, Lane, LaneBook, Placement
+from .inflight import Inflight
+from .lanes import Base, LaneBook, Placement
+from .plans import LayoutPlans
 from .session import Session
-from .state.layout import Binding, Layout, PlanArrays, build_layout
+from .stage import DeviceStage
+from .state.layout import Binding, build_layout
 from .state.tree import StateTree, Walk
+from .transfer import DoneTransfer, HostTransfer, JointTransfer, Transfer
 
 _log = logging.getLogger(__name__)
 
 STRIKES_MAX = 2
-_REASON_COUNTER, _REASON_SAMPLE, _REASON_AUDIT, _REASON_CLOSED = 1, 2, 4, 6
 
 
 class Audit(enum.Enum):
@@ -52,52 +51,23 @@ class Outcome(enum.Enum):
     FENCED = "fenced"
 
 
-@dataclass
-class _Prepared:
-    """What depends on the layout and on which chunks are fresh, but not on addresses."""
-
-    fresh: list[int]
-    lazy: CopyPlan
-    early: CopyPlan
-
-
-@dataclass
-class Inflight:
-    """A capture between hand-over and commit. Holds every tensor that is being copied."""
-
-    step: int
-    lane: Lane
-    walk: Walk
-    binding: Binding
-    layout: Layout
-    placement: Placement
-    plan: CopyPlan
-    ticket: native.Ticket | None
-    sample: native.Sample | None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    checked_groups: set[int] = field(default_factory=set)
-    changed: set[str] = field(default_factory=set)
-    reason: int = 0
-    is_settled: bool = False
-
-
 class Capturer:
-    """The capture pipeline of one session. Public methods are called on the training thread, except `settle`."""
+    """The capture pipeline of one session. Public methods are called on the training thread."""
 
     def __init__(
         self, tree: StateTree, session: Session, engine: CopyEngine, control: ControlThread, health: Health, audit: Audit
     ) -> None:
         self._tree, self._session, self._engine = tree, session, engine
         self._control, self._health, self._audit = control, health, audit
-        self._lanes = LaneBook(session)
-        self._layout: Layout | None = None
+        self._lanes = LaneBook(session, control.poke)
+        self._plans: LayoutPlans | None = None
         self._signature: object = None
-        self._prepared: dict[tuple[int, ...] | None, _Prepared] = {}
         self._inflight: Inflight | None = None
+        self._stage: DeviceStage | None = None
         self._sequence = 0
         self._strikes: dict[str, int] = {}
-        self._early_wanted: set[str] = set()
-        self._is_fenced = False
+        groups = {tree.fence_group(number) for number in range(len(tree.optimizers))}
+        self._groups = frozenset(groups | {0})
 
     # --- handing over -------------------------------------------------------------------------------------------
     def hand_over(self, step: int, wait_max_s: float) -> Outcome:
@@ -108,7 +78,6 @@ class Capturer:
         """
         page = self._session.page
         if page is None or page.load("fenced"):
-            self._is_fenced = True
             return Outcome.FENCED
         faults.point("client.handover.before")
         started_ns = time.monotonic_ns()
@@ -116,102 +85,120 @@ class Capturer:
         self._move_to_early()
         page.store("step_seen_plus_one", step + 1)
         walk = self._tree.walk()
-        layout, binding = self._fit(walk)
-        early = self._encode(walk, layout, step)
-        if len(early) > layout.early_values_capacity:
-            layout, binding = self._rebuild(walk)
-            early = self._encode(walk, layout, step)
-        fresh, base = self._lanes.fresh_chunks(layout)
+        plans, binding = self._fit(walk)
+        early = walk.encode_early(self._session.generation, step)
+        if len(early) > plans.layout.early_values_capacity:
+            plans, binding = self._rebuild(walk)
+        fresh, base = self._lanes.fresh_chunks(plans.layout)
         lane = self._lanes.take(len(fresh), wait_max_s)
         if lane is None:
-            page.store("skipped_step_plus_one", step + 1)
-            page.add("skipped_count", 1)
-            self._lanes.wake()
+            self._skip(page, step)
             return Outcome.SKIPPED
-        self._start(step, walk, layout, binding, early, _Choice(lane, fresh, base), started_ns)
+        placement = self._lanes.places(plans.layout, lane, fresh, base)
+        choice = plans.choose(None if base is None else fresh)
+        inflight = Inflight(
+            step, lane, walk, binding, plans.layout, placement, choice,
+            sample=None, is_full_audit=self._audit is Audit.FULL, groups=self._groups,
+        )  # fmt: skip
+        self._take_early(inflight, early, base)
+        self._open_lane(page, inflight, len(early), started_ns)
+        self._inflight = inflight
+        self._start_transfer(inflight, plans)
+        self._lanes.note(plans.layout, step, lane)
+        faults.point("client.handover.after")
         return Outcome.HANDED_OVER
 
-    def _fit(self, walk: Walk) -> tuple[Layout, Binding]:
-        """The layout that fits the walk: the known one, unless structure or aliasing changed."""
-        layout = self._layout
-        if layout is not None and self._signature == walk.signature:
-            binding = layout.bind(walk)
+    def _fit(self, walk: Walk) -> tuple[LayoutPlans, Binding]:
+        """Plans whose layout fits the walk: the known ones, unless structure or aliasing changed."""
+        plans = self._plans
+        if plans is not None and self._signature == walk.signature:
+            binding = plans.layout.bind(walk)
             if binding is not None:
-                return layout, binding
+                return plans, binding
         return self._rebuild(walk)
 
-    def _rebuild(self, walk: Walk) -> tuple[Layout, Binding]:
+    def _rebuild(self, walk: Walk) -> tuple[LayoutPlans, Binding]:
         layout = build_layout(self._tree, walk, chunk_bytes=self._session.chunk_bytes)
         binding = layout.bind(walk)
         if binding is None:
             raise RuntimeError("a layout does not fit the walk that it was made from")
-        self._layout, self._signature = layout, walk.signature
-        self._prepared.clear()
+        self._plans, self._signature = LayoutPlans(layout, walk), walk.signature
         self._health.layouts += 1
-        return layout, binding
+        return self._plans, binding
 
-    def _encode(self, walk: Walk, layout: Layout, step: int) -> bytes:
-        return walk.encode_early(self._session.generation, step)
+    def _skip(self, page: ControlPage, step: int) -> None:
+        """The abort record: this step is taken on no rank."""
+        page.store("skipped_step_plus_one", step + 1)
+        page.add("skipped_count", 1)
+        self._lanes.wake()
 
-    def _prepare(self, layout: Layout, fresh: list[int], base: Base | None) -> _Prepared:
-        """Plans for these chunks; few different choices exist (all chunks, or one per turn of the recheck)."""
-        key = None if base is None else tuple(fresh)
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            chosen = None if base is None else set(fresh)
-            prepared = _Prepared(fresh, _plan(layout.lazy, chosen), _plan(layout.early, chosen))
-            self._prepared[key] = prepared
-        return prepared
-
-    def _start(
-        self, step: int, walk: Walk, layout: Layout, binding: Binding, early: bytes, choice: _Choice, started_ns: int
-    ) -> None:
-        page = self._session.page
-        assert page is not None
-        lane = choice.lane
-        placement = self._lanes.places(layout, lane, choice.fresh, choice.base)
-        prepared = self._prepare(layout, choice.fresh, choice.base)
-        is_new_layout = placement.flags[0] != native.ENTRY_REUSED
-        if is_new_layout:
+    def _take_early(self, inflight: Inflight, early: bytes, base: Base | None) -> None:
+        """What may change as soon as `snap.step` returns, and the samples of what may not."""
+        layout, placement, choice = inflight.layout, inflight.placement, inflight.choice
+        if placement.flags[0] != native.ENTRY_REUSED:
             self._write(placement, 0, layout.serialized)
         self._write(placement, layout.early_values_offset, early.ljust(layout.early_values_capacity, b"\0"))
-        prepared.early.run(binding.bases, placement.addresses)
-        sample = None
+        bases, addresses = inflight.binding.bases, placement.addresses
+        choice.early.run(bases, addresses)
         if self._audit is Audit.SAMPLED:
-            sample = prepared.lazy.sample(binding.bases, self._sequence)
-        if self._audit is Audit.FULL:
-            prepared.lazy.run(binding.bases, placement.addresses)
+            inflight.sample = choice.lazy.sample(bases, self._sequence)
+        elif self._audit is Audit.FULL:
+            choice.lazy.run(bases, addresses)
+        self._health.early_bytes = choice.early.nbytes + len(early)
+        self._health.lazy_bytes = choice.lazy.nbytes
+
+    def _open_lane(self, page: ControlPage, inflight: Inflight, early_nbytes: int, started_ns: int) -> None:
         self._sequence += 1
-        nbytes = layout.chunk_nbytes
-        page.write_entries(lane.index, placement.segments, placement.frames, nbytes, placement.flags)
+        lane, layout, placement = inflight.lane.index, inflight.layout, inflight.placement
+        page.write_entries(lane, placement.segments, placement.frames, layout.chunk_nbytes, placement.flags)
         for name, value in (
             ("sequence", self._sequence),
             ("generation", self._session.generation),
-            ("step", step),
+            ("step", inflight.step),
             ("layout_nbytes", len(layout.serialized)),
             ("early_values_offset", layout.early_values_offset),
-            ("early_values_nbytes", len(early)),
+            ("early_values_nbytes", early_nbytes),
             ("handed_over_ns", started_ns),
             ("discard_reason", 0),
         ):
-            page.lane_store(lane.index, name, value)
+            page.lane_store(lane, name, value)
         faults.point("client.open.before")
-        if not page.set_lane_state(lane.index, native.LANE_GRANTED, native.LANE_OPEN):
-            raise FencedError("the lane was taken back", lane=lane.index)
+        if not page.set_lane_state(lane, native.LANE_GRANTED, native.LANE_OPEN):
+            raise FencedError("the lane was taken back", lane=lane)
         faults.point("client.open.after")
-        ticket = None
-        if self._audit is not Audit.FULL:
-            ticket = self._engine.submit(prepared.lazy, binding.bases, placement.addresses)
-        inflight = Inflight(
-            step, lane, walk, binding, layout, placement, prepared.lazy, ticket=ticket, sample=sample
-        )
-        self._inflight = inflight
-        self._lanes.note(layout, step, lane)
-        self._health.early_bytes = prepared.early.nbytes + len(early)
-        self._health.lazy_bytes = prepared.lazy.nbytes
-        if ticket is not None:
-            self._control.watch(ticket.fileno(), lambda: self.settle(inflight))
-        faults.point("client.handover.after")
+
+    def _start_transfer(self, inflight: Inflight, plans: LayoutPlans) -> None:
+        bases, addresses = inflight.binding.bases, inflight.placement.addresses
+        transfer: Transfer
+        if self._audit is Audit.FULL:
+            transfer = DoneTransfer(inflight.choice.lazy.nbytes)
+        else:
+            transfer = HostTransfer(self._engine.submit(inflight.choice.lazy, bases, addresses))
+        if plans.device.numbers:
+            inflight.device = self._start_device(inflight, plans)
+            transfer = JointTransfer(transfer, inflight.device.transfer)
+        inflight.transfer = transfer
+        for fileno in transfer.filenos():
+            self._control.watch(fileno, lambda: self._settle_if_done(inflight))
+
+    def _start_device(self, inflight: Inflight, plans: LayoutPlans) -> DeviceCapture:
+        if self._stage is None:
+            self._stage = DeviceStage()
+        for mapping in self._session.segments.values():
+            self._stage.register(mapping.address, mapping.nbytes)
+        chunks = inflight.choice.chunks
+        pieces, regions = [], []
+        for arrays, is_early in ((plans.layout.early, True), (plans.layout.lazy, False)):
+            pieces += plans.device.pieces(
+                arrays, None if chunks is None else set(chunks), walk=inflight.walk, pointers=inflight.binding.pointers,
+                bases=inflight.binding.bases, placement=inflight.placement, session=self._session, is_early=is_early,
+            )  # fmt: skip
+            regions += [
+                source
+                for source, chunk in zip(arrays.src_index, arrays.dst_index, strict=True)
+                if source in plans.device.numbers and (chunks is None or chunk in chunks)
+            ]
+        return DeviceCapture(self._stage, pieces, regions, None if self._audit is Audit.COUNTERS else self._sequence)
 
     def _write(self, placement: Placement, shard_offset: int, data: bytes) -> None:
         """Bytes to a place in the shard that may span chunks."""
@@ -224,146 +211,96 @@ class Capturer:
                 view[:] = part
             data, shard_offset = data[len(part) :], shard_offset + len(part)
 
-    # --- the fence ----------------------------------------------------------------------------------------------
+    # --- the fence and the end of a capture ---------------------------------------------------------------------
     def fence(self, group: int | None) -> None:
-        """Before the tensors of `group` (None: all) change: their bytes are copied and their counters compared.
-
-        The training thread copies what is left, this group's first.
-        """
+        """Before the tensors of `group` (None: all) change: their bytes are safe and their counters compared."""
         inflight = self._inflight
         if inflight is None or inflight.is_settled:
             return
         faults.point("client.fence.before")
-        ticket = inflight.ticket
-        if ticket is None or ticket.is_done():
-            self.settle(inflight)
-        elif group is None:
-            ticket.wait(-1, True)
-            self.settle(inflight)
+        transfer = inflight.transfer
+        if transfer is None:
+            raise UnavailableError("a capture failed while it was handed over", step=inflight.step)
+        if not transfer.is_done():
+            helped = transfer.helped_bytes
+            transfer.fence(-1 if group is None else group)
+            self._health.helped_bytes += transfer.helped_bytes - helped
+        if transfer.is_done():
+            self._settle(inflight)
         else:
-            ticket.wait(group, True)
-            with inflight.lock:
-                if not inflight.is_settled:
-                    self._compare_counters(inflight, {group})
-            if ticket.is_done():
-                self.settle(inflight)
-        if ticket is not None:
-            self._health.helped_bytes += ticket.helped_bytes
+            inflight.check_group(group)
         faults.point("client.fence.after")
 
     def finish(self) -> None:
         """Complete and settle what is under way, if anything."""
-        if self._inflight is not None:
-            self.fence(None)
-            self._release()
+        inflight, transfer = self._inflight, self._inflight.transfer if self._inflight else None
+        if inflight is None:
+            return
+        if transfer is None:
+            self._drop(inflight)
+            return
+        transfer.wait()
+        self._settle(inflight)
+        self._release()
 
     def _release(self) -> None:
         inflight, self._inflight = self._inflight, None
-        if inflight is not None and inflight.ticket is not None:
-            self._control.unwatch(inflight.ticket.fileno())
+        if inflight is not None and inflight.transfer is not None:
+            for fileno in inflight.transfer.filenos():
+                self._control.unwatch(fileno)
 
-    # --- settling -----------------------------------------------------------------------------------------------
-    def settle(self, inflight: Inflight) -> None:
-        """All bytes are copied: check, then commit or discard, once. Any thread."""
-        with inflight.lock:
-            if inflight.is_settled:
-                return
-            if inflight.ticket is not None and inflight.ticket.is_cancelled:
-                inflight.reason = _REASON_CLOSED
-            self._compare_counters(inflight, set(range(len(self._tree.optimizers) + 1)))
-            self._compare_bytes(inflight)
-            faults.point("client.checked")
-            self._conclude(inflight)
-            inflight.is_settled = True
-
-    def _compare_counters(self, inflight: Inflight, groups: set[int]) -> None:
-        groups = groups - inflight.checked_groups
-        if groups:
-            changed = inflight.binding.changed_since(inflight.walk, groups)
-            if changed:
-                inflight.changed.update(changed)
-                inflight.reason = inflight.reason or _REASON_COUNTER
-            inflight.checked_groups |= groups
-
-    def _compare_bytes(self, inflight: Inflight) -> None:
-        regions: list[int] = []
-        if inflight.sample is not None:
-            regions = inflight.sample.differing(inflight.placement.addresses)
-            reason = _REASON_SAMPLE
-        elif self._audit is Audit.FULL:
-            regions = inflight.plan.differing(inflight.binding.bases, inflight.placement.addresses)
-            reason = _REASON_AUDIT
-        if regions:
-            inflight.changed.update(inflight.layout.region_names[region] for region in regions)
-            inflight.reason = inflight.reason or reason
-
-    def _conclude(self, inflight: Inflight) -> None:
-        page, lane, ticket = self._session.page, inflight.lane.index, inflight.ticket
-        if page is None:
-            return
-        if ticket is not None:
-            page.lane_store(lane, "copied_ns", ticket.finished_ns)
-            page.lane_store(lane, "copied_bytes", ticket.progress()[0])
-        health = self._health
-        if inflight.reason:
-            page.lane_store(lane, "discard_reason", inflight.reason)
-            page.set_lane_state(lane, native.LANE_OPEN, native.LANE_DISCARDED)
+    def _drop(self, inflight: Inflight) -> None:
+        """The hand-over failed after OPEN: give the lane back."""
+        page = self._session.page
+        if page is not None and page.set_lane_state(inflight.lane.index, native.LANE_OPEN, native.LANE_DISCARDED):
             self._lanes.wake()
-            health.discarded += 1
-            health.last_discard = sorted(inflight.changed)[:10]
-            for name in inflight.changed:
-                self._strikes[name] = self._strikes.get(name, 0) + 1
-                if self._strikes[name] == STRIKES_MAX:
-                    self._early_wanted.add(name)
+        self._inflight = None
+
+    def _settle_if_done(self, inflight: Inflight) -> None:
+        if inflight.transfer is not None and inflight.transfer.is_done():
+            self._settle(inflight)
+
+    def _settle(self, inflight: Inflight) -> None:
+        """Any thread."""
+        if not inflight.settle(self._session.page, self._session.wake_fd):
             return
-        faults.point("client.commit.before")
-        page.commit(lane, self._session.wake_fd)
-        faults.point("client.commit.after")
-        health.committed += 1
-        health.last_committed_step = inflight.step
-        health.note_window(time.monotonic_ns() - page.lane_load(lane, "handed_over_ns"))
+        health = self._health
+        if not inflight.reason:
+            health.committed += 1
+            health.last_committed_step = inflight.step
+            health.note_window(inflight.window_ns)
+            return
+        self._lanes.wake()
+        health.discarded += 1
+        health.last_discard = sorted(inflight.changed)[:10]
+        for name in inflight.changed:
+            self._strikes[name] = self._strikes.get(name, 0) + 1
 
     def _move_to_early(self) -> None:
         """Tensors that failed their check twice are taken before `snap.step` returns from now on."""
-        if not self._early_wanted:
-            return
-        names, self._early_wanted = self._early_wanted, set()
-        for name in sorted(names):
+        failed = [name for name, strikes in self._strikes.items() if strikes >= STRIKES_MAX]
+        for name in failed:
             self._tree.force_early(name)
+            self._strikes[name] = -(1 << 30)
             _log.warning(
                 "snapd: %s changes outside the optimizer's update; it is captured before snap.step returns from now on",
                 name,
             )
-        self._signature, self._layout = None, None
+        if failed:
+            self._signature, self._plans = None, None
 
-    # --- the rest -----------------------------------------------------------------------------------------------
     def forget_base(self) -> None:
+        """Copy everything next time (after a rollback)."""
         self._lanes.forget_base()
 
     def abandon(self) -> None:
         """Give up what is under way without waiting for its copy (the process is about to end)."""
         inflight = self._inflight
-        if inflight is not None and inflight.ticket is not None:
-            inflight.ticket.cancel()
-            self.settle(inflight)
-        self._release()
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """The lane of a capture, the chunks copied into it, and where the others come from."""
-
-    lane: Lane
-    fresh: list[int]
-    base: Base | None
-
-
-def _plan(arrays: PlanArrays, chunks: set[int] | None) -> CopyPlan:
-    """The pieces that go to `chunks` (None: all)."""
-    if chunks is None:
-        return CopyPlan(*arrays)
-    chosen = [i for i, chunk in enumerate(arrays.dst_index) if chunk in chunks]
-    return CopyPlan(*(array(column.typecode, [column[i] for i in chosen]) for column in arrays))
-
-
-SettleCallback = Callable[[Inflight], None]
+        if inflight is not None and inflight.transfer is not None:
+            if not inflight.is_settled:
+                inflight.transfer.cancel()
+                self._settle(inflight)
+            self._release()
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None

@@ -31,8 +31,8 @@ class ControlThread:
         self._session = session
         self._on_lost = on_lost
         self._epoll = select.epoll()
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._stop_fd, select.EPOLLIN)
+        self._poke_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._poke_fd, select.EPOLLIN)
         self._tickets: dict[int, Callable[[], None]] = {}
         self._is_stopping = False
         self._connection_fd = -1
@@ -57,22 +57,27 @@ class ControlThread:
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(fileno)
 
+    def poke(self) -> None:
+        """Look after connection and segments now. Any thread; never blocks."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._poke_fd, 1)
+
     def stop(self, timeout_s: float = 5.0) -> None:
         """Join the thread. Idempotent."""
         if self._is_stopping:
             return
         self._is_stopping = True
-        os.eventfd_write(self._stop_fd, 1)
+        os.eventfd_write(self._poke_fd, 1)
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
             self._epoll.close()
-            os.close(self._stop_fd)
+            os.close(self._poke_fd)
 
     def abandon_in_child(self) -> None:
         """In a forked child the thread does not exist: close the descriptors."""
         self._epoll.close()
         with contextlib.suppress(OSError):
-            os.close(self._stop_fd)
+            os.close(self._poke_fd)
 
     def _run(self) -> None:
         self._session.populate()
@@ -91,6 +96,9 @@ class ControlThread:
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(fileno)
             callback()
+        elif fileno == self._poke_fd:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._poke_fd)
         elif fileno == self._connection_fd:
             self._lose()
 

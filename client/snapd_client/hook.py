@@ -114,7 +114,7 @@ class Snapshotter:
         self._capturer = Capturer(self._tree, self._session, self._engine, self._control, self._health, Audit(audit))
         self._control.start()
         for number, optimizer in enumerate(self._tree.optimizers):
-            self._hooks.append(optimizer.register_step_pre_hook(self._fence_hook(number + 1)))
+            self._hooks.append(optimizer.register_step_pre_hook(self._fence_hook(self._tree.fence_group(number))))
         _live.add(self)
 
     # --- start-up -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import snapd_native as native
@@ -53,8 +54,10 @@ class Base:
 class LaneBook:
     """Lanes of one session, seen from the trainer. Used by the training thread only."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, ask_for_segments: Callable[[], None]) -> None:
         self._session = session
+        self._ask_for_segments = ask_for_segments
+        self._is_starved = False
         self._handed_over: list[HandedOver] = []
         self._base: Base | None = None
         self._turn = 0
@@ -79,6 +82,7 @@ class LaneBook:
         self._turn += 1
         if base is None or base.layout is not layout:
             return list(range(count)), None
+        self.want(count - len(layout.unchanging_chunks) + len(layout.unchanging_chunks) // RECHECK_TURNS + 1)
         turn = self._turn % RECHECK_TURNS
         kept = {chunk for chunk in layout.unchanging_chunks if chunk % RECHECK_TURNS != turn}
         return [chunk for chunk in range(count) if chunk not in kept], base
@@ -96,13 +100,20 @@ class LaneBook:
                 return
 
     def take(self, needed: int, wait_max_s: float) -> Lane | None:
-        """A lane with at least `needed` frames; None if none came in time or the daemon is away."""
-        deadline = time.monotonic() + wait_max_s
+        """A lane with at least `needed` frames; None if none came in time or the daemon is away.
+
+        Whoever waited in vain once does not wait again until a lane came: a daemon that hangs costs one `wait_max_s`.
+        """
+        deadline = time.monotonic() + (0.0 if self._is_starved else wait_max_s)
+        if self._page.load("wanted_frames") < needed:
+            self.want(needed)
         while True:
             lane = self._try_take(needed)
             if lane is not None:
+                self._is_starved = False
                 return lane
             if not self._session.is_connected or time.monotonic() >= deadline:
+                self._is_starved = True
                 return None
             time.sleep(POLL_S)
 
@@ -112,22 +123,24 @@ class LaneBook:
             if page.lane_state(index) != native.LANE_GRANTED:
                 continue
             segments, frames = page.read_grant(index)
-            if len(frames) >= needed:
-                if not self._knows(segments):
-                    return None
+            if len(frames) >= needed and self._knows(segments):
                 return Lane(index, segments, frames)
-            page.store("wanted_frames", needed)  # give it back: the next grant is large enough
-            if page.set_lane_state(index, native.LANE_GRANTED, native.LANE_DISCARDED):
-                self.wake()
         return None
 
+    def want(self, frames: int) -> None:
+        """What the next grants must hold; the daemon extends those that hold less."""
+        page = self._page
+        if page.load("wanted_frames") != frames:
+            page.store("wanted_frames", frames)
+            self.wake()
+
     def _knows(self, segments: list[int]) -> bool:
+        """Whether all are mapped; if not, the control thread is asked to: no socket is read on the training thread."""
         known = self._session.segments
         if all(segment in known for segment in set(segments)):
             return True
-        if self._session.is_connected:
-            self._session.refresh_segments()
-        return all(segment in known for segment in set(segments))
+        self._ask_for_segments()
+        return False
 
     def wake(self) -> None:
         if self._session.wake_fd >= 0:

@@ -79,10 +79,18 @@ class Session:
             self.session_id, self._secret = self.reply.session_id, self.reply.session_secret
             self.generation, self.chunk_bytes = self.reply.generation, self.reply.chunk_bytes
             self.refresh_segments()
+            self._want_first_grant(request.state_bytes_estimate)
         except SnapdError:
             self.disconnect()
             raise
         return self.reply
+
+    def _want_first_grant(self, state_bytes: int) -> None:
+        """Have the first lane granted before the first snapshot asks for it; what it lacks is added then."""
+        page = self.page
+        if page is not None:
+            page.store("wanted_frames", min(page.entry_capacity, max(1, state_bytes // self.chunk_bytes)))
+            os.eventfd_write(self.wake_fd, 1)
 
     def _greet(self, connection: socket.socket) -> None:
         hello = pb.Hello(

@@ -1,8 +1,8 @@
 """Writing a snapshot back into the live state: first compare everything, then touch.
 
-`prepare_restore` raises before anything live is changed. Between it and `finish` the caller copies the bytes, chunk by
-chunk, as the plan says. `finish` puts the values back: containers and attributes in place, then objects with
-`load_state_dict`, then the loaders, and the global generators last.
+`prepare_restore` raises before anything live is changed. Between it and `finish` the caller copies the bytes,
+chunk by chunk, as the plan says. `finish` puts the values back: containers and attributes in place, then
+objects with `load_state_dict`, then the loaders, and the global generators last.
 """
 
 from __future__ import annotations
@@ -26,12 +26,21 @@ __all__ = ["PendingRestore", "prepare_restore"]
 class PendingRestore:
     """A restore whose bytes are still to come.
 
-    `plan`: copies from chunks (source: chunk number) to `destinations` (addresses, held alive by this object);
-    `pieces_of_chunk[c]`: the first piece of chunk c and their count; `report`: what allow_partial let pass.
+    `plan`: copies from chunks (source: chunk number) to `destinations` (addresses, held alive by this
+    object); `pieces_of_chunk[c]`: the first piece of chunk c and their count; `report`: what allow_partial
+    let pass.
     """
 
-    def __init__(self, tree: StateTree, matcher: Matcher, parts: Parts, root: Builder, generators: int) -> None:
-        self._tree, self._matcher, self._parts, self._root, self._generators = tree, matcher, parts, root, generators
+    def __init__(
+        self, tree: StateTree, matcher: Matcher, parts: Parts, root: Builder, generators: int
+    ) -> None:
+        self._tree, self._matcher, self._parts, self._root, self._generators = (
+            tree,
+            matcher,
+            parts,
+            root,
+            generators,
+        )
         self.plan: PlanArrays
         self.destinations: array[int]
         self.pieces_of_chunk: list[tuple[int, int]]
@@ -61,7 +70,8 @@ def prepare_restore(
     """Compare a snapshot with the live state and choose where each byte goes. Nothing live is changed.
 
     Args:
-        allow_partial: patterns (fnmatch) of names that may be missing, extra or reshaped; they are left as they are.
+        allow_partial: patterns (fnmatch) of names that may be missing, extra or reshaped; they are left as
+            they are.
     Raises:
         RestoreMismatch: with the three lists.
         IntegrityError: the layout or the values are malformed.
@@ -71,14 +81,19 @@ def prepare_restore(
     differences = Differences(allow_partial)
     matcher = Matcher(layout, early, names, differences, tree.vouched)
     parts = Parts(matcher)
-    saved = {key.text: value for key, value in zip(layout.skeleton.mapping.keys, layout.skeleton.mapping.values, strict=True)}
+    saved = {
+        key.text: value
+        for key, value in zip(layout.skeleton.mapping.keys, layout.skeleton.mapping.values, strict=True)
+    }
     if "state" not in saved or "rng" not in saved:
         raise IntegrityError("the layout has no state")
     root = parts.entries(saved["state"], tree.state)
     for first, second in matcher.destinations.overlaps():
         _settle_overlap(matcher, first, second)
     if differences:
-        raise RestoreMismatch(missing=differences.missing, extra=differences.extra, reshaped=differences.reshaped)
+        raise RestoreMismatch(
+            missing=differences.missing, extra=differences.extra, reshaped=differences.reshaped
+        )
     matcher.destinations.allocate()
     return PendingRestore(tree, matcher, parts, root, saved["rng"].scalar)
 
@@ -87,6 +102,8 @@ def _settle_overlap(matcher: Matcher, first: int, second: int) -> None:
     """Two saved tensors with bytes of their own whose live tensors share some."""
     one, other = matcher.layout.tensors[first], matcher.layout.tensors[second]
     if other.role in ("parameter", "buffer"):
-        matcher.differences.note("reshaped", other.name, f"shares memory with {one.name} here, not in the snapshot")
+        matcher.differences.note(
+            "reshaped", other.name, f"shares memory with {one.name} here, not in the snapshot"
+        )
     else:
         matcher.destinations.unclaim(second)

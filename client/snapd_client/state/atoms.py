@@ -1,7 +1,7 @@
 """Values without parts: numbers, text, bytes, and the small immutable types of torch, numpy and enum.
 
-Every function here is exact: integers of any size, floats by their bits (NaN payloads, signed zero), text as UTF-8
-with lone surrogates kept.
+Every function here is exact: integers of any size, floats by their bits (NaN payloads, signed zero), text as
+UTF-8 with lone surrogates kept.
 """
 
 from __future__ import annotations
@@ -168,4 +168,6 @@ def read_named(name: str, text: str) -> object:
             return cls(int(text[1:])) if text.startswith("=") else cls.__members__[text]
         return _NAMED_READERS[name](text)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise IntegrityError("a value of the snapshot cannot be read here", type=name, text=text[:80]) from error
+        raise IntegrityError(
+            "a value of the snapshot cannot be read here", type=name, text=text[:80]
+        ) from error

@@ -1,7 +1,8 @@
 """Names of classes in snapshots, and which of them may be made anew from a name.
 
-A name is "module:qualified.name". It is looked up among the modules that the trainer has imported already; nothing is
-imported because a snapshot says so, and no constructor runs: instances come from `cls.__new__` or the base type's.
+A name is "module:qualified.name". It is looked up among the modules that the trainer has imported already;
+nothing is imported because a snapshot says so, and no constructor runs: instances come from `cls.__new__` or
+the base type's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-_ALWAYS = frozenset({"torch", "numpy", "torchdata", "torchao", "collections", "enum", "random", "datetime", "fractions", "decimal"})
+_ALWAYS = frozenset(
+    {
+        "torch",
+        "numpy",
+        "torchdata",
+        "torchao",
+        "collections",
+        "enum",
+        "random",
+        "datetime",
+        "fractions",
+        "decimal",
+    }
+)
 
 
 def type_name(cls: type) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
-from collections import defaultdict as DefaultDict  # noqa: N812  (a class, named like one)
+from collections import defaultdict as DefaultDict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +21,9 @@ from .atoms import read_named
 from .classes import find_class
 
 _FACTORIES: dict[str, Callable[[], object]] = {
-    "builtins:list": list, "builtins:dict": dict, "builtins:set": set, "builtins:int": int, "builtins:float": float,
-    "builtins:str": str, "builtins:tuple": tuple, "collections:OrderedDict": OrderedDict, "collections:deque": deque,
+    "builtins:list": list, "builtins:dict": dict, "builtins:set": set, "builtins:tuple": tuple,
+    "builtins:int": int, "builtins:float": float, "builtins:str": str,
+    "collections:OrderedDict": OrderedDict, "collections:deque": deque,
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Where each tensor of a snapshot goes: into the live storage where it fits, else into new memory.
 
-A live tensor is *claimed* by at most one saved tensor. A region is written directly if all its tensors were claimed, lie
-in host memory with the saved strides, and in the same places relative to each other; otherwise into host memory of
-its own, from which `finish` copies.
+A live tensor is *claimed* by at most one saved tensor. A region is written directly if all its tensors were
+claimed, lie in host memory with the saved strides, and in the same places relative to each other; otherwise
+into host memory of its own, from which `finish` copies.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from snapd_proto import format_pb2 as pb
 from torch.distributed.tensor import DTensor
 
 from ..errors import IntegrityError
-from .classes import find_class, type_name
+from .classes import Vouched, find_class, type_name
 from .decode import Decoder
 from .encode import encode_plain
 from .meshes import new_dtensor, spec_difference
 from .pieces import PlanArrays, empty_plan
 from .tensors import component, component_names, dtypes, span_nbytes, subclass_context
-from .classes import Vouched
 
 TENSOR_DIMS_MAX = 64
 
 
 class Destinations:
-    """Claims, then `allocate`, then the bytes arrive, then `finish`; `tensor(i)` gives the object from `allocate` on."""
+    """Claims, then `allocate`, then the bytes arrive, then `finish`; `tensor(i)` gives the object from
+    `allocate` on.
+    """
 
     def __init__(self, layout: pb.ShardLayout, vouched: Vouched) -> None:
         self._layout, self._vouched = layout, vouched
@@ -42,7 +43,7 @@ class Destinations:
         self._plain = [i for i, tensor in enumerate(layout.tensors) if not tensor.HasField("subclass")]
         check_bounds(layout)
 
-    # --- claiming -----------------------------------------------------------------------------------------------
+    # --- claiming ---------------------------------------------------------------------------------
     def difference(self, number: int, live: torch.Tensor) -> str:
         """Why the saved tensor cannot be written into the live one; empty if it can."""
         saved = self._layout.tensors[number]
@@ -52,7 +53,8 @@ class Destinations:
             return f"dtype {saved.dtype} in the snapshot, {str(live.dtype).removeprefix('torch.')} here"
         names = component_names(live)
         if [part.attribute for part in saved.subclass.components] != names:
-            return f"{saved.subclass.type_name or 'a plain tensor'} in the snapshot, {type_name(type(live))} here"
+            there = saved.subclass.type_name or "a plain tensor"
+            return f"{there} in the snapshot, {type_name(type(live))} here"
         if not names:
             return ""
         if isinstance(live, DTensor):
@@ -95,16 +97,20 @@ class Destinations:
     def live(self, number: int) -> torch.Tensor | None:
         return self._live.get(number)
 
-    # --- memory -------------------------------------------------------------------------------------------------
+    # --- memory -----------------------------------------------------------------------------------
     def overlaps(self) -> list[tuple[int, int]]:
-        """Pairs of saved tensors without shared bytes whose live tensors share some. The second loses its claim."""
+        """Pairs of saved tensors without shared bytes whose live tensors share some. The second loses its
+        claim.
+        """
         spans = []
         for number in self._plain:
             live = self._live.get(number)
             if live is not None and live.numel():
                 saved = self._layout.tensors[number]
                 nbytes = span_nbytes(tuple(live.shape), live.stride(), live.itemsize)
-                spans.append((live.device.index or 0, live.data_ptr(), live.data_ptr() + nbytes, saved.region, number))
+                spans.append(
+                    (live.device.index or 0, live.data_ptr(), live.data_ptr() + nbytes, saved.region, number)
+                )
         spans.sort()
         found = []
         last: tuple[int, int, int, int, int] | None = None
@@ -151,7 +157,7 @@ class Destinations:
         numbers = [number for region in regions for number in members[region]]
         nbytes = max(tensors[number].storage_offset + tensors[number].nbytes for number in numbers)
         lowest = min(tensors[number].storage_offset for number in numbers) // 64 * 64
-        storage = torch.UntypedStorage(nbytes - lowest)
+        storage = _new_storage(nbytes - lowest)
         self._kept.append(storage)
         for region in regions:
             first = tensors[members[region][0]]
@@ -167,7 +173,7 @@ class Destinations:
                 self._made[number] = host
             else:
                 if device not in on_device:
-                    on_device[device] = torch.UntypedStorage(nbytes - lowest, device=device)
+                    on_device[device] = _new_storage(nbytes - lowest, device)
                 self._made[number] = _view(on_device[device], tensors[number], lowest)
                 self._copies.append((self._made[number], host))
 
@@ -181,7 +187,7 @@ class Destinations:
                 return self._live[number].device
         return device
 
-    # --- afterwards ---------------------------------------------------------------------------------------------
+    # --- afterwards -------------------------------------------------------------------------------
     def tensor(self, number: int) -> torch.Tensor:
         """The object that stands for the saved tensor: the live one, or the new one."""
         found = self._live.get(number)
@@ -201,10 +207,14 @@ class Destinations:
         cls: Any = find_class(saved.subclass.type_name)
         if cls is None or not issubclass(cls, torch.Tensor) or not self._vouched.allows(cls):
             raise IntegrityError(
-                "a tensor class of the snapshot is not known here", type=saved.subclass.type_name, tensor=saved.name
+                "a tensor class of the snapshot is not known here",
+                type=saved.subclass.type_name,
+                tensor=saved.name,
             )
         context = Decoder().decode(saved.subclass.context)
-        made: torch.Tensor = cls.__tensor_unflatten__(parts, context, torch.Size(saved.shape), tuple(saved.strides))
+        made: torch.Tensor = cls.__tensor_unflatten__(
+            parts, context, torch.Size(saved.shape), tuple(saved.strides)
+        )
         return made
 
     def _owner(self, saved: pb.Tensor) -> torch.Tensor | None:
@@ -215,7 +225,9 @@ class Destinations:
         return None
 
     def plan(self) -> tuple[PlanArrays, array[int], list[tuple[int, int]]]:
-        """The copies (from chunks to destinations), the destinations' addresses, and the pieces of each chunk."""
+        """The copies (from chunks to destinations), the destinations' addresses, and the pieces of each
+        chunk.
+        """
         size = self._layout.chunk_bytes
         chunk_count = max((-(-(r.shard_offset + r.nbytes) // size) for r in self._layout.ranges), default=0)
         plan, addresses = empty_plan(), array("Q")
@@ -230,7 +242,9 @@ class Destinations:
                 if pieces[chunk][1] == 0:
                     pieces[chunk][0] = len(plan.nbytes)
                 pieces[chunk][1] += 1
-                for column, value in zip(plan, (chunk, start, len(addresses) - 1, offset, count, 0), strict=True):
+                for column, value in zip(
+                    plan, (chunk, start, len(addresses) - 1, offset, count, 0), strict=True
+                ):
                     column.append(value)
                 at, offset = at + count, offset + count
         return plan, addresses, [(first, count) for first, count in pieces]
@@ -248,9 +262,14 @@ class Destinations:
 
 def _view(storage: torch.UntypedStorage, saved: pb.Tensor, lowest: int) -> torch.Tensor:
     dtype = dtypes[saved.dtype]
-    empty = torch.empty(0, dtype=dtype, device=storage.device)
+    first = (saved.storage_offset - lowest) // dtype.itemsize
     with torch.no_grad():
-        return empty.set_(storage, (saved.storage_offset - lowest) // dtype.itemsize, tuple(saved.shape), tuple(saved.strides))  # type: ignore[call-overload, no-any-return] # fmt: skip
+        empty = torch.empty(0, dtype=dtype, device=storage.device)
+        return empty.set_(storage, first, tuple(saved.shape), tuple(saved.strides))
+
+
+def _new_storage(nbytes: int, device: torch.device | None = None) -> torch.UntypedStorage:
+    return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
 
 
 def check_bounds(layout: pb.ShardLayout) -> None:
@@ -267,10 +286,14 @@ def check_bounds(layout: pb.ShardLayout) -> None:
             raise IntegrityError("a region lies beyond the shard's end", offset=region.shard_offset)
     for number, tensor in enumerate(layout.tensors):
         is_wrapper = tensor.HasField("subclass")
-        if any(part.tensor <= number or part.tensor >= len(layout.tensors) for part in tensor.subclass.components):
+        if any(
+            part.tensor <= number or part.tensor >= len(layout.tensors) for part in tensor.subclass.components
+        ):
             raise IntegrityError("a tensor's components do not follow it", tensor=tensor.name)
         if tensor.dtype not in dtypes or len(tensor.shape) > TENSOR_DIMS_MAX:
-            raise IntegrityError("a tensor's dtype or shape is unknown here", tensor=tensor.name, dtype=tensor.dtype)
+            raise IntegrityError(
+                "a tensor's dtype or shape is unknown here", tensor=tensor.name, dtype=tensor.dtype
+            )
         if is_wrapper:
             continue
         if len(tensor.strides) != len(tensor.shape) or tensor.region >= len(layout.regions):

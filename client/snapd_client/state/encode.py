@@ -1,7 +1,8 @@
 """Objects to `Value`s: containers with their types, order and aliasing.
 
-Nodes are numbered in pre-order while a tree is written (containers, opaque objects, and leaves kept aside that are not
-atoms), so that a second occurrence of the same object is written as an alias and cycles end. `decode` and `rebuild` count alike.
+Nodes are numbered in pre-order while a tree is written (containers, opaque objects, and leaves kept aside
+that are not atoms), so that a second occurrence of the same object is written as an alias and cycles end.
+`decode` and `rebuild` count alike.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from .program import FIXED
 
 # protobuf refuses messages nested deeper than 100; each container takes two levels
 _DEPTH_MAX = 90
-_SEQUENCES: dict[type, Sequence.Type] = {
+_SEQUENCES: dict[type, Sequence.Type.ValueType] = {
     list: Sequence.LIST, tuple: Sequence.TUPLE, set: Sequence.SET, frozenset: Sequence.FROZENSET,
     deque: Sequence.DEQUE, torch.Size: Sequence.SIZE,
 }  # fmt: skip
-_MAPPINGS: dict[type, Mapping.Type] = {
+_MAPPINGS: dict[type, Mapping.Type.ValueType] = {
     dict: Mapping.DICT, OrderedDict: Mapping.ORDERED_DICT, defaultdict: Mapping.DEFAULT_DICT,
 }  # fmt: skip
 _FACTORIES = {list, dict, set, int, float, str, tuple, OrderedDict, deque}
@@ -66,7 +67,9 @@ def inner_state(value: object) -> tuple[str, Callable[[Any], dict[str, object]]]
 
 
 class Encoder:
-    """Writes plain trees: everything by value, small tensors included. Subclasses keep leaves and tensors aside."""
+    """Writes plain trees: everything by value, small tensors included. Subclasses keep leaves and tensors
+    aside.
+    """
 
     def __init__(self, vouched: Vouched) -> None:
         self.vouched = vouched
@@ -91,7 +94,9 @@ class Encoder:
             return
         self._depth += 2
         if self._depth > _DEPTH_MAX:
-            raise CaptureError(f"{path} is nested too deeply", type=type_name(type(value)), levels=_DEPTH_MAX // 2)
+            raise CaptureError(
+                f"{path} is nested too deeply", type=type_name(type(value)), levels=_DEPTH_MAX // 2
+            )
         self._encode_compound(value, out, path, at)
         self._depth -= 2
 
@@ -114,7 +119,7 @@ class Encoder:
             else:
                 self.on_object(value, out, path, at)
 
-    # --- what subclasses change ---------------------------------------------------------------------------------
+    # --- what subclasses change -------------------------------------------------------------------
     def on_leaf(self, value: Any, out: Value, at: int, writer: Callable[[Any, Value], None]) -> None:
         writer(value, out)
 
@@ -137,7 +142,7 @@ class Encoder:
                 hint="give the object state_dict() and load_state_dict(), or leave it out",
             )
 
-    # --- containers ---------------------------------------------------------------------------------------------
+    # --- containers -------------------------------------------------------------------------------
     def on_sequence(self, value: Any, out: Value, path: str, at: int) -> None:
         self.note(value)
         sequence = out.sequence
@@ -163,7 +168,7 @@ class Encoder:
         mapping = out.mapping
         mapping.type = _MAPPINGS[type(value)]
         if isinstance(value, defaultdict) and value.default_factory in _FACTORIES:
-            mapping.default_factory = type_name(value.default_factory)  # type: ignore[arg-type]
+            mapping.default_factory = type_name(value.default_factory)
         self.pairs(value, out, path)
 
     def pairs(self, value: dict[object, object], out: Value, path: str) -> None:
@@ -174,8 +179,8 @@ class Encoder:
         add_key, add_value = mapping.keys.add, mapping.values.add
         for index, (key, item) in enumerate(value.items()):
             self.key(key, add_key(), path)
-            self.encode(item, add_value(), f"{path}.{key}" if type(key) is str else f"{path}.{self.key_text(key)}",
-                        first if first == FIXED else first + index)  # fmt: skip
+            name = key if type(key) is str else self.key_text(key)
+            self.encode(item, add_value(), f"{path}.{name}", first if first == FIXED else first + index)
 
     def key(self, key: object, out: Value, path: str) -> None:
         """A key is written in place, never kept aside."""
@@ -187,7 +192,7 @@ class Encoder:
     def key_text(self, key: object) -> str:
         return str(key) if isinstance(key, int | float | bool | tuple) else type(key).__name__
 
-    # --- objects ------------------------------------------------------------------------------------------------
+    # --- objects ----------------------------------------------------------------------------------
     def opaque(self, value: object, out: Value, how: str, fields: dict[str, object], path: str) -> None:
         """An object by class, way and fields. `fields` is ours, made for this call."""
         self.note(value)

@@ -1,8 +1,9 @@
 """Which byte of the state lies where in the shard. Computed once, reused while the structure stays.
 
-The shard is a sequence of chunks. Ranges begin on chunks of their own: the layout itself; the early range (the values,
-then the early tensors); the frozen parameters; the parameters; each optimizer field; the rest. Inside a range tensors
-begin at multiples of 64 bytes, and the gaps are filled with zeroes, so that equal state gives equal chunks.
+The shard is a sequence of chunks. Ranges begin on chunks of their own: the layout itself; the early range
+(the values, then the early tensors); the frozen parameters; the parameters; each optimizer field; the rest.
+Inside a range tensors begin at multiples of 64 bytes, and the gaps are filled with zeroes, so that equal
+state gives equal chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CaptureError
-from .pieces import PlanArrays, Pieces
+from .pieces import Pieces, PlanArrays
 from .regions import Plan, plan_regions
 from .serialize import serialize_layout
 from .tree import StateTree, Walk
@@ -35,11 +36,13 @@ class Binding:
 
     __slots__ = ("bases", "layout", "pointers", "versions")
 
-    def __init__(self, layout: Layout, bases: array[int], versions: list[int | None], pointers: list[int]) -> None:
+    def __init__(
+        self, layout: Layout, bases: array[int], versions: list[int | None], pointers: list[int]
+    ) -> None:
         self.layout, self.bases, self.versions, self.pointers = layout, bases, versions, pointers
 
     def changed_since(self, walk: Walk, groups: set[int]) -> list[str]:
-        """Names of lazily taken tensors of these fence groups that were written or moved since the binding."""
+        """Names of lazily taken tensors of these fence groups that were written or moved since then."""
         now = _versions(walk.outers)
         pointers = list(map(_data_ptr, walk.buffers))
         if now == self.versions and pointers == self.pointers:
@@ -64,9 +67,13 @@ class Expected(NamedTuple):
 
 
 class Layout:
-    """See the module. Regions are numbered as in the serialized layout; chunks count from the start of the shard."""
+    """See the module. Regions are numbered as in the serialized layout; chunks count from the start of the
+    shard.
+    """
 
-    def __init__(self, plan: Plan, pieces: Pieces, serialized: bytes, walk: Walk, values_at: int, capacity: int) -> None:
+    def __init__(
+        self, plan: Plan, pieces: Pieces, serialized: bytes, walk: Walk, values_at: int, capacity: int
+    ) -> None:
         self.serialized = serialized
         self.chunk_nbytes = pieces.chunk_nbytes
         self.early_values_offset, self.early_values_capacity = values_at, capacity
@@ -99,7 +106,9 @@ class Layout:
 
 def _describe(walk: Walk) -> Expected:
     buffers = walk.buffers
-    return Expected(list(map(_size, buffers)), list(map(_stride, buffers)), [buffer.dtype for buffer in buffers])  # type: ignore[arg-type]
+    return Expected(
+        list(map(_size, buffers)), list(map(_stride, buffers)), [buffer.dtype for buffer in buffers]
+    )  # type: ignore[arg-type]
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:

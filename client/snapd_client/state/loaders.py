@@ -1,10 +1,11 @@
 """Loaders: where they are, and how their next iterator is made after a restore.
 
-`StatefulDataLoader.state_dict()` makes an iterator if there is none, which draws from the global generators and may start
-workers; so a loader without an iterator is described from outside. Making an iterator draws again in the resumed
-process where the uninterrupted run draws nothing: the first one after a restore therefore leaves the generators
-as it found them, if an iterator was alive at the capture. At an epoch's end the uninterrupted run makes a new one too: then
-the finished iterator is made neutrally and the new one draws as usual.
+`StatefulDataLoader.state_dict()` makes an iterator if there is none, which draws from the global generators
+and may start workers; so a loader without an iterator is described from outside. Making an iterator draws
+again in the resumed process where the uninterrupted run draws nothing: the first one after a restore
+therefore leaves the generators as it found them, if an iterator was alive at the capture. At an epoch's end
+the uninterrupted run makes a new one too: then the finished iterator is made neutrally and the new one draws
+as usual.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def forget_pending(loader: Any) -> None:
 
 
 class _Pending:
-    """The start of a restored loader's first iterator: a subclass of the loader's class, for this one object, once."""
+    """The start of a restored loader's first iterator: a subclass of the loader's class, for this one object,
+    once.
+    """
 
     def __init__(self, loader: Any, how: str, generators: list[dict[str, Any]]) -> None:
         self.how = how

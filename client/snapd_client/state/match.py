@@ -1,14 +1,17 @@
 """A snapshot's tree laid beside the live one: what goes where, and what does not fit.
 
-Matching changes nothing. It returns builders: functions that, once all bytes have arrived, put the values back, in place
-where a live object of the same kind is there (others may hold references to it), and return the object.
+Matching changes nothing. It returns builders: functions that, once all bytes have arrived, put the values
+back, in place where a live object of the same kind is there (others may hold references to it), and return
+the object.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping as AbstractMapping, Sequence as AbstractSequence
+from collections.abc import Callable
+from collections.abc import Mapping as AbstractMapping
+from collections.abc import Sequence as AbstractSequence
 from typing import Any
 
 import torch
@@ -58,7 +61,12 @@ class Matcher:
     """One pass over a snapshot's skeleton. Kinds of objects register their own ways in `ways`."""
 
     def __init__(
-        self, layout: pb.ShardLayout, early: pb.EarlyValues, names: Names, differences: Differences, vouched: Vouched
+        self,
+        layout: pb.ShardLayout,
+        early: pb.EarlyValues,
+        names: Names,
+        differences: Differences,
+        vouched: Vouched,
     ) -> None:
         self.layout, self.early = layout, early
         self.names, self.differences, self.vouched = names, differences, vouched
@@ -70,7 +78,7 @@ class Matcher:
         self._objects: list[object] = []
         self._parameters = [self._live_parameter(saved) for saved in layout.parameters]
 
-    # --- parameters ---------------------------------------------------------------------------------------------
+    # --- parameters -------------------------------------------------------------------------------
     def _live_parameter(self, saved: pb.ParameterName) -> nn.Parameter | None:
         """By qualified name, else by its place in the optimizer."""
         by_name = self.names.by_name.get(saved.name)
@@ -99,7 +107,7 @@ class Matcher:
             self._made_parameters[number] = live
         return live
 
-    # --- values -------------------------------------------------------------------------------------------------
+    # --- values -----------------------------------------------------------------------------------
     def match(self, value: pb.Value, live: object, path: str) -> Builder:
         """The builder for `value`; `live` is its counterpart, or ABSENT."""
         kind = value.WhichOneof("kind")
@@ -121,7 +129,9 @@ class Matcher:
             return lambda: self.parameter(number)
         if kind == "named" and value.named.type_name == "snapd:skipped":
             if live is ABSENT:
-                self.differences.note("missing", path, f"{value.named.text}, which no snapshot can hold, is not here")
+                self.differences.note(
+                    "missing", path, f"{value.named.text}, which no snapshot can hold, is not here"
+                )
             return lambda: live
         made = self.key(value) if kind == "named" else read_atom(value, kind or "nothing")
         return lambda: made
@@ -169,7 +179,7 @@ class Matcher:
             return ABSENT if live is None else id(live)
         return Decoder(parameter=self.parameter).decode(value)
 
-    # --- containers ---------------------------------------------------------------------------------------------
+    # --- containers -------------------------------------------------------------------------------
     def _number(self) -> int:
         self._objects.append(None)
         return len(self._objects) - 1
@@ -185,7 +195,9 @@ class Matcher:
         node = self._number()
         kind = _MUTABLE.get(sequence.type)
         target = self._take(live) if kind is not None and type(live) is kind else ABSENT
-        if isinstance(target, deque) and target.maxlen != (None if sequence.deque_maxlen < 0 else sequence.deque_maxlen):
+        if isinstance(target, deque) and target.maxlen != (
+            None if sequence.deque_maxlen < 0 else sequence.deque_maxlen
+        ):
             target = ABSENT
         counterparts = list(live) if isinstance(live, list | tuple | deque) else []
         builders = [
@@ -209,8 +221,14 @@ class Matcher:
         node = self._number()
         target = self._take(live) if type(live) is _DICTS.get(mapping.type) else ABSENT
         known: AbstractMapping[Any, Any] = live if isinstance(live, AbstractMapping) else {}
-        if target is ABSENT and mapping.type == pb.Mapping.DEFAULT_DICT and factory(mapping.default_factory) is None:
-            self.differences.note("missing", path, "a defaultdict whose factory no snapshot can hold is not here")
+        if (
+            target is ABSENT
+            and mapping.type == pb.Mapping.DEFAULT_DICT
+            and factory(mapping.default_factory) is None
+        ):
+            self.differences.note(
+                "missing", path, "a defaultdict whose factory no snapshot can hold is not here"
+            )
         pairs = self.pairs(mapping, known, path)
 
         def build() -> Any:
@@ -223,8 +241,12 @@ class Matcher:
 
         return build
 
-    def pairs(self, mapping: pb.Mapping, known: AbstractMapping[Any, Any], path: str) -> list[tuple[Any, Builder]]:
-        """Keys as they are here, with builders for their values. Keys that are not here any more are left out."""
+    def pairs(
+        self, mapping: pb.Mapping, known: AbstractMapping[Any, Any], path: str
+    ) -> list[tuple[Any, Builder]]:
+        """Keys as they are here, with builders for their values. Keys that are not here any more are left
+        out.
+        """
         if len(mapping.keys) != len(mapping.values):
             raise IntegrityError("a mapping of the snapshot has not as many keys as values", path=path)
         pairs = []
@@ -240,7 +262,11 @@ class Matcher:
         """As `pairs`, for keys that may be parameters still to be made."""
 
         def key_builder(saved: pb.Value) -> Builder:
-            return lambda: self.parameter(saved.parameter) if saved.WhichOneof("kind") == "parameter" else self.key(saved)
+            return lambda: (
+                self.parameter(saved.parameter)
+                if saved.WhichOneof("kind") == "parameter"
+                else self.key(saved)
+            )
 
         return [
             (key_builder(key), self.match(value, ABSENT, path))
@@ -279,12 +305,10 @@ class Matcher:
             if opaque.how == "optimizer" and name.text in ("attributes", "parameters"):
                 for part in item.mapping.values:
                     self.leave(part)
-            elif item.WhichOneof("kind") == "tensor":
-                self.leave(item)
-            elif opaque.how == "optimizer":
+            elif item.WhichOneof("kind") == "tensor" or opaque.how == "optimizer":
                 self.leave(item)
 
-    # --- objects ------------------------------------------------------------------------------------------------
+    # --- objects ----------------------------------------------------------------------------------
     def _opaque(self, opaque: pb.Opaque, live: object, path: str) -> Builder:
         way = self.ways.get(opaque.how)
         if way is None:
@@ -305,7 +329,9 @@ class Matcher:
         target = self._take(target)
         cls = find_class(opaque.type_name)
         if target is ABSENT and (cls is None or not self.vouched.allows(cls)):
-            self.differences.note("missing", path, f"{opaque.type_name} is not imported here, or nobody vouches for it")
+            self.differences.note(
+                "missing", path, f"{opaque.type_name} is not imported here, or nobody vouches for it"
+            )
         known = {} if target is ABSENT else {
             name.text: getattr(target, name.text, ABSENT) for name in opaque.fields.mapping.keys
         }  # fmt: skip

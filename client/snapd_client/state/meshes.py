@@ -38,12 +38,19 @@ def read_placement(text: str) -> Placement:
 def new_dtensor(saved: pb.Tensor, local: torch.Tensor, owner: torch.Tensor | None) -> DTensor:
     """A DTensor around `local`, on the mesh of the parameter that it belongs to."""
     if not isinstance(owner, DTensor):
-        raise IntegrityError("distributed state of a parameter that is not distributed here", tensor=saved.name)
+        raise IntegrityError(
+            "distributed state of a parameter that is not distributed here", tensor=saved.name
+        )
     placements = [str(placement) for placement in owner.placements]
     chosen = (
         owner.placements if placements == list(saved.distributed.placements)
         else tuple(map(read_placement, saved.distributed.placements))
     )  # fmt: skip
     return DTensor.from_local(
-        local, owner.device_mesh, chosen, run_check=False, shape=torch.Size(saved.shape), stride=tuple(saved.strides)
+        local,
+        owner.device_mesh,
+        chosen,
+        run_check=False,
+        shape=torch.Size(saved.shape),
+        stride=tuple(saved.strides),
     )

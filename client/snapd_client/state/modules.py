@@ -1,7 +1,7 @@
 """Modules: which tensors they hold, by qualified name.
 
-Names are bound to the sharded parameters: FSDP2 shows a module's unsharded parameters while they are gathered (after
-an evaluation its root stays so), but its bookkeeping always knows the sharded ones.
+Names are bound to the sharded parameters: FSDP2 shows a module's unsharded parameters while they are gathered
+(after an evaluation its root stays so), but its bookkeeping always knows the sharded ones.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ class Names:
         for record in self.parameters:
             if record.optimizer != NO_OPTIMIZER:
                 record.fence_group = self._fence_groups[record.optimizer]
-        self.by_name = {record.name: tensor for record, tensor in zip(self.parameters, self.tensors, strict=True)}
+        self.by_name = {
+            record.name: tensor for record, tensor in zip(self.parameters, self.tensors, strict=True)
+        }
         self.by_place = {
             (record.optimizer, record.group, record.index): tensor
             for record, tensor in zip(self.parameters, self.tensors, strict=True)
@@ -74,7 +76,9 @@ class Names:
         return None if number is None else self.parameters[number].name
 
     def fence_group(self, index: int) -> int:
-        """What the fence of optimizer number `index` waits for; optimizers that share a parameter share a group."""
+        """What the fence of optimizer number `index` waits for; optimizers that share a parameter share a
+        group.
+        """
         return self._fence_groups[index]
 
     def fence_group_of(self, optimizer: torch.optim.Optimizer, path: str, otherwise: int) -> int:

@@ -24,7 +24,8 @@ _SKIPPED: tuple[type, ...] = (
 # by name, so that nothing has to be imported: locks, handles of the system, process groups, streams
 _SKIPPED_NAMES = frozenset(
     {
-        "_thread:lock", "_thread:RLock", "threading:Condition", "threading:Event", "threading:Semaphore",
+        "_thread:lock", "_thread:RLock", "threading:Condition", "threading:Event",
+        "threading:Semaphore",
         "threading:Thread", "torch.cuda.streams:Stream", "torch.cuda.streams:Event", "torch._C:_CudaEventBase",
         "torch.distributed.distributed_c10d:ProcessGroup", "torch._C._distributed_c10d:ProcessGroup",
         "torch._C._distributed_c10d:Work", "torch.distributed.device_mesh:DeviceMesh", "_io:TextIOWrapper",
@@ -34,7 +35,9 @@ _SKIPPED_NAMES = frozenset(
 
 
 def is_skipped(value: object) -> bool:
-    """Functions, modules, locks, streams, process groups, ...: not state, and nothing to write into a snapshot."""
+    """Functions, modules, locks, streams, process groups, ...: not state, and nothing to write into a
+    snapshot.
+    """
     if isinstance(value, _SKIPPED) or callable(value):
         return True
     return any(f"{cls.__module__}:{cls.__qualname__}" in _SKIPPED_NAMES for cls in type(value).__mro__)
@@ -49,9 +52,10 @@ def slot_names(cls: type) -> list[str]:
 
 
 def fields_of(value: object) -> dict[Any, Any] | None:
-    """An object's fields: its `__dict__` itself (so that changes are seen), or a copy of its slots; None: it has neither.
+    """An object's fields: its `__dict__` itself (so that changes are seen), or a copy of its slots.
 
-    Classes that say how they are reduced (C extensions, containers) keep more than their fields show: None as well.
+    Classes that say how they are reduced (C extensions, containers) keep more than their fields show: None, as
+    well.
     """
     cls = type(value)
     is_plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
@@ -69,4 +73,5 @@ def fields_of(value: object) -> dict[Any, Any] | None:
 
 def new_instance(cls: type) -> object:
     """An instance without running the class's constructor."""
-    return cls.__new__(cls)
+    make: Any = cls.__new__
+    return make(cls)

@@ -1,8 +1,8 @@
 """Optimizers by structure: what `load_state_dict` of torch would cast, stringify or lose is kept as it is.
 
-Three parts: `param_groups` whole, `state` whole (keyed by parameter, and by whatever else), and the instance attributes.
-Left out of the attributes: `defaults` (configuration; copied into the groups already), hooks, caches of torch's own,
-and what `objects.is_skipped` names (functions, locks, modules, process groups).
+Three parts: `param_groups` whole, `state` whole (keyed by parameter, and by whatever else), and the instance
+attributes. Left out of the attributes: `defaults` (configuration; copied into the groups already), hooks,
+caches of torch's own, and what `objects.is_skipped` names (functions, locks, modules, process groups).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ SKIPPED_ATTRIBUTES = frozenset(
         "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
         "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks",
         "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks",
-        "_zero_grad_profile_name", "_hook_for_profile", "profile_hook_step", "_warned_capturable_if_run_uncaptured",
+        "_zero_grad_profile_name", "_hook_for_profile", "profile_hook_step",
+        "_warned_capturable_if_run_uncaptured",
         "_opt_called",  # set by LRScheduler's wrapper to tell whether step() came first
         "step",  # LRScheduler puts a counting wrapper here
         "grad_scale", "found_inf",  # lent by GradScaler for the time of one step
@@ -41,9 +42,12 @@ def optimizer_packages(optimizer: torch.optim.Optimizer) -> set[str]:
 
 def write_optimizer(walk: Structure, optimizer: torch.optim.Optimizer, out: Value, path: str) -> None:
     """Raises CaptureError if the object keeps its state where it cannot be found."""
-    if not isinstance(getattr(optimizer, "state", None), dict) or not isinstance(optimizer.param_groups, list):
+    if not isinstance(getattr(optimizer, "state", None), dict) or not isinstance(
+        optimizer.param_groups, list
+    ):
         raise CaptureError(
-            f"{path} is an optimizer without `state` and `param_groups` of its own", type=type_name(type(optimizer))
+            f"{path} is an optimizer without `state` and `param_groups` of its own",
+            type=type_name(type(optimizer)),
         )
     walk.vouched.add(*optimizer_packages(optimizer))
     walk.note(optimizer)
@@ -103,7 +107,9 @@ def _write_state(walk: Structure, optimizer: torch.optim.Optimizer, out: Value, 
         if type(value) is dict:
             _write_fields(walk, value, values.add(), prefix, owner)
         else:
-            walk.place = Place(Role.OPTIMIZER, owner=owner, field=str(key) if not owner else "", group=place.group)
+            walk.place = Place(
+                Role.OPTIMIZER, owner=owner, field=str(key) if not owner else "", group=place.group
+            )
             walk.encode(value, values.add(), prefix, first + index if first != FIXED else FIXED)
     walk.place = place
 

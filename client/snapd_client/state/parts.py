@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as AbstractMapping, MutableMapping
+from collections.abc import Mapping as AbstractMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Parts:
             module=self._module, optimizer=self._optimizer, loader=self._loader, state_dict=self._state_dict
         )
 
-    # --- the user's mapping -------------------------------------------------------------------------------------
+    # --- the user's mapping -----------------------------------------------------------------------
     def entries(self, value: pb.Value, live: AbstractMapping[str, object]) -> Builder:
         """The user's own mapping: every name must be there on both sides."""
         self._matcher.take_node()
@@ -78,12 +79,14 @@ class Parts:
                 self._differences.note("reshaped", path, why)
         return self._matcher.match(saved, live, path)
 
-    # --- modules ------------------------------------------------------------------------------------------------
+    # --- modules ----------------------------------------------------------------------------------
     def _module(self, opaque: pb.Opaque, live: object, path: str) -> Builder:
         matcher = self._matcher
         node = matcher.take_node()
         if not isinstance(live, nn.Module):
-            self._differences.note("reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here")
+            self._differences.note(
+                "reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here"
+            )
             matcher.leave_parts(opaque)
             return lambda: live
         bound = matcher.names.modules[id(live)]
@@ -145,22 +148,31 @@ class Parts:
         why = destinations.difference(number, live)
         if not why and not destinations.claim(number, live):
             tied = first_name.get(number)
-            why = f"tied to {tied} in the snapshot, not here" if tied else "tied to another tensor here, not in the snapshot"
+            why = (
+                f"tied to {tied} in the snapshot, not here"
+                if tied
+                else "tied to another tensor here, not in the snapshot"
+            )
         if why:
             self._differences.note("reshaped", full, why)
             if number not in first_name:
                 destinations.drop(number)
         first_name.setdefault(number, full)
 
-    # --- optimizers ---------------------------------------------------------------------------------------------
+    # --- optimizers -------------------------------------------------------------------------------
     def _optimizer(self, opaque: pb.Opaque, live: object, path: str) -> Builder:
         matcher = self._matcher
-        parts = {key.text: item for key, item in zip(opaque.fields.mapping.keys, opaque.fields.mapping.values, strict=True)}
+        parts = {
+            key.text: item
+            for key, item in zip(opaque.fields.mapping.keys, opaque.fields.mapping.values, strict=True)
+        }
         node = matcher.take_node()
         if live is ABSENT:
             return self._new_optimizer(opaque, parts, path, node)
         if not isinstance(live, torch.optim.Optimizer) or type_name(type(live)) != opaque.type_name:
-            self._differences.note("reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here")
+            self._differences.note(
+                "reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here"
+            )
             matcher.leave_parts(opaque)
             return lambda: live
         self._orphans(parts["parameters"].mapping, path)
@@ -222,14 +234,12 @@ class Parts:
             self._differences.note("reshaped", f"{path}.param_groups", why)
             return
         for index, (saved, group) in enumerate(zip(sequence.items, live.param_groups, strict=True)):
-            members = next(
-                (item.sequence.items for key, item in zip(saved.mapping.keys, saved.mapping.values, strict=True)
-                 if key.text == "params"), [],
-            )  # fmt: skip
+            fields = {key.text: item for key, item in zip(saved.mapping.keys, saved.mapping.values, strict=True)}
+            members = fields["params"].sequence.items if "params" in fields else []
             numbers = [item.parameter for item in members if item.WhichOneof("kind") == "parameter"]
             there = [self._matcher.live_parameter(number) for number in numbers]
             if [id(parameter) for parameter in there] != [id(parameter) for parameter in group["params"]]:
-                why = f"{len(numbers)} parameters in the snapshot, {len(group['params'])} here, or in another order"
+                why = f"{len(numbers)} in the snapshot, {len(group['params'])} here, or in another order"
                 self._differences.note("reshaped", f"{path}.param_groups.{index}.params", why)
 
     def _new_optimizer(self, opaque: pb.Opaque, parts: dict[str, pb.Value], path: str, node: int) -> Builder:
@@ -237,7 +247,9 @@ class Parts:
         matcher = self._matcher
         cls = find_class(opaque.type_name)
         if cls is None or not issubclass(cls, torch.optim.Optimizer) or not matcher.vouched.allows(cls):
-            self._differences.note("missing", path, f"{opaque.type_name} is not imported here, or nobody vouches for it")
+            self._differences.note(
+                "missing", path, f"{opaque.type_name} is not imported here, or nobody vouches for it"
+            )
             matcher.leave_parts(opaque)
             return lambda: None
         self._orphans(parts["parameters"].mapping, path)
@@ -251,7 +263,9 @@ class Parts:
             matcher.set_node(node, made)
             kept: Any = torch.optim.SGD([torch.zeros(1)], lr=0.0).state.copy()
             matcher.set_node(state_node, kept)
-            torch.optim.Optimizer.__setstate__(made, {"defaults": {}, "state": kept, "param_groups": groups()})
+            torch.optim.Optimizer.__setstate__(
+                made, {"defaults": {}, "state": kept, "param_groups": groups()}
+            )
             kept.update((key(), builder()) for key, builder in state)
             for name, builder in attributes:
                 if name not in SKIPPED_ATTRIBUTES or name == "defaults":
@@ -260,18 +274,22 @@ class Parts:
 
         return build
 
-    # --- objects that tell their own state ----------------------------------------------------------------------
+    # --- objects that tell their own state --------------------------------------------------------
     def _loader(self, opaque: pb.Opaque, live: object, path: str) -> Builder:
         node = self._matcher.take_node()
         if not is_loader(live):
-            self._differences.note("reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here")
+            self._differences.note(
+                "reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here"
+            )
             return lambda: live
         return self._later(node, opaque, live, lambda state: restore_loader(live, state))
 
     def _state_dict(self, opaque: pb.Opaque, live: Any, path: str) -> Builder:
         node = self._matcher.take_node()
         if type_name(type(live)) != opaque.type_name or not hasattr(live, "load_state_dict"):
-            self._differences.note("reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here")
+            self._differences.note(
+                "reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here"
+            )
             return lambda: live
         return self._later(node, opaque, live, lambda state: live.load_state_dict(state))
 

@@ -1,8 +1,8 @@
 """The quick way through a tree whose structure is known.
 
-A full walk notes every container that it read and every object that it found there. The next capture reads the
-same containers again, compares by identity, and needs a full walk only where something else than a leaf's value, or
-a tensor by another of the same kind, has changed. Costs about 50 ns per object.
+A full walk notes every container that it read and every object that it found there. The next capture reads
+the same containers again, compares by identity, and needs a full walk only where something else than a leaf's
+value, or a tensor by another of the same kind, has changed. Costs about 50 ns per object.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FIXED, FREE = -1, -2
 class Program:
     """What was read, and what may be there next time.
 
-    `slots[i]` is the outermost tensor number i; `leaves[i]` the value of leaf number i. A position is an index into the
-    concatenation of all sources; one that is neither tensor nor leaf nor free is fixed.
+    `slots[i]` is the outermost tensor number i; `leaves[i]` the value of leaf number i. A position is an
+    index into the concatenation of all sources; one that is neither tensor nor leaf nor free is fixed.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Program:
         self.slots: list[torch.Tensor] = []
         self.leaves: list[object] = []
 
-    # --- written by the full walk -------------------------------------------------------------------------------
+    # --- written by the full walk -----------------------------------------------------------------
     def watch(self, source: Source) -> int:
         """Read a container now and at each capture; returns the position of its first object."""
         first = len(self._found)
@@ -75,7 +75,7 @@ class Program:
         self._free.add(at)
         self._any.add(at)
 
-    # --- at each capture ----------------------------------------------------------------------------------------
+    # --- at each capture --------------------------------------------------------------------------
     def refresh(self, accepts_leaf: Callable[[object, object], bool]) -> tuple[list[int], list[int]] | None:
         """Read everything again. Returns the numbers of the slots and leaves that hold another object now.
 

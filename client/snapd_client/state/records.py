@@ -31,7 +31,9 @@ class Place:
 
     __slots__ = ("field", "group", "is_frozen", "owner", "role")
 
-    def __init__(self, role: Role, *, owner: str = "", field: str = "", group: int = 0, is_frozen: bool = False) -> None:
+    def __init__(
+        self, role: Role, *, owner: str = "", field: str = "", group: int = 0, is_frozen: bool = False
+    ) -> None:
         self.role, self.owner, self.field, self.group = role, owner, field, group
         self.is_frozen = is_frozen
 
@@ -40,8 +42,8 @@ class TensorRecord:
     """One tensor of the tree, plain or a wrapper. `buffer` is its index in Walk.buffers, -1 for a wrapper."""
 
     __slots__ = (
-        "buffer", "components", "context", "device", "dtype", "is_frozen", "is_gathered", "is_parameter", "name", "nbytes",
-        "place", "requires_grad", "shape", "slot", "spec", "strides", "type_name",
+        "buffer", "components", "context", "device", "dtype", "is_frozen", "is_gathered", "is_parameter",
+        "name", "nbytes", "place", "requires_grad", "shape", "slot", "spec", "strides", "type_name",
     )  # fmt: skip
 
     def __init__(self, name: str, tensor: torch.Tensor, place: Place) -> None:

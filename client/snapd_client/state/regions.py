@@ -38,7 +38,9 @@ class Plan:
     region_of: list[int]  # buffer -> region
     offset_of: list[int]  # buffer -> offset of its first element in the region
     alias_of: list[int]  # buffer -> number of its storage
-    storage_offset_of: list[int]  # buffer -> bytes from the lowest captured byte of the storage (rounded down to 64)
+    storage_offset_of: list[
+        int
+    ]  # buffer -> bytes from the lowest captured byte of the storage (rounded down to 64)
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ def plan_regions(walk: Walk, forced_early: set[str]) -> Plan:
     records = [walk.structure.records[number] for number in walk.structure.record_of]
     storages: dict[int, list[_Span]] = {}
     for index, (buffer, record) in enumerate(zip(walk.buffers, records, strict=True)):
-        start = buffer.storage_offset() * buffer.itemsize
+        start = int(buffer.storage_offset()) * buffer.itemsize
         spans = storages.setdefault(buffer.untyped_storage()._cdata, [])
         spans.append(_Span(index, start, start + record.nbytes))
     is_early = _choose_early(walk, records, forced_early)
@@ -91,7 +93,9 @@ def _clusters(spans: list[_Span]) -> list[list[_Span]]:
     return clusters
 
 
-def _region(walk: Walk, cluster: list[_Span], records: list[TensorRecord], is_early: list[bool]) -> RegionPlan:
+def _region(
+    walk: Walk, cluster: list[_Span], records: list[TensorRecord], is_early: list[bool]
+) -> RegionPlan:
     start, end = cluster[0].start, max(span.end for span in cluster)
     # the tensor that says what the bytes are for: a parameter before what merely looks at it
     members = sorted(cluster, key=lambda span: (not records[span.buffer].is_parameter, span.buffer))
@@ -119,12 +123,16 @@ def _range_name(record: TensorRecord) -> str:
 
 
 def _order(regions: list[RegionPlan]) -> Callable[[RegionPlan], tuple[int, int]]:
-    """Early, frozen, parameters, then the optimizer's fields by size; small fields beyond the bound come together."""
+    """Early, frozen, parameters, then the optimizer's fields by size; small fields beyond the bound come
+    together.
+    """
     totals: dict[str, int] = defaultdict(int)
     for region in regions:
         totals[region.range_name] += region.nbytes
     fixed = [EARLY, FROZEN, PARAMETERS]
-    fields = sorted((name for name in totals if name not in fixed and name != OTHER), key=lambda name: -totals[name])
+    fields = sorted(
+        (name for name in totals if name not in fixed and name != OTHER), key=lambda name: -totals[name]
+    )
     for region in regions:
         if region.range_name in fields[FIELD_RANGES_MAX:]:
             region.range_name = OTHER
@@ -140,7 +148,11 @@ def _choose_early(walk: Walk, records: list[TensorRecord], forced: set[str]) -> 
     for buffer, outer, record in zip(walk.buffers, walk.outers, records, strict=True):
         role = record.place.role
         early = (
-            record.is_gathered or role is Role.GRADIENT or record.name in forced or buffer.is_inference() or outer.is_inference()
+            record.is_gathered
+            or role is Role.GRADIENT
+            or record.name in forced
+            or buffer.is_inference()
+            or outer.is_inference()
         )
         if role is Role.BUFFER:
             early = early or buffers_total <= BUFFERS_TOTAL_MAX or record.nbytes <= BUFFER_BYTES_MAX

@@ -1,4 +1,4 @@
-"""The global generators of random numbers: Python's, numpy's, torch's for the CPU and for every visible GPU."""
+"""The global generators of random numbers: Python's, numpy's, torch's for the CPU and every visible GPU."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def capture() -> Fields:
         "torch": torch.get_rng_state().numpy().tobytes(),
     }
     if "numpy.random" in sys.modules:
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         state["numpy"] = (name, np.asarray(keys).tobytes(), int(position), int(has_gauss), float(cached))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index in range(torch.cuda.device_count()):
             state[f"cuda:{index}"] = torch.cuda.get_rng_state(index).numpy().tobytes()
     return state

@@ -35,7 +35,10 @@ def serialize_layout(tree: StateTree, walk: Walk, plan: Plan, pieces: Pieces, ca
     add_region = message.regions.add
     for region, offset in zip(plan.regions, pieces.region_offset, strict=True):
         add_region(
-            shard_offset=offset, nbytes=region.nbytes, when=1 if region.is_early else 2, range_name=region.range_name
+            shard_offset=offset,
+            nbytes=region.nbytes,
+            when=1 if region.is_early else 2,
+            range_name=region.range_name,
         )
     replicas = {record.name: record.replica_ranks for record in structure.parameters}
     devices: dict[torch.device, str] = {}
@@ -99,7 +102,9 @@ def _add_components(tensor: pb.Tensor, record: TensorRecord) -> None:
 
 def _add_subclass(tensor: pb.Tensor, record: TensorRecord, tree: StateTree) -> None:
     _add_components(tensor, record)
-    tensor.subclass.context.CopyFrom(encode_plain(record.context, tree.vouched, f"{record.name} (its context)"))
+    tensor.subclass.context.CopyFrom(
+        encode_plain(record.context, tree.vouched, f"{record.name} (its context)")
+    )
 
 
 def _add_distributed(tensor: pb.Tensor, record: TensorRecord) -> None:
@@ -119,7 +124,7 @@ def _add_distributed(tensor: pb.Tensor, record: TensorRecord) -> None:
     distributed.mesh_coordinate.extend(mesh.get_coordinate() or ())
     distributed.mesh_ranks.extend(mesh.mesh.flatten().tolist())
     replicated = [dim for dim, placement in enumerate(spec.placements) if placement.is_replicate()]
-    if replicated and not record.place.owner == "":
+    if replicated and record.place.owner != "":
         tensor.replica_set.ranks.extend(_replica_ranks(mesh, replicated))
 
 

@@ -1,7 +1,7 @@
 """Objects that keep their state inside: generators of random numbers, arrays, small tensors.
 
-Each is written as an `Opaque` whose `how` says which reader below takes it; the mutable ones are put back in place
-when the live object is of the same kind.
+Each is written as an `Opaque` whose `how` says which reader below takes it; the mutable ones are put back in
+place when the live object is of the same kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Fields = dict[str, object]
 def tensor_fields(tensor: torch.Tensor) -> Fields:
     """A tensor by value; for small ones only."""
     if component_names(tensor):
-        raise CaptureError("a tensor subclass inside a state_dict() value cannot be captured", type=type(tensor).__name__)
+        raise CaptureError(
+            "a tensor subclass inside a state_dict() value cannot be captured", type=type(tensor).__name__
+        )
     dense = tensor.detach().cpu().contiguous().reshape(-1)
     raw = dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
     return {
@@ -35,7 +37,9 @@ def tensor_fields(tensor: torch.Tensor) -> Fields:
 
 def read_tensor(fields: Fields) -> torch.Tensor:
     dtype, shape, raw = fields["dtype"], fields["shape"], fields["raw"]
-    if not (isinstance(dtype, str) and dtype in dtypes and isinstance(shape, tuple) and isinstance(raw, bytes)):
+    if not (
+        isinstance(dtype, str) and dtype in dtypes and isinstance(shape, tuple) and isinstance(raw, bytes)
+    ):
         raise IntegrityError("a tensor value of the snapshot is malformed")
     flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
     tensor = flat.view(dtypes[dtype]).reshape(shape)
@@ -62,7 +66,9 @@ def python_random_fields(generator: random.Random) -> Fields:
     try:
         version, words, gauss = generator.getstate()
     except NotImplementedError as error:
-        raise CaptureError("this source of random numbers has no state", type=type(generator).__name__) from error
+        raise CaptureError(
+            "this source of random numbers has no state", type=type(generator).__name__
+        ) from error
     return {"version": version, "words": struct.pack("<625I", *words), "gauss": gauss}
 
 
@@ -108,4 +114,3 @@ def new_numpy_random(type_name: str, fields: Fields) -> np.random.Generator | np
     made = np.random.RandomState(bits) if type_name.endswith("RandomState") else np.random.Generator(bits)
     set_numpy_random(made, fields)
     return made
-

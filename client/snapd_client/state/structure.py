@@ -1,6 +1,7 @@
-"""The full walk: from the user's objects to a skeleton, tensor records, leaves and a program for the next captures.
+"""The full walk: from the user's objects to a skeleton, records, leaves and a program for the next captures.
 
-The skeleton holds what stays; what may change at every step is a leaf, kept aside. Which objects are walked how:
+The skeleton holds what stays; what may change at every step is a leaf, kept aside. Which objects are walked
+how:
 
 - modules by qualified names; optimizers by `state`, `param_groups` and instance attributes (`optimizers`);
 - loaders and anything with `state_dict()` and `load_state_dict()` by the values that it gives (`producers`);
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import CaptureError
 from . import modules
 from .atoms import atom_writer
-from .classes import type_name
+from .classes import package_of, type_name
 from .encode import Encoder, inner_state, is_flat, is_leaf
 from .names import Names
 from .objects import fields_of, is_skipped
@@ -30,7 +31,9 @@ from .program import FIXED, Program
 from .records import NO_OPTIMIZER, ParameterRecord, Place, Role, TensorRecord
 from .tensors import check_plain, component, component_names, span_nbytes, subclass_context
 
-GATHER_RATIO = 4  # a strided tensor whose holes are more than this is captured by its elements, not by its span
+GATHER_RATIO = (
+    4  # a strided tensor whose holes are more than this is captured by its elements, not by its span
+)
 
 
 class Structure(Encoder):
@@ -55,7 +58,7 @@ class Structure(Encoder):
         self.paths: list[tuple[str, ...]] = []  # buffer -> attributes from its slot's tensor
         self.record_of: list[int] = []  # buffer -> record
 
-    # --- leaves -------------------------------------------------------------------------------------------------
+    # --- leaves -----------------------------------------------------------------------------------
     def on_leaf(self, value: Any, out: Value, at: int, writer: Callable[[Any, Value], None]) -> None:
         out.scalar = self.program.add_leaf(value, at)
 
@@ -101,7 +104,7 @@ class Structure(Encoder):
         number = self.names.number_of.get(key if type(key) is int else id(key))
         return super().key_text(key) if number is None else self.parameters[number].name
 
-    # --- objects ------------------------------------------------------------------------------------------------
+    # --- objects ----------------------------------------------------------------------------------
     def on_object(self, value: object, out: Value, path: str, at: int) -> None:
         if isinstance(value, torch.optim.Optimizer):
             write_optimizer(self, value, out, path)
@@ -132,16 +135,17 @@ class Structure(Encoder):
             raise CaptureError(
                 f"{path} is of a class that nobody has vouched for",
                 type=type_name(cls),
-                hint=f"pass trust=[{cls.__module__.partition('.')[0]!r}] if its objects may be rebuilt from their fields",
+                hint=f"pass trust=[{package_of(cls)!r}] if its objects may be rebuilt from their fields",
             )
         fields = fields_of(value)
         if fields is None:
             raise CaptureError(
-                f"{path} cannot be captured: its class keeps state that its fields do not show", type=type_name(cls)
+                f"{path} cannot be captured: its class keeps state that its fields do not show",
+                type=type_name(cls),
             )
         self.opaque(value, out, "fields", fields, path)
 
-    # --- modules ------------------------------------------------------------------------------------------------
+    # --- modules ----------------------------------------------------------------------------------
     def _write_module(self, root: nn.Module, out: Value, path: str) -> None:
         self.note(root)
         bound = self.names.modules[id(root)]
@@ -169,10 +173,14 @@ class Structure(Encoder):
             self.see(number, places.get(id(buffer), FIXED))
         for name, module in bound.extra:
             mapping.keys.add().text = name
-            self.produce(Producer("extra_state", module.get_extra_state, f"{path}.{name}"), mapping.values.add())
+            self.produce(
+                Producer("extra_state", module.get_extra_state, f"{path}.{name}"), mapping.values.add()
+            )
 
     def _watch_module(self, root: nn.Module) -> dict[int, int]:
-        """Notes all containers of the module tree; positions of buffers by id, of gradients by their parameter's."""
+        """Notes all containers of the module tree; positions of buffers by id, of gradients by their
+        parameter's.
+        """
         managed = self.names.managed
         places: dict[int, int] = {}
         for source, owner, kind in modules.containers(root):
@@ -190,7 +198,7 @@ class Structure(Encoder):
             places.update((id(p), first + index) for index, p in enumerate(unique))
         return places
 
-    # --- tensors ------------------------------------------------------------------------------------------------
+    # --- tensors ----------------------------------------------------------------------------------
     def on_tensor(self, value: torch.Tensor, out: Value, path: str, at: int) -> None:
         known = self.names.number_of.get(id(value))
         if known is not None:
@@ -207,7 +215,9 @@ class Structure(Encoder):
             self.program.see_slot(record.slot, at)
 
     def seal(self) -> None:
-        """The walk is done: forget what was only needed to follow aliases, so that replaced tensors can be freed."""
+        """The walk is done: forget what was only needed to follow aliases, so that replaced tensors can be
+        freed.
+        """
         self._kept.clear()
         self._numbers.clear()
         self._number_of.clear()
@@ -224,7 +234,9 @@ class Structure(Encoder):
         self._number_of[id(value)] = number
         return number
 
-    def _record(self, value: torch.Tensor, path: str, place: Place, slot: int, attributes: tuple[str, ...]) -> int:
+    def _record(
+        self, value: torch.Tensor, path: str, place: Place, slot: int, attributes: tuple[str, ...]
+    ) -> int:
         record = TensorRecord(self._unique(path), value, place)
         number = len(self.records)
         self.records.append(record)

@@ -1,7 +1,7 @@
 """What a tensor consists of: the plain buffers under subclasses and DTensors, and facts about each.
 
-A wrapper (DTensor, or a subclass with `__tensor_flatten__`) has no bytes of its own; its components do, at any depth.
-They are read afresh at each capture through `component`, since a wrapper may get new ones.
+A wrapper (DTensor, or a subclass with `__tensor_flatten__`) has no bytes of its own; its components do, at
+any depth. They are read afresh at each capture through `component`, since a wrapper may get new ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from ..errors import CaptureError
 LOCAL = "_local_tensor"
 
 dtype_names: dict[torch.dtype, str] = {
-    value: str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)
+    value: str(value).removeprefix("torch.")
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
 }
 dtypes: dict[str, torch.dtype] = {name: dtype for dtype, name in dtype_names.items()}
 
@@ -28,8 +30,9 @@ def component_names(tensor: torch.Tensor) -> list[str]:
         return []
     if isinstance(tensor, DTensor):
         return [LOCAL]
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
+    # cast: to mypy no tensor can be of the protocol that this asks for
+    if is_traceable_wrapper_subclass(cast(Any, tensor)):
+        names, _ = cast(Any, tensor).__tensor_flatten__()
         return list(names)
     return []
 
@@ -51,7 +54,7 @@ def check_plain(tensor: torch.Tensor, path: str) -> None:
         CaptureError: names the path and what the tensor is.
     """
     what = ""
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(tensor):
         what = "is not initialised yet (a lazy module): run one forward pass first"
     elif tensor.layout is not torch.strided:
         what = f"has layout {tensor.layout}; only strided tensors can be captured"
@@ -68,7 +71,9 @@ def check_plain(tensor: torch.Tensor, path: str) -> None:
 
 
 def span_nbytes(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
-    """Bytes from the first to the last element of a strided tensor, holes included. Strides are never negative."""
+    """Bytes from the first to the last element of a strided tensor, holes included. Strides are never
+    negative.
+    """
     last = 0
     for count, stride in zip(shape, strides, strict=True):
         if count == 0:

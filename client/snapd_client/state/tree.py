@@ -1,8 +1,8 @@
 """The user's state, bound once and walked at each capture.
 
-`StateTree.walk()` runs on the training thread. While the structure stays as it is, it only compares identities
-(`program`); else it walks everything again (`structure`). A `Walk` holds strong references to every tensor that it
-names and never changes afterwards.
+`StateTree.walk()` runs on the training thread. While the structure stays as it is, it only compares
+identities (`program`); else it walks everything again (`structure`). A `Walk` holds strong references to
+every tensor that it names and never changes afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from google.protobuf.internal.encoder import _VarintBytes
-from snapd_proto.format_pb2 import EarlyValues, Mapping as MappingValue, Value
+from snapd_proto.format_pb2 import EarlyValues, Value
+from snapd_proto.format_pb2 import Mapping as MappingValue
 from torch import nn
 
 from ..errors import CaptureError
@@ -31,22 +31,28 @@ from .records import Place, Role
 from .structure import Structure
 
 _SIGNATURES_KEPT = 8
-_SCALARS_TAG = EarlyValues.SCALARS_FIELD_NUMBER << 3 | 2  # length-delimited
 
 
 class Walk:
     """What the state is right now; the lists are not changed any more once the walk is returned.
 
-    `buffers[i]` is plain and has storage of its own; `outers[i]` is the outermost tensor around it, whose version
-    counter tells of writes; `names[i]` is for messages.
+    `buffers[i]` is plain and has storage of its own; `outers[i]` is the outermost tensor around it, whose
+    version counter tells of writes; `names[i]` is for messages.
     """
 
     __slots__ = ("_parts", "buffers", "names", "outers", "scalars", "signature", "structure")
 
-    def __init__(self, structure: Structure, buffers: list[torch.Tensor], outers: list[torch.Tensor], names: list[str],
-                 signature: object, scalars: list[object], parts: list[bytes]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        structure: Structure,
+        buffers: list[torch.Tensor],
+        outers: list[torch.Tensor],
+        names: list[str],
+        signature: object,
+        parts: list[bytes],
+    ) -> None:
         self.structure, self.buffers, self.outers, self.names = structure, buffers, outers, names
-        self.signature, self.scalars, self._parts = signature, scalars, parts
+        self.signature, self.scalars, self._parts = signature, list(structure.program.leaves), parts
 
     def encode_early(self, generation: int, step: int) -> bytes:
         """A serialized EarlyValues. The leaves were written when the walk was made."""
@@ -58,7 +64,8 @@ class StateTree:
     """Names bound to parameters at construction, the optimizers in walk order, and the way to the present state.
 
     Args:
-        state: name -> module, optimizer, scheduler, loader, scaler, generator, tensor, plain value, or dicts and lists
+        state: name -> module, optimizer, scheduler, loader, scaler, generator, tensor, plain value, or dicts
+            and lists
             of them. It is read again at each capture, so plain values in it may be replaced.
         gradients: capture `.grad` too.
     Raises:
@@ -87,9 +94,11 @@ class StateTree:
         self._buffer_names: list[str] = []
         self._wrapped: list[tuple[int, int, Any]] = []  # buffer, slot, getter
         self._parts: list[bytes] = []
-        self._produced: list[list[tuple[str, int]]] = []  # per producer: paths and records of its large tensors
+        self._produced: list[
+            list[tuple[str, int]]
+        ] = []  # per producer: paths and records of its large tensors
 
-    # --- asked by the hook --------------------------------------------------------------------------------------
+    # --- asked by the hook ------------------------------------------------------------------------
     def trust(self, packages: Sequence[str]) -> None:
         """Allow objects of these packages to be rebuilt from their fields."""
         self.vouched.add(*packages)
@@ -124,7 +133,7 @@ class StateTree:
 
         return [item for _, item in entries(self.state, "")]
 
-    # --- walking ------------------------------------------------------------------------------------------------
+    # --- walking ----------------------------------------------------------------------------------
     def walk(self) -> Walk:
         """The present state.
 
@@ -179,7 +188,10 @@ class StateTree:
         """A number that is the same for the same structure, among the few seen last."""
         key = (
             structure.skeleton.SerializeToString(),
-            tuple((r.name, r.dtype, r.shape, r.strides, r.device, r.type_name, r.nbytes) for r in structure.records),
+            tuple(
+                (r.name, r.dtype, r.shape, r.strides, r.device, r.type_name, r.nbytes)
+                for r in structure.records
+            ),
             tuple(structure.outer_of),
         )
         known = self._signatures.pop(key, None)
@@ -191,7 +203,7 @@ class StateTree:
             del self._signatures[next(iter(self._signatures))]
         return known
 
-    # --- buffers ------------------------------------------------------------------------------------------------
+    # --- buffers ----------------------------------------------------------------------------------
     def _collect_buffers(self, structure: Structure) -> None:
         slots = structure.program.slots
         self._outers = [slots[slot] for slot in structure.outer_of]
@@ -222,7 +234,7 @@ class StateTree:
                 buffers[buffer] = getter(slots[slot])
             self._buffers = buffers
 
-    # --- leaves -------------------------------------------------------------------------------------------------
+    # --- leaves -----------------------------------------------------------------------------------
     def _add_produced(self, structure: Structure) -> None:
         """Ask the objects that tell their own state, and give their large tensors records of their own."""
         self._produced = []
@@ -239,7 +251,9 @@ class StateTree:
     def _large(self, producer: Producer, value: object) -> list[tuple[str, torch.Tensor]]:
         if producer.how == "rng":
             return []
-        return [pair for pair in big_tensors(value, producer.path) if id(pair[1]) not in self._names.number_of]
+        return [
+            pair for pair in big_tensors(value, producer.path) if id(pair[1]) not in self._names.number_of
+        ]
 
     def _ask_producers(self, structure: Structure) -> list[int] | None:
         """Ask again. Returns the slots that have other tensors now; None: the structure is another one."""
@@ -273,14 +287,15 @@ class StateTree:
 
 
 def _may_follow(value: object, old: object) -> bool:
-    """Whether a leaf may have this value after that one. Atoms and containers are numbered differently in the skeleton."""
+    """Whether a leaf may have this value after that one. Atoms and containers are numbered differently in the
+    skeleton.
+    """
     return is_leaf(value) and is_atom(value) == is_atom(old)
 
 
 def _framed(value: Value) -> bytes:
     """The value as a member of EarlyValues.scalars, on the wire."""
-    raw = value.SerializeToString()
-    return bytes((_SCALARS_TAG,)) + _VarintBytes(len(raw)) + raw
+    return EarlyValues(scalars=[value]).SerializeToString()
 
 
 def _gathering(getter: Any) -> Any:

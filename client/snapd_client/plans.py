@@ -1,0 +1,55 @@
+"""The compiled copy plans of one layout, by the choice of chunks that are copied.
+
+A layout is copied whole at first, later without its unchanging chunks but for those whose turn it is to be
+rechecked: few choices, each compiled once.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from snapd_native import ZERO_FILL, CopyPlan
+
+from .device import DeviceRegions
+from .state.layout import Layout, PlanArrays
+from .state.tree import Walk
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Plans for the host's regions, and the chunks that they fill (None: all)."""
+
+    lazy: CopyPlan
+    early: CopyPlan
+    chunks: frozenset[int] | None
+
+
+class LayoutPlans:
+    """Plans of one layout."""
+
+    def __init__(self, layout: Layout, walk: Walk) -> None:
+        self.layout = layout
+        self.device = DeviceRegions(layout, walk)
+        self._choices: dict[frozenset[int] | None, Choice] = {}
+
+    def choose(self, fresh: list[int] | None) -> Choice:
+        """Plans for these chunks; None: all of the shard."""
+        key = None if fresh is None else frozenset(fresh)
+        choice = self._choices.get(key)
+        if choice is None:
+            layout, without = self.layout, self.device.numbers
+            choice = Choice(_compile(layout.lazy, key, without), _compile(layout.early, key, without), key)
+            self._choices[key] = choice
+        return choice
+
+
+def _compile(arrays: PlanArrays, chunks: frozenset[int] | None, without: frozenset[int]) -> CopyPlan:
+    if chunks is None and not without:
+        return CopyPlan(*arrays)
+    chosen = [
+        index
+        for index, (source, chunk) in enumerate(zip(arrays.src_index, arrays.dst_index, strict=True))
+        if (chunks is None or chunk in chunks) and (source == ZERO_FILL or source not in without)
+    ]
+    return CopyPlan(*(array(column.typecode, [column[index] for index in chosen]) for column in arrays))
