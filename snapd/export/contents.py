@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from snapd_proto import format_pb2
+
 from snapd.export.dtypes import StoredType, stored_type
 from snapd.export.safetensors_file import Entry
-from snapd.export.shard_bytes import BadShard
+from snapd.export.shard_bytes import bad_shard
 from snapd.export.shard_view import exported_names, holder_rank, itemsize
 from snapd.export.strides import is_row_major
-from snapd_proto import format_pb2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def contents_of(layout: format_pb2.ShardLayout) -> Contents:
     the file, so that each tensor is aligned to its element; within a size the order is that of the shard.
 
     Raises:
-        BadShard: a tensor's span does not fit its element type.
+        IntegrityError: a tensor's span does not fit its element type.
     """
     names = exported_names(layout)
     candidates = [_stored_tensor(layout, number, name) for number, name in names.items()]
@@ -87,7 +88,7 @@ def _stored_tensor(layout: format_pb2.ShardLayout, number: int, name: str) -> St
     if size and size != form.itemsize:
         if form.is_exact:
             what = f"layout: tensor {tensor.name!r}: {size} bytes per element of type {tensor.dtype}"
-            raise BadShard(layout.rank, None, what)
+            raise bad_shard(layout.rank, None, what)
         form = StoredType(name="U8", itemsize=size, is_exact=False)
     region = layout.regions[tensor.region] if tensor.nbytes else format_pb2.Region()
     return StoredTensor(

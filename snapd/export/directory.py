@@ -17,11 +17,11 @@ from pathlib import Path
 
 import xxhash
 
-from snapd.errors import ConfigError
+from snapd.errors import ConfigError, IntegrityError
 from snapd.export.contents import Contents, StoredTensor, contents_of
 from snapd.export.layout_json import EXPORT_FORMAT, EXPORT_VERSION, parent_json, rank_json
 from snapd.export.safetensors_file import write_file
-from snapd.export.shard_bytes import BadShard
+from snapd.export.shard_bytes import bad_shard
 from snapd.export.shard_view import ShardView, contents_of_chunk
 from snapd.export.strides import gather
 from snapd.export.tree_json import Json, TreeError
@@ -80,7 +80,8 @@ def write_directory(
         views: opened shards by rank; besides `ranks`, those that hold bytes for them.
     Raises:
         ConfigError: see check_target.
-        BadShard: a chunk or a layout is bad; names rank, chunk and the tensors in it. Nothing is left behind.
+        IntegrityError: a chunk or a layout is bad; names rank, chunk and the tensors in it. Nothing is left
+            behind.
         OSError: the file system failed; nothing is left behind.
     """
     check_target(target)
@@ -126,7 +127,7 @@ def _write_rank(
     try:
         rest = rank_json(view, contents, tensors_path.name)
     except TreeError as error:
-        raise BadShard(rank, None, f"layout: {error}") from error
+        raise bad_shard(rank, None, f"layout: {error}") from error
     nbytes, digest = write_file(tensors_path, entries, pieces_of, metadata=metadata, sync=os.fsync)
     return [
         ExportedFile(name=tensors_path.name, nbytes=nbytes, xxh3_128=digest),
@@ -147,11 +148,12 @@ def _tensor_pieces(
         else:
             span = holder.bytes_of.read(tensor.shard_offset, tensor.span_nbytes)
             yield gather(span, tensor.shape, tensor.strides, tensor.stored_type.itemsize)
-    except BadShard as error:
-        if error.chunk_index is None:
+    except IntegrityError as error:
+        chunk = error.context.get("chunk")
+        if not isinstance(chunk, int):
             raise
-        inside = contents_of_chunk(holder.layout, holder.record, error.chunk_index)
-        raise BadShard(error.rank, error.chunk_index, f"{error.what}; in it: {', '.join(inside)}") from error
+        inside = contents_of_chunk(holder.layout, holder.record, chunk)
+        raise bad_shard(holder.record.rank, chunk, f"{error.message}; in it: {', '.join(inside)}") from error
 
 
 def _snapshot_json(view: ShardView, ranks: Sequence[int], files: Sequence[ExportedFile]) -> dict[str, Json]:

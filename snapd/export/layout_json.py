@@ -1,9 +1,10 @@
 """The JSON beside a rank's safetensors file: everything of the shard that is not tensor bytes. Pure."""
 
+from snapd_proto import format_pb2
+
 from snapd.export.contents import Contents, StoredTensor
 from snapd.export.shard_view import ShardView
 from snapd.export.tree_json import Json, TreeContext, tree_to_json
-from snapd_proto import format_pb2
 
 EXPORT_FORMAT = "snapd-export"
 EXPORT_VERSION = 1
@@ -36,7 +37,7 @@ def rank_json(view: ShardView, contents: Contents, tensors_file: str) -> dict[st
         "torch_version": layout.torch_version,
         "shard_xxh3_128": record.shard_xxh3_128.hex(),
         "tensors_file": tensors_file,
-        "state": tree_to_json(layout.skeleton, context),
+        "tree": tree_to_json(layout.skeleton, context),
         "parameters": [_parameter_json(parameter) for parameter in layout.parameters],
         "tensors": _tensors_json(layout, contents, context),
         "aliases": {**contents.aliases},

@@ -10,28 +10,22 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
 import xxhash
+from snapd_proto import format_pb2
 
 from snapd.errors import IntegrityError
-from snapd_proto import format_pb2
 
 CHUNK_BYTES_MAX = 1 << 30
 HASH_BYTES = 16
 
 
-class BadShard(IntegrityError):
-    """Part of a shard cannot be used.
+def bad_shard(rank: int, chunk: int | None, what: str) -> IntegrityError:
+    """The error for a part of a shard that cannot be used.
 
-    Attributes:
-        rank, chunk_index: where; chunk_index is None when it is not one chunk (the record, the layout).
-        what: what is wrong, in words.
+    Its context holds `rank` and, where one chunk is bad, `chunk`; else it is the record or the layout.
     """
-
-    def __init__(self, rank: int, chunk_index: int | None, what: str) -> None:
-        place = f"rank {rank}" if chunk_index is None else f"rank {rank} chunk {chunk_index}"
-        super().__init__(f"{place}: {what}")
-        self.rank = rank
-        self.chunk_index = chunk_index
-        self.what = what
+    if chunk is None:
+        return IntegrityError(what, kind="bad_shard", rank=rank)
+    return IntegrityError(what, kind="bad_chunk", rank=rank, chunk=chunk)
 
 
 def shard_hash(record: format_pb2.ShardRecord) -> bytes:
@@ -47,7 +41,7 @@ class ShardBytes:
         descriptors: (rank, segment number) -> a descriptor open for reading, alive while this object is used.
         chunks_kept: verified chunks kept for the next read; neighbours in one chunk cost one hash then.
     Raises:
-        BadShard: the record contradicts itself.
+        IntegrityError: the record contradicts itself.
     """
 
     def __init__(
@@ -67,7 +61,7 @@ class ShardBytes:
         """The verified bytes of a chunk, in private memory.
 
         Raises:
-            BadShard: its segment is missing or too short, or the bytes do not have the recorded hash.
+            IntegrityError: its segment is missing or too short, or its bytes do not have the recorded hash.
         """
         kept = self._kept.get(index)
         if kept is not None:
@@ -75,7 +69,7 @@ class ShardBytes:
             return kept
         data = memoryview(self._read_frame(index)).toreadonly()
         if xxhash.xxh3_128_digest(data) != self.record.chunks[index].xxh3_128:
-            raise BadShard(self.record.rank, index, "its bytes do not have the recorded XXH3-128")
+            raise bad_shard(self.record.rank, index, "the chunk does not have the XXH3-128 that was recorded")
         self._kept[index] = data
         while len(self._kept) > self._chunks_kept:
             self._kept.popitem(last=False)
@@ -90,8 +84,9 @@ class ShardBytes:
             stop = min(end - index * chunk_bytes, chunk_bytes)
             held = self.record.chunks[index].nbytes if index < len(self.record.chunks) else 0
             if stop > held:
-                what = f"shard bytes {offset}..{index * chunk_bytes + stop} are named, the chunk has {held}"
-                raise BadShard(self.record.rank, index, what)
+                last = index * chunk_bytes + stop - 1
+                what = f"the layout names byte {last} of the shard, which no chunk holds"
+                raise bad_shard(self.record.rank, index, what)
             yield self.chunk(index)[start:stop]
             offset = index * chunk_bytes + stop
 
@@ -105,15 +100,15 @@ class ShardBytes:
         descriptor = self._descriptors.get((chunk.segment_rank, chunk.segment))
         if descriptor is None:
             what = (
-                f"it lies in segment {chunk.segment} of rank {chunk.segment_rank}, which was not handed out"
+                f"the chunk lies in segment {chunk.segment} of rank {chunk.segment_rank}, which did not come"
             )
-            raise BadShard(rank, index, what)
+            raise bad_shard(rank, index, what)
         data = bytearray(chunk.nbytes)
         view, at = memoryview(data), chunk.frame * self.record.chunk_bytes
         while view:
             count = os.preadv(descriptor, [view], at)
             if count == 0:
-                raise BadShard(rank, index, f"segment {chunk.segment} ends before byte {at + len(view)}")
+                raise bad_shard(rank, index, f"segment {chunk.segment} ends before byte {at + len(view)}")
             view, at = view[count:], at + count
         return data
 
@@ -122,17 +117,19 @@ def check_record(record: format_pb2.ShardRecord) -> None:
     """Refuse a record with sizes out of bounds, before anything is allocated by them.
 
     Raises:
-        BadShard: names the field and the value.
+        IntegrityError: names the field and the value.
     """
     rank = record.rank
     if not 0 < record.chunk_bytes <= CHUNK_BYTES_MAX:
-        raise BadShard(rank, None, f"record: chunk_bytes {record.chunk_bytes} is not in 1..{CHUNK_BYTES_MAX}")
+        raise bad_shard(
+            rank, None, f"record: chunk_bytes {record.chunk_bytes} is not in 1..{CHUNK_BYTES_MAX}"
+        )
     for index, chunk in enumerate(record.chunks):
         if chunk.nbytes > record.chunk_bytes or len(chunk.xxh3_128) != HASH_BYTES:
-            what = f"record: {chunk.nbytes} bytes, hash of {len(chunk.xxh3_128)} bytes"
-            raise BadShard(rank, index, what)
+            what = f"record: a chunk of {chunk.nbytes} bytes with a hash of {len(chunk.xxh3_128)} bytes"
+            raise bad_shard(rank, index, what)
     if record.shard_xxh3_128 and record.shard_xxh3_128 != shard_hash(record):
-        raise BadShard(rank, None, "record: shard_xxh3_128 is not the hash of the chunk hashes")
+        raise bad_shard(rank, None, "record: shard_xxh3_128 is not the hash of the chunk hashes")
     held = record.chunk_bytes * len(record.chunks)
     ends = {
         "layout_nbytes": record.layout_nbytes,
@@ -140,4 +137,4 @@ def check_record(record: format_pb2.ShardRecord) -> None:
     }
     for what, end in ends.items():
         if end > held:
-            raise BadShard(rank, None, f"record: {what} end at byte {end}, the shard has at most {held}")
+            raise bad_shard(rank, None, f"record: {what} end at byte {end}, the shard has at most {held}")

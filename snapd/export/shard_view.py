@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from google.protobuf.message import DecodeError
-
-from snapd.export.shard_bytes import BadShard, ShardBytes
-from snapd.export.strides import span_elements
 from snapd_proto import format_pb2
+
+from snapd.export.shard_bytes import ShardBytes, bad_shard
+from snapd.export.strides import span_elements
 
 LAYOUT_BYTES_MAX = 1 << 29
 FORMAT_VERSION_MAX = 1
@@ -38,7 +38,7 @@ def open_shard(bytes_of: ShardBytes) -> ShardView:
     """Read and check the layout and the early values of a shard.
 
     Raises:
-        BadShard: their chunks are bad, they cannot be parsed, or they contradict the record or themselves.
+        IntegrityError: their chunks are bad, they cannot be parsed, or they contradict the record.
     """
     layout = read_layout(bytes_of)
     record = bytes_of.record
@@ -51,15 +51,15 @@ def open_shard(bytes_of: ShardBytes) -> ShardView:
     )
     if (early.generation, early.step) != (record.generation, record.step):
         what = f"early values are of generation {early.generation} step {early.step}, the record of another"
-        raise BadShard(record.rank, None, what)
+        raise bad_shard(record.rank, None, what)
     return ShardView(bytes_of, layout, early)
 
 
 def read_layout(bytes_of: ShardBytes) -> format_pb2.ShardLayout:
-    """The shard's layout, checked. Raises BadShard as `open_shard` does."""
+    """The shard's layout, checked. Raises IntegrityError as `open_shard` does."""
     record = bytes_of.record
     if record.layout_nbytes > LAYOUT_BYTES_MAX:
-        raise BadShard(
+        raise bad_shard(
             record.rank, None, f"layout of {record.layout_nbytes} bytes; at most {LAYOUT_BYTES_MAX}"
         )
     layout = format_pb2.ShardLayout()
@@ -74,26 +74,26 @@ def _parse(
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise BadShard(rank, None, f"{what} cannot be parsed: {error}") from error
+        raise bad_shard(rank, None, f"{what} cannot be parsed: {error}") from error
 
 
 def check_layout(layout: format_pb2.ShardLayout, record: format_pb2.ShardRecord) -> None:
     """Refuse a layout that points outside itself or belongs to another shard.
 
     Raises:
-        BadShard: names the tensor and the value.
+        IntegrityError: names the tensor and the value.
     """
     rank = record.rank
     if layout.format_version > FORMAT_VERSION_MAX:
         what = f"layout of format {layout.format_version}; this snapd reads up to {FORMAT_VERSION_MAX}"
-        raise BadShard(rank, None, what)
+        raise bad_shard(rank, None, what)
     if layout.chunk_bytes != record.chunk_bytes or layout.rank != rank:
         what = f"layout is of rank {layout.rank} with chunks of {layout.chunk_bytes} bytes, the record is not"
-        raise BadShard(rank, None, what)
+        raise bad_shard(rank, None, what)
     for index, tensor in enumerate(layout.tensors):
         problem = _tensor_problem(layout, index, tensor)
         if problem:
-            raise BadShard(rank, None, f"layout: tensor {tensor.name!r}: {problem}")
+            raise bad_shard(rank, None, f"layout: tensor {tensor.name!r}: {problem}")
 
 
 def _tensor_problem(layout: format_pb2.ShardLayout, index: int, tensor: format_pb2.Tensor) -> str:
@@ -164,7 +164,7 @@ def _name_by_wrapper(
     while number in wrapper_of:
         wrapper, attribute = wrapper_of[number]
         if wrapper in seen:
-            raise BadShard(
+            raise bad_shard(
                 layout.rank, None, f"layout: tensor {layout.tensors[number].name!r} contains itself"
             )
         seen.add(wrapper)

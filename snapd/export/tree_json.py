@@ -11,11 +11,10 @@ All else is an object with a member "$type" (or "$tensor", "$parameter", "$same_
 """
 
 import base64
-import itertools
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from snapd_proto import format_pb2
@@ -31,14 +30,13 @@ class TreeError(ValueError):
     """The tree names something that is not there, or is nested too deeply: damaged, or of a newer client."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TreeContext:
     """What the tree's leaves refer to."""
 
     tensor_names: Sequence[str]
     parameter_names: Sequence[str]
     scalars: Sequence[format_pb2.Value] = ()
-    aliased: set[int] = field(default_factory=set)  # numbers of containers that an alias points at
 
 
 def tree_to_json(root: format_pb2.Value, context: TreeContext) -> Json:
@@ -47,11 +45,11 @@ def tree_to_json(root: format_pb2.Value, context: TreeContext) -> Json:
     Raises:
         TreeError: an index is out of range, a value is of no known kind, or nested deeper than DEPTH_MAX.
     """
-    context.aliased = set(_alias_targets(root))
-    return _Converter(context).convert(root, 0)
+    return _Converter(context, root, "").convert(root, 0)
 
 
 def _alias_targets(value: format_pb2.Value, depth: int = 0) -> Iterator[int]:
+    """Numbers of the containers that aliases of this tree point at; keys and scalars count on their own."""
     if depth > DEPTH_MAX:
         raise TreeError(f"the state tree is nested more than {DEPTH_MAX} deep")
     kind = value.WhichOneof("kind")
@@ -65,16 +63,26 @@ def _children(value: format_pb2.Value, kind: str | None) -> Iterator[format_pb2.
     if kind == "sequence":
         yield from value.sequence.items
     elif kind == "mapping":
-        yield from itertools.chain.from_iterable(zip(value.mapping.keys, value.mapping.values, strict=False))
+        yield from value.mapping.values
     elif kind == "opaque":
         yield value.opaque.fields
 
 
 class _Converter:
-    """One walk through a tree; numbers the containers in pre-order as aliases count them."""
+    """One walk through a tree that numbers its nodes as the client did when it wrote the aliases.
 
-    def __init__(self, context: TreeContext) -> None:
+    Containers and objects are counted in pre-order, and so is a scalar leaf that holds one; what lies inside
+    such a leaf, and what is used as a key, is counted from 0 again. `scope` keeps those ids apart from the
+    others.
+    """
+
+    def __init__(
+        self, context: TreeContext, root: format_pb2.Value, scope: str, root_id: dict[str, Json] | None = None
+    ) -> None:
         self._context = context
+        self._scope = scope
+        self._aliased = set(_alias_targets(root))
+        self._root_id = root_id or {}
         self._next_number = 0
 
     def convert(self, value: format_pb2.Value, depth: int) -> Json:
@@ -82,13 +90,25 @@ class _Converter:
             raise TreeError(f"the state tree is nested more than {DEPTH_MAX} deep")
         kind = value.WhichOneof("kind")
         if kind in _CONTAINERS:
-            number = self._next_number
-            self._next_number += 1
-            return self._container(value, kind, number, depth)
+            return self._container(value, kind, self._take_id(), depth)
         return self._leaf(value, kind, depth)
 
-    def _container(self, value: format_pb2.Value, kind: str | None, number: int, depth: int) -> Json:
-        name_it: dict[str, Json] = {"$id": number} if number in self._context.aliased else {}
+    def _take_id(self) -> dict[str, Json]:
+        """The member that names the next container, if an alias points at it."""
+        number = self._next_number
+        self._next_number += 1
+        if number == 0 and self._root_id:
+            return self._root_id
+        return {"$id": self._id(number)} if number in self._aliased else {}
+
+    def _id(self, number: int) -> Json:
+        if number == 0 and self._root_id:
+            return self._root_id["$id"]
+        return f"{self._scope}.{number}" if self._scope else number
+
+    def _container(
+        self, value: format_pb2.Value, kind: str | None, name_it: dict[str, Json], depth: int
+    ) -> Json:
         if kind == "sequence":
             return self._sequence(value.sequence, name_it, depth)
         if kind == "mapping":
@@ -101,6 +121,17 @@ class _Converter:
             "how": opaque.how,
             "fields": self.convert(opaque.fields, depth + 1),
         }
+
+    def _scalar(self, index: int, depth: int) -> Json:
+        """A leaf that was kept aside."""
+        value = _at(self._context.scalars, index, "scalar")
+        if value.WhichOneof("kind") == "scalar":
+            raise TreeError(f"scalar {index} stands for another scalar")
+        name_it = self._take_id() if value.WhichOneof("kind") in _CONTAINERS else {}
+        return _Converter(self._context, value, f"scalar-{index}", name_it).convert(value, depth)
+
+    def _key(self, key: format_pb2.Value, depth: int) -> Json:
+        return _Converter(self._context, key, f"key-{self._next_number}").convert(key, depth)
 
     def _sequence(self, sequence: format_pb2.Sequence, name_it: dict[str, Json], depth: int) -> Json:
         items: list[Json] = [self.convert(item, depth + 1) for item in sequence.items]
@@ -120,7 +151,7 @@ class _Converter:
             raise TreeError(f"a mapping has {len(mapping.keys)} keys and {len(mapping.values)} values")
         pairs: list[tuple[format_pb2.Value, Json, Json]] = []
         for key, value in zip(mapping.keys, mapping.values, strict=True):
-            key_json = self.convert(key, depth + 1)
+            key_json = self._key(key, depth + 1)
             pairs.append((key, key_json, self.convert(value, depth + 1)))
         plain_keys = all(is_plain_key(key) for key in mapping.keys)
         if mapping.type == format_pb2.Mapping.DICT and plain_keys and not name_it:
@@ -133,13 +164,13 @@ class _Converter:
     def _leaf(self, value: format_pb2.Value, kind: str | None, depth: int) -> Json:
         context = self._context
         if kind == "scalar":
-            return self.convert(_at(context.scalars, value.scalar, "scalar"), depth + 1)
+            return self._scalar(value.scalar, depth + 1)
         if kind == "tensor":
             return {"$tensor": _at(context.tensor_names, value.tensor, "tensor")}
         if kind == "parameter":
             return {"$parameter": _at(context.parameter_names, value.parameter, "parameter")}
         if kind == "alias":
-            return {"$same_as": value.alias}
+            return {"$same_as": self._id(value.alias)}
         return plain_leaf(value)
 
 

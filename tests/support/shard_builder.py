@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
-
 from snapd_proto import format_pb2
 
 EARLY_CAPACITY = 256

@@ -10,13 +10,13 @@ import pytest
 import torch
 import xxhash
 from safetensors import safe_open
+from snapd_proto import format_pb2
 
-from snapd.errors import ConfigError
+from snapd.errors import ConfigError, IntegrityError
 from snapd.export.contents import contents_of
 from snapd.export.directory import export_nbytes, write_directory
-from snapd.export.shard_bytes import BadShard, ShardBytes
+from snapd.export.shard_bytes import ShardBytes
 from snapd.export.shard_view import ShardView, contents_of_chunk, open_shard
-from snapd_proto import format_pb2
 from tests.support.shard_builder import BuiltShard, ShardBuilder
 
 EXACT = (
@@ -129,7 +129,7 @@ def test_the_same_view_twice_is_stored_once(tmp_path: Path) -> None:
     assert set(found) == {"embedding.weight"}
     assert rest["aliases"] == {"head.weight": "embedding.weight"}
     assert rest["tensors"]["head.weight"]["stored"]["name"] == "embedding.weight"
-    assert rest["state"] == {"a": {"$tensor": "embedding.weight"}, "b": {"$tensor": "head.weight"}}
+    assert rest["tree"] == {"a": {"$tensor": "embedding.weight"}, "b": {"$tensor": "head.weight"}}
     assert rest["overlapping"] == []
 
 
@@ -223,7 +223,7 @@ def test_early_values_stand_in_the_state(tmp_path: Path) -> None:
     builder.layout.skeleton.mapping.keys.add(text="epoch")
     builder.layout.skeleton.mapping.values.add(scalar=0)
     _, rest = _load(_export(tmp_path, builder.build()))
-    assert rest["state"] == {"epoch": 41}
+    assert rest["tree"] == {"epoch": 41}
 
 
 def _two_tensors() -> BuiltShard:
@@ -241,9 +241,9 @@ def test_one_flipped_bit_in_any_chunk_is_found_named_and_leaves_nothing(tmp_path
         shard.flip_bit(chunk, byte=17)
         folder = tmp_path / str(chunk)
         folder.mkdir()
-        with pytest.raises(BadShard) as caught:
+        with pytest.raises(IntegrityError) as caught:
             _export(folder, shard)
-        assert (caught.value.rank, caught.value.chunk_index) == (0, chunk)
+        assert caught.value.context == {"rank": 0, "chunk": chunk}
         expected = contents_of_chunk(shard.layout, shard.record, chunk)
         assert expected
         assert all(name in str(caught.value) for name in expected if not name.startswith("<"))
@@ -301,7 +301,7 @@ def test_progress_counts_all_bytes(tmp_path: Path) -> None:
     [
         (lambda shard: setattr(shard.record, "chunk_bytes", 0), "chunk_bytes 0"),
         (lambda shard: setattr(shard.record, "layout_nbytes", 1 << 40), "layout_nbytes"),
-        (lambda shard: setattr(shard.record.chunks[1], "nbytes", 1 << 30), "chunk 1: record"),
+        (lambda shard: setattr(shard.record.chunks[1], "nbytes", 1 << 30), "a chunk of 1073741824 bytes"),
         (lambda shard: setattr(shard.record.chunks[2], "xxh3_128", bytes(16)), "shard_xxh3_128"),
         (lambda shard: setattr(shard.record, "step", 11), "early values are of generation 1 step 10"),
         (lambda shard: setattr(shard.record.chunks[0], "segment", 9), "segment 9 of rank 0"),
@@ -315,7 +315,7 @@ def test_progress_counts_all_bytes(tmp_path: Path) -> None:
 def test_contradicting_records_are_refused(tmp_path: Path, break_it: object, text: str) -> None:
     shard = _two_tensors()
     break_it(shard)  # type: ignore[operator]
-    with pytest.raises(BadShard, match=text), _open(tmp_path, shard):
+    with pytest.raises(IntegrityError, match=text), _open(tmp_path, shard):
         pass
 
 
@@ -332,12 +332,12 @@ def test_tensors_that_point_outside_are_refused(tmp_path: Path, field: str, valu
     builder = ShardBuilder()
     number = builder.plain("w", "float32", [100], bytes(400))
     setattr(builder.layout.tensors[number], field, value)
-    with pytest.raises(BadShard, match=text), _open(tmp_path, builder.build()):
+    with pytest.raises(IntegrityError, match=text), _open(tmp_path, builder.build()):
         pass
 
 
 def test_a_span_of_another_element_size_is_refused() -> None:
     builder = ShardBuilder()
     builder.plain("w", "float32", [100], bytes(800))
-    with pytest.raises(BadShard, match="8 bytes per element of type float32"):
+    with pytest.raises(IntegrityError, match="8 bytes per element of type float32"):
         contents_of(builder.build().layout)

@@ -4,9 +4,9 @@ import json
 import struct
 
 import pytest
+from snapd_proto import format_pb2
 
 from snapd.export.tree_json import TreeContext, TreeError, tree_to_json
-from snapd_proto import format_pb2
 
 Value, Sequence, Mapping = format_pb2.Value, format_pb2.Sequence, format_pb2.Mapping
 
@@ -17,6 +17,10 @@ def _text(text: str) -> format_pb2.Value:
 
 def _list(*items: format_pb2.Value) -> format_pb2.Value:
     return Value(sequence=Sequence(type=Sequence.LIST, items=items))
+
+
+def _tuple(*items: format_pb2.Value) -> format_pb2.Value:
+    return Value(sequence=Sequence(type=Sequence.TUPLE, items=items))
 
 
 def _dict(*pairs: tuple[format_pb2.Value, format_pb2.Value]) -> format_pb2.Value:
@@ -128,5 +132,42 @@ def test_what_points_nowhere_is_refused(value: format_pb2.Value, text: str) -> N
 
 
 def test_a_scalar_that_names_itself_is_refused() -> None:
-    with pytest.raises(TreeError, match="nested"):
+    with pytest.raises(TreeError, match="scalar 0 stands for another"):
         _convert(Value(scalar=0), [Value(scalar=0)])
+
+
+def test_numbers_skip_keys_and_the_inside_of_scalars() -> None:
+    """As the client counts: 0 the root, 1 the scalar's list, 2 the last list; keys and insides apart."""
+    key = _tuple(_list(Value(integer=9)), Value(integer=1))
+    scalar = _list(_list(Value(integer=1)), Value(alias=1))
+    value = _dict(
+        (key, Value(scalar=0)),
+        (_text("b"), _list(Value(integer=7))),
+        (_text("again"), Value(alias=1)),
+        (_text("b again"), Value(alias=2)),
+    )
+    found = _convert(value, [scalar])
+    inner = {"$type": "list", "$id": "scalar-0.1", "items": [1]}
+    assert found == {
+        "$type": "dict",
+        "items": [
+            [
+                {"$type": "tuple", "items": [[9], 1]},
+                {"$type": "list", "$id": 1, "items": [inner, {"$same_as": "scalar-0.1"}]},
+            ],
+            ["b", {"$type": "list", "$id": 2, "items": [7]}],
+            ["again", {"$same_as": 1}],
+            ["b again", {"$same_as": 2}],
+        ],
+    }
+
+
+def test_objects_and_their_fields_are_counted_both() -> None:
+    opaque = Value(opaque=format_pb2.Opaque(type_name="m:C", how="fields", fields=_dict()))
+    found = _convert(_list(opaque, _list(), Value(alias=3), Value(alias=1)))
+    assert found == [
+        {"$type": "object", "$id": 1, "class": "m:C", "how": "fields", "fields": {}},
+        {"$type": "list", "$id": 3, "items": []},
+        {"$same_as": 3},
+        {"$same_as": 1},
+    ]

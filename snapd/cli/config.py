@@ -1,0 +1,82 @@
+"""`snapd config show | explain`: which settings hold, and where each comes from."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from snapd.cli.options import JsonOption
+from snapd.cli.outcome import ExitCode, reports_errors
+from snapd.cli.output import print_json, print_parts, table
+from snapd.cli.settings import ConfigOption, load_settings
+from snapd.config import Explained, Loaded, env_name, explain, fields_of
+
+HEADINGS = ("SETTING", "VALUE", "FROM", "DEFAULT", "BOUND", "WHAT IT TRADES")
+
+app = typer.Typer(no_args_is_help=True, help="Show the settings and where they come from.")
+
+
+def show(as_json: JsonOption = False, config: ConfigOption = None) -> ExitCode:
+    """Print the settings that hold, as a TOML file that gives the same."""
+    loaded = load_settings(config)
+    if as_json:
+        print_json({path: value for path, _, value in fields_of(loaded.config)})
+    else:
+        print(settings_toml(loaded))
+    return ExitCode.DONE
+
+
+def explain_settings(as_json: JsonOption = False, config: ConfigOption = None) -> ExitCode:
+    """Print every setting: value, where it comes from (default, file, environment), bound, what it trades."""
+    rows = explain(load_settings(config))
+    if as_json:
+        print_json([setting_json(row) for row in rows])
+    else:
+        print_parts(table(HEADINGS, [setting_row(row) for row in rows]))
+    return ExitCode.DONE
+
+
+def setting_row(setting: Explained) -> tuple[str, ...]:
+    """A row under HEADINGS."""
+    value = setting.value or '""'
+    default = "" if setting.source == "default" else setting.default
+    return (setting.path, value, setting.source, default, setting.bound, setting.doc)
+
+
+def setting_json(setting: Explained) -> dict[str, object]:
+    """One setting of the JSON, with the name of its variable."""
+    return {
+        "setting": setting.path,
+        "variable": env_name(setting.path),
+        "value": setting.value,
+        "source": setting.source,
+        "default": setting.default,
+        "unit": setting.unit or None,
+        "bound": setting.bound or None,
+        "doc": setting.doc,
+    }
+
+
+def settings_toml(loaded: Loaded) -> str:
+    """The settings as TOML; what is not the default says where it comes from."""
+    lines: list[str] = []
+    section = ""
+    for path, setting, value in fields_of(loaded.config):
+        head, _, name = path.partition(".")
+        if head != section:
+            lines += ["", f"[{head}]"] if section else [f"[{head}]"]
+            section = head
+        source = loaded.sources[path]
+        comment = "" if source == "default" else f"  # from {source}"
+        lines.append(f"{name} = {_toml_value(setting.metadata['kind'], value)}{comment}")
+    return "\n".join(lines)
+
+
+def _toml_value(kind: str, value: object) -> str:
+    # JSON's strings and numbers are TOML's too. A duration is text with its unit, so that it reads.
+    return json.dumps(f"{value:g}s") if kind == "duration" else json.dumps(value)
+
+
+app.command("show")(reports_errors(show))
+app.command("explain")(reports_errors(explain_settings))

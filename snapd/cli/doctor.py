@@ -1,0 +1,60 @@
+"""`snapd doctor`: what bites people, looked at before it does."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from snapd.cli.checks import Finding, Verdict, run_checks
+from snapd.cli.connect import find_paths
+from snapd.cli.options import JsonOption, RuntimeDirOption
+from snapd.cli.outcome import ExitCode
+from snapd.cli.output import print_json, print_parts, table
+from snapd.units import parse_size
+
+HEADINGS = ("", "CHECK", "FOUND", "WHAT TO DO")
+
+
+def doctor(
+    need: Annotated[
+        str,
+        typer.Option(
+            "--need",
+            help="Arena that the job will want, e.g. 24GiB: judge the sizes by it.",
+            show_default=False,
+        ),
+    ] = "",
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeDirOption = None,
+) -> ExitCode:
+    """Check the machine: shared memory, limits, folders, the daemon, and what it would die with.
+
+    Ends with 3 when something is bad, with 0 when there are warnings only.
+    """
+    try:
+        needed_bytes = parse_size(need) if need else 0
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    findings = run_checks(find_paths(runtime_dir), needed_bytes=needed_bytes)
+    if as_json:
+        print_json([finding_json(finding) for finding in findings])
+    else:
+        print_parts(table(HEADINGS, [finding_row(finding) for finding in findings]))
+    is_bad = any(finding.verdict is Verdict.BAD for finding in findings)
+    return ExitCode.UNUSABLE if is_bad else ExitCode.DONE
+
+
+def finding_row(finding: Finding) -> tuple[str, ...]:
+    """A row under HEADINGS."""
+    return (finding.verdict.value, finding.check, finding.found, finding.hint)
+
+
+def finding_json(finding: Finding) -> dict[str, object]:
+    """One check of the JSON."""
+    return {
+        "check": finding.check,
+        "verdict": finding.verdict.value,
+        "found": finding.found,
+        "hint": finding.hint or None,
+    }

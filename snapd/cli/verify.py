@@ -1,0 +1,147 @@
+"""`snapd verify`: hash every chunk again and name those that are bad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from snapd_proto import admin_pb2, trainer_pb2
+
+from snapd.cli.connect import connected
+from snapd.cli.options import GenerationOption, JsonOption, RuntimeDirOption, StepOption
+from snapd.cli.outcome import ExitCode
+from snapd.cli.output import print_json, progress_bar
+from snapd.cli.shards import read_layouts
+from snapd.errors import NotFoundError
+from snapd.export.shard_view import contents_of_chunk
+from snapd.rpc.local_client import LocalClient
+from snapd.units import format_size
+
+_NAMES_SHOWN_MAX = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadChunk:
+    """A chunk that is not what its hash says, and what lies in it."""
+
+    rank: int
+    chunk: int
+    what: str
+    contents: Sequence[str]  # names; empty when the layout cannot be read either
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What verifying one snapshot gave."""
+
+    job: str
+    generation: int
+    step: int
+    nbytes: int
+    bad: Sequence[BadChunk] = ()
+    is_gone: bool = False  # a newer one was complete before this one was read
+
+
+def verify(
+    job: Annotated[str, typer.Argument(help="Only this job.", show_default=False)] = "",
+    step: StepOption = None,
+    generation: GenerationOption = None,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeDirOption = None,
+) -> ExitCode:
+    """Hash every chunk again; name every bad one: rank, chunk, and the tensors that lie in it."""
+    with connected(runtime_dir) as client:
+        chosen = [
+            snapshot
+            for snapshot in client.list_snapshots(job)
+            if step in (None, snapshot.step) and generation in (None, snapshot.generation)
+        ]
+        if not chosen:
+            raise NotFoundError("no such snapshot here", hint="snapd ls shows what there is")
+        verdicts = [verify_snapshot(client, snapshot, show_progress=not as_json) for snapshot in chosen]
+    if as_json:
+        print_json([verdict_json(verdict) for verdict in verdicts])
+    else:
+        for verdict in verdicts:
+            print("\n".join(verdict_lines(verdict)))
+    if any(verdict.bad for verdict in verdicts):
+        return ExitCode.UNUSABLE
+    return ExitCode.FOUND_NOTHING if all(verdict.is_gone for verdict in verdicts) else ExitCode.DONE
+
+
+def verify_snapshot(
+    client: LocalClient, summary: admin_pb2.SnapshotSummary, *, show_progress: bool
+) -> Verdict:
+    """Verify one snapshot, with a progress bar on a terminal."""
+    job, generation, step = summary.job, summary.generation, summary.step
+    bad: list[BadChunk] = []
+    nbytes = 0
+    try:
+        with progress_bar(is_wanted=show_progress) as bar:
+            task = bar.add_task(f"verifying {job} step {step}", total=summary.nbytes)
+            for message in client.verify(job, step=step, generation=generation):
+                nbytes = message.nbytes_done
+                bar.update(task, completed=nbytes)
+                if message.bad_chunks:
+                    reply = client.get_snapshot(job, step=step, generation=generation)
+                    bad += name_bad_chunks(client, reply, message.bad_chunks)
+    except NotFoundError:
+        if not bad:
+            return Verdict(job=job, generation=generation, step=step, nbytes=nbytes, is_gone=True)
+    return Verdict(job=job, generation=generation, step=step, nbytes=nbytes, bad=bad)
+
+
+def name_bad_chunks(
+    client: LocalClient, reply: admin_pb2.GetSnapshotReply, chunks: Sequence[trainer_pb2.BadChunk]
+) -> list[BadChunk]:
+    """Say for each bad chunk what lies in it, as far as the layouts can still be read."""
+    records = {record.rank: record for record in reply.shards}
+    ranks = {chunk.rank for chunk in chunks}
+    layouts, _ = read_layouts(client, [records[rank] for rank in ranks if rank in records])
+    return [
+        BadChunk(
+            rank=chunk.rank,
+            chunk=chunk.chunk_index,
+            what=chunk.what,
+            contents=contents_of_chunk(layouts[chunk.rank], records[chunk.rank], chunk.chunk_index)
+            if chunk.rank in layouts
+            else [],
+        )
+        for chunk in chunks
+    ]
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """What is printed for one snapshot."""
+    head = f"{verdict.job} generation {verdict.generation} step {verdict.step}: "
+    if verdict.is_gone:
+        return [head + "given up meanwhile, a newer one is complete"]
+    head += f"{format_size(verdict.nbytes)} hashed, "
+    if not verdict.bad:
+        return [head + "all good"]
+    count = len(verdict.bad)
+    return [f"{head}{count} bad chunk{'' if count == 1 else 's'}", *(bad_chunk_line(b) for b in verdict.bad)]
+
+
+def bad_chunk_line(bad: BadChunk) -> str:
+    """One bad chunk: where, what, and whose bytes."""
+    names = ", ".join(bad.contents[:_NAMES_SHOWN_MAX]) or "unknown, for the layout cannot be read"
+    more = f" and {len(bad.contents) - _NAMES_SHOWN_MAX} more" if len(bad.contents) > _NAMES_SHOWN_MAX else ""
+    return f"  rank {bad.rank} chunk {bad.chunk}: {bad.what}; in it: {names}{more}"
+
+
+def verdict_json(verdict: Verdict) -> dict[str, object]:
+    """One snapshot of the JSON."""
+    return {
+        "job": verdict.job,
+        "generation": verdict.generation,
+        "step": verdict.step,
+        "nbytes": verdict.nbytes,
+        "is_gone": verdict.is_gone,
+        "bad_chunks": [
+            {"rank": bad.rank, "chunk": bad.chunk, "what": bad.what, "contents": list(bad.contents)}
+            for bad in verdict.bad
+        ],
+    }
