@@ -108,7 +108,7 @@ def _describe(walk: Walk) -> Expected:
     buffers = walk.buffers
     return Expected(
         list(map(_size, buffers)), list(map(_stride, buffers)), [buffer.dtype for buffer in buffers]
-    )  # type: ignore[arg-type]
+    )
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:

@@ -25,8 +25,8 @@ _SKIPPED: tuple[type, ...] = (
 _SKIPPED_NAMES = frozenset(
     {
         "_thread:lock", "_thread:RLock", "threading:Condition", "threading:Event",
-        "threading:Semaphore",
-        "threading:Thread", "torch.cuda.streams:Stream", "torch.cuda.streams:Event", "torch._C:_CudaEventBase",
+        "threading:Semaphore", "threading:Thread",
+        "torch.cuda.streams:Stream", "torch.cuda.streams:Event", "torch._C:_CudaEventBase",
         "torch.distributed.distributed_c10d:ProcessGroup", "torch._C._distributed_c10d:ProcessGroup",
         "torch._C._distributed_c10d:Work", "torch.distributed.device_mesh:DeviceMesh", "_io:TextIOWrapper",
         "concurrent.futures.thread:ThreadPoolExecutor", "queue:Queue",
@@ -54,8 +54,8 @@ def slot_names(cls: type) -> list[str]:
 def fields_of(value: object) -> dict[Any, Any] | None:
     """An object's fields: its `__dict__` itself (so that changes are seen), or a copy of its slots.
 
-    Classes that say how they are reduced (C extensions, containers) keep more than their fields show: None, as
-    well.
+    None if it has neither, or if its class says itself how it is reduced (C extensions, containers): then
+    its fields are not all of it.
     """
     cls = type(value)
     is_plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__

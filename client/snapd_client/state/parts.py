@@ -162,10 +162,7 @@ class Parts:
     # --- optimizers -------------------------------------------------------------------------------
     def _optimizer(self, opaque: pb.Opaque, live: object, path: str) -> Builder:
         matcher = self._matcher
-        parts = {
-            key.text: item
-            for key, item in zip(opaque.fields.mapping.keys, opaque.fields.mapping.values, strict=True)
-        }
+        parts = _fields(opaque.fields.mapping)
         node = matcher.take_node()
         if live is ABSENT:
             return self._new_optimizer(opaque, parts, path, node)
@@ -234,7 +231,7 @@ class Parts:
             self._differences.note("reshaped", f"{path}.param_groups", why)
             return
         for index, (saved, group) in enumerate(zip(sequence.items, live.param_groups, strict=True)):
-            fields = {key.text: item for key, item in zip(saved.mapping.keys, saved.mapping.values, strict=True)}
+            fields = _fields(saved.mapping)
             members = fields["params"].sequence.items if "params" in fields else []
             numbers = [item.parameter for item in members if item.WhichOneof("kind") == "parameter"]
             there = [self._matcher.live_parameter(number) for number in numbers]
@@ -317,3 +314,8 @@ def _holds_objects(value: pb.Value) -> bool:
 
 def _kind(live: object) -> str:
     return "nothing" if live is ABSENT else type_name(type(live))
+
+
+def _fields(mapping: pb.Mapping) -> dict[str, pb.Value]:
+    """A mapping with text as keys."""
+    return {key.text: item for key, item in zip(mapping.keys, mapping.values, strict=True)}

@@ -61,7 +61,7 @@ class Walk:
 
 
 class StateTree:
-    """Names bound to parameters at construction, the optimizers in walk order, and the way to the present state.
+    """Names bound to parameters, the optimizers in walk order, and the way to the present state.
 
     Args:
         state: name -> module, optimizer, scheduler, loader, scaler, generator, tensor, plain value, or dicts
@@ -151,8 +151,7 @@ class StateTree:
         return self._walk_in_full()
 
     def _make_walk(self, structure: Structure) -> Walk:
-        return Walk(structure, self._buffers, self._outers, self._buffer_names, self._signature,
-                    structure.program.leaves, self._parts)  # fmt: skip
+        return Walk(structure, self._buffers, self._outers, self._buffer_names, self._signature, self._parts)
 
     def _walk_in_full(self) -> Walk:
         self._names = Names(self.state, self.vouched)
@@ -274,7 +273,7 @@ class StateTree:
         return slots
 
     def _write_leaves(self, structure: Structure, changed: Any) -> None:
-        """Serialize the leaves that hold another value now, and those whose objects may have changed inside."""
+        """Serialize the leaves with another value now, and those whose objects may have changed inside."""
         parts = list(self._parts)
         leaves = structure.program.leaves
         for number in (*changed, *structure.rewritten):
@@ -303,7 +302,7 @@ def _gathering(getter: Any) -> Any:
 
     def read(tensor: torch.Tensor) -> torch.Tensor:
         plain = tensor if getter is None else getter(tensor)
-        return plain.detach().resolve_conj().resolve_neg().contiguous()  # type: ignore[no-any-return]
+        return plain.detach().resolve_conj().resolve_neg().contiguous()
 
     return read
 
