@@ -63,12 +63,13 @@ class ArenaConfig:
     dir: str = _setting(
         "",
         "text",
-        "Folder of the arena, 0700, on a tmpfs. Empty: /dev/shm/snapd-train-UID. Snapshots live and die with it.",
+        "Folder of the arena, 0700, on a tmpfs. Empty: /dev/shm/snapd-train-UID. Snapshots die with it.",
     )
     bytes: int = _setting(
         0,
         "size",
-        "Upper bound of all segments; 0: what the file system, the cgroup and the machine leave. A bound keeps"
+        "Upper bound of all segments; 0: what the file system, the cgroup and the machine leave. A bound"
+        " keeps"
         " room for others, and refuses a job that would not fit beside them.",
         low=0,
         high=1 << 50,

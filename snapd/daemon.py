@@ -108,7 +108,7 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
         await _serve_node(config, where, node, stop)
         node.stop()
     for error in failures:
-        log.error("daemon.failed", error, reason=str(error))
+        log.error("daemon.failed", exception=error, reason=str(error))
     log.info("daemon.stopped", pid=os.getpid())
     return EXIT_BUG if failures else EXIT_OK
 

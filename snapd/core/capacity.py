@@ -39,8 +39,8 @@ def refusal(
     holders = sorted(held_by_job.items(), key=lambda item: (-item[1], item[0]))
     held = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in holders[:8] if nbytes) or "no job"
     return CapacityError(
-        f"the arena needs {needed_bytes} bytes more ({format_size(needed_bytes)}), {max(0, limit.available_bytes)} are"
-        f" available ({limit.name}); held by: {held}",
+        f"the arena needs {needed_bytes} bytes more ({format_size(needed_bytes)}),"
+        f" {max(0, limit.available_bytes)} are available ({limit.name}); held by: {held}",
         kind="arena_full",
         hint=f"{limit.remedy}; or release a job that is done with `snapd rm JOB`",
         job=job,

@@ -59,7 +59,7 @@ def frames_for(nbytes: int, chunk_bytes: int) -> int:
 
 
 def entry_capacity_for(state_bytes: int, chunk_bytes: int) -> int:
-    """Entries per lane of a control page: room for a state four times the estimate, since a page never grows."""
+    """Entries per lane of a control page: room for four times the estimate, since a page never grows."""
     if state_bytes <= 0:
         return ENTRY_CAPACITY_UNKNOWN
     wanted = 4 * frames_for(state_bytes, chunk_bytes) + 1024
@@ -67,5 +67,5 @@ def entry_capacity_for(state_bytes: int, chunk_bytes: int) -> int:
 
 
 def missing_frames(*, wanted_per_slot: int, slots: int, usable: int) -> int:
-    """Frames to back so that `slots` shards of `wanted_per_slot` fit into what is usable now; never negative."""
+    """Frames to back so that `slots` shards of `wanted_per_slot` fit into what is usable now."""
     return max(0, wanted_per_slot * slots - usable)

@@ -90,8 +90,8 @@ def check_world(
         )
     if local_world_size < world_size and not is_clustered:
         raise ConfigError(
-            f"the world has {world_size} ranks, {local_world_size} of them on this machine, and no coordination is"
-            " configured",
+            f"the world has {world_size} ranks, {local_world_size} of them on this machine, and no"
+            " coordination is configured",
             kind="no_coordination",
             hint="run all ranks on one machine, or configure coordination for several",
             rank=rank,

@@ -56,7 +56,7 @@ def check_hand_over(
 ) -> list[ChunkSource]:
     """Return the shard's chunks in order, or refuse the lane.
 
-    `granted`: what this lane was granted. `base`: the newest captured shard of the same session, which reused
+    `granted`: what this lane was granted. `base`: the newest captured shard of the same session; reused
     entries refer to by their index. `is_known`: this generation, step and rank was captured before.
 
     Raises:
@@ -111,7 +111,10 @@ def _checked_entry(lane: HandOver, index: int, chunk_bytes: int, base: ShardReco
         or base.layout_nbytes != lane.layout_nbytes
     ):
         raise _refused("an entry is reused from a shard of another layout", lane, index=index)
-    return ChunkSource(base.chunks[index].place, nbytes, is_reused=True)
+    place = Place(lane.segments[index], lane.frames[index])
+    if place != base.chunks[index].place:
+        raise _refused("a reused chunk is not in the newest captured shard any more", lane, index=index)
+    return ChunkSource(place, nbytes, is_reused=True)
 
 
 def _refused(message: str, lane: HandOver, **context: int) -> RemoteProtocolError:

@@ -101,7 +101,7 @@ class Ledger:
         return max(usable, key=lambda facts: facts.id, default=None)
 
     def newest_shard(self, rank: int, *, session_id: int | None = None) -> ShardFacts | None:
-        """The rank's newest captured shard, of that session only if one is named; bad snapshots are left out."""
+        """The rank's newest captured shard, of one session if it is named; bad snapshots are left out."""
         mine = [
             (facts.id, facts.shards[rank])
             for facts in self.snapshots.values()

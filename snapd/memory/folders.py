@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -21,10 +22,8 @@ def private_folder(path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
         facts = path.lstat()
     except OSError as error:
         raise ConfigError(f"cannot make the folder {path}: {error.strerror}", kind="folder") from error
@@ -64,7 +63,7 @@ class FolderLock:
             raise ConflictError(
                 f"another daemon serves {path.parent} (pid {pid})",
                 kind="already_running",
-                hint="use it, or stop it first, or give this one another SNAPD_RUNTIME_DIR and SNAPD_ARENA_DIR",
+                hint="use it, or stop it, or name other folders: SNAPD_RUNTIME_DIR, SNAPD_ARENA_DIR",
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -136,7 +135,7 @@ class JobFolder:
         return any(self.path.glob("rank-*.seg-*")) or any(self.path.glob("session-*.ctl"))
 
     def remove(self) -> int:
-        """Delete everything; returns the bytes of the segments. Trainers that still map them are not harmed."""
+        """Delete everything; returns the segments' bytes. Trainers that still map them are not harmed."""
         freed = 0
         if not self.path.is_dir():
             return 0

@@ -24,12 +24,14 @@ from snapd.memory.records import record_from_bytes, record_to_proto
 INDEX_VERSION = 1
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE generations (number INTEGER PRIMARY KEY, incarnation TEXT NOT NULL, rollback_count INTEGER NOT NULL,
-    world_size INTEGER NOT NULL, parent_generation INTEGER, parent_step INTEGER,
+CREATE TABLE generations (number INTEGER PRIMARY KEY, incarnation TEXT NOT NULL,
+    rollback_count INTEGER NOT NULL, world_size INTEGER NOT NULL,
+    parent_generation INTEGER, parent_step INTEGER,
     UNIQUE (incarnation, rollback_count)) STRICT;
 CREATE TABLE segments (rank INTEGER NOT NULL, number INTEGER NOT NULL, nbytes INTEGER NOT NULL,
     PRIMARY KEY (rank, number)) STRICT;
-CREATE TABLE sessions (id INTEGER PRIMARY KEY, secret BLOB NOT NULL, rank INTEGER NOT NULL, world_size INTEGER NOT NULL,
+CREATE TABLE sessions (id INTEGER PRIMARY KEY, secret BLOB NOT NULL, rank INTEGER NOT NULL,
+    world_size INTEGER NOT NULL,
     generation INTEGER NOT NULL, incarnation TEXT NOT NULL, pid INTEGER NOT NULL, pid_start INTEGER NOT NULL,
     slots INTEGER NOT NULL, interval_steps INTEGER NOT NULL, is_fenced INTEGER NOT NULL) STRICT;
 CREATE TABLE shards (generation INTEGER NOT NULL, step INTEGER NOT NULL, rank INTEGER NOT NULL,
@@ -43,7 +45,7 @@ KEEP_FILES_HINT = "its files are kept; look at them, then `snapd rm --force JOB`
 
 @dataclass(frozen=True, slots=True)
 class SessionRow:
-    """What a restarted daemon needs to know of a session. `pid` 0: the process is in another pid namespace."""
+    """What a restarted daemon needs to know of a session. `pid` 0: it is in another pid namespace."""
 
     id: int
     secret: bytes
@@ -118,8 +120,8 @@ class Index:
 
     def generations(self) -> list[Generation]:
         rows = self._connection.execute(
-            "SELECT number, incarnation, rollback_count, world_size, parent_generation, parent_step FROM generations"
-            " ORDER BY number"
+            "SELECT number, incarnation, rollback_count, world_size, parent_generation, parent_step"
+            " FROM generations ORDER BY number"
         ).fetchall()
         return [
             Generation(
@@ -162,8 +164,8 @@ class Index:
 
     def sessions(self) -> list[SessionRow]:
         rows = self._connection.execute(
-            "SELECT id, secret, rank, world_size, generation, incarnation, pid, pid_start, slots, interval_steps,"
-            " is_fenced FROM sessions ORDER BY id"
+            "SELECT id, secret, rank, world_size, generation, incarnation, pid, pid_start, slots,"
+            " interval_steps, is_fenced FROM sessions ORDER BY id"
         ).fetchall()
         return [
             SessionRow(
@@ -261,7 +263,8 @@ def _prepare(connection: sqlite3.Connection, job: str, *, may_create: bool) -> N
     connection.execute("PRAGMA synchronous = OFF")  # tmpfs: pages outlive a killed process, and nothing else
     if not tables:
         connection.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} INSERT INTO meta VALUES ('version', '{INDEX_VERSION}'), ('job', '{job}'); COMMIT;"
+            f"BEGIN IMMEDIATE; {_SCHEMA}"
+            f"INSERT INTO meta VALUES ('version', '{INDEX_VERSION}'), ('job', '{job}'); COMMIT;"
         )
         return
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -272,7 +275,7 @@ def _prepare(connection: sqlite3.Connection, job: str, *, may_create: bool) -> N
     meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
     if meta.get("version") != str(INDEX_VERSION) or meta.get("job") != job:
         raise JobUnusable(
-            f"the index in the folder of job {job!r} is of job {meta.get('job')!r}, version {meta.get('version')!r}",
+            f"the index of job {job!r} is of job {meta.get('job')!r}, version {meta.get('version')!r}",
             hint=KEEP_FILES_HINT,
             job=job,
         )

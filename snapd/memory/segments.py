@@ -39,7 +39,7 @@ def back_segment(path: Path, nbytes: int) -> None:
         raise CapacityError(
             f"the arena's file system is full: {nbytes} bytes could not be backed",
             kind="arena_full",
-            hint="enlarge it: `--shm-size` of the container, `emptyDir.sizeLimit` of the pod, or the memory limit",
+            hint="enlarge `--shm-size` of the container, `emptyDir.sizeLimit` or the memory limit",
             needed_bytes=nbytes,
         ) from error
     finally:

@@ -50,8 +50,8 @@ class EventLog:
     def debug(self, event: str, **fields: Field) -> None:
         self._logger.debug(event, extra={"fields": fields})
 
-    def error(self, event: str, error: BaseException | None = None, **fields: Field) -> None:
-        self._logger.error(event, extra={"fields": fields}, exc_info=error)
+    def error(self, event: str, *, exception: BaseException | None = None, **fields: Field) -> None:
+        self._logger.error(event, extra={"fields": fields}, exc_info=exception)
 
     def once(self, key: str, event: str, **fields: Field) -> None:
         """Warn the first time that `key` comes; later ones are silent."""

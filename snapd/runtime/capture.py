@@ -75,7 +75,7 @@ async def _capture(job: Job, session: Session, lane: int) -> None:
     snapshot = SnapshotId(session.generation, hand_over.step)
     arena, ledger = job.arena(session.rank), job.ledger
     base = ledger.newest_shard(session.rank)
-    own = ledger.newest_shard(session.rank, session_id=session.id) if session.may_reuse else None
+    own = ledger.newest_shard(session.rank, session_id=session.id)
     sources = check_hand_over(
         hand_over,
         chunk_bytes=job.chunk_bytes,
@@ -224,8 +224,6 @@ def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested
     point("daemon.captured.after")
     session.move_lane(lane, LaneState.COMPLETE, LaneStep.FINISH)
     point("daemon.lane_freed.after")
-    if len(digested.own) + len(digested.shared) == len(digested.chunks) and not _is_reusing(hand_over):
-        session.may_reuse = True
     counts = session.counts
     counts.newest_captured_step = max(hand_over.step, counts.newest_captured_step or 0)
     counts.last_window_s = max(0.0, (context.environment.monotonic_ns() - hand_over.handed_over_ns) / 1e9)
@@ -247,7 +245,7 @@ def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested
 
 
 def _tell_places(page: ControlPage, lane: int, hand_over: HandOver, digested: Digested) -> None:
-    """Put the final places into the lane's table: the trainer names them when a chunk has not changed since."""
+    """Put the final places into the lane's table: the trainer names them for chunks that did not change."""
     places = [chunk.place for chunk in digested.chunks]
     page.write_entries(
         lane,
@@ -258,12 +256,8 @@ def _tell_places(page: ControlPage, lane: int, hand_over: HandOver, digested: Di
     )
 
 
-def _is_reusing(hand_over: HandOver) -> bool:
-    return any(hand_over.flags)
-
-
 def _refuse(job: Job, session: Session, lane: int, error: RemoteProtocolError) -> None:
-    """The lane is not a shard: it is given back, or set aside where its writer must not be believed any more."""
+    """The lane is not a shard: it is given back, or set aside where its writer is not believed any more."""
     if job.is_removed:
         return
     pool, key = job.arena(session.rank).pool, session.key(lane)

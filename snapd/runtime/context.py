@@ -1,4 +1,4 @@
-"""What every part of the node needs: settings, folders, threads, clock, identity. Built once, in daemon.py."""
+"""What every part of the node needs: settings, folders, threads, clock, identity. Built by daemon.py."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class Job:
         self.ledger.forget_passed(closed_below=closed_below)
 
     def _shard_is_gone(self, rank: int, shard: ShardFacts) -> None:
-        """A session's newest shard was dropped: its page says so, and nothing may be reused from it."""
+        """A session's newest shard was dropped: its page says so."""
         session = self.sessions.get(shard.session_id)
         if session is None or not session.is_served or shard.record.id.generation != session.generation:
             return
@@ -160,7 +160,6 @@ class Job:
         is_same_generation = newest is not None and newest.record.id.generation == session.generation
         if newest is not None and is_same_generation and newest.record.id > shard.record.id:
             return
-        session.may_reuse = False
         session.page.store(
             "captured_step_plus_one", newest.record.id.step + 1 if newest and is_same_generation else 0
         )
@@ -187,10 +186,12 @@ class Job:
                 continue
             state = session.lane_state(lane)
             have = len(arena.pool.grant_of(session.key(lane)))
-            if state is LaneState.FREE or (state is LaneState.GRANTED and have < wanted):
-                if not self._grant_lane(session, arena, lane, wanted, is_extended=state is LaneState.GRANTED):
-                    self._grow_later(session, arena, wanted)
-                    return
+            is_extended = state is LaneState.GRANTED and have < wanted
+            if state is not LaneState.FREE and not is_extended:
+                continue
+            if not self._grant_lane(session, arena, lane, wanted, is_extended=is_extended):
+                self._grow_later(session, arena, wanted)
+                return
 
     def _grant_lane(
         self, session: Session, arena: RankArena, lane: int, wanted: int, *, is_extended: bool

@@ -302,7 +302,7 @@ class Node:
             del self.broken[name]
             return 0, self.context.arena.job(name).remove()
         job = self.existing_job(name)
-        live = [session for session in job.live_sessions()]
+        live = list(job.live_sessions())
         if live and not is_forced:
             raise ConflictError(
                 f"job {name!r} has {len(live)} live sessions (pid {live[0].row.pid}, ...)",
@@ -332,7 +332,7 @@ class Node:
         return freed
 
     def close_session(self, job: Job, session: Session, *, is_final: bool) -> None:
-        """After its lanes were taken up: the client has stopped. The last final one releases the job's arena."""
+        """After its lanes were taken up: the client has stopped. The last final one releases the arena."""
         rank, world_size = session.rank, session.row.world_size
         service.closed(job, session)
         self._release_process(session.process)

@@ -67,7 +67,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
             return same  # the answer to an earlier call was lost
         if same is not None:
             raise ConflictError(
-                f"rank {opening.rank} of this start of job {job.name!r} is already served (pid {same.row.pid})",
+                f"rank {opening.rank} of this start of job {job.name!r} is served (pid {same.row.pid})",
                 kind="duplicate_rank",
                 hint="two processes have the same RANK, or two Snapshotters the same job",
                 rank=opening.rank,
@@ -209,7 +209,7 @@ async def reserve(job: Job, session: Session, state_bytes: int) -> int:
     frames = frames_for(state_bytes, job.chunk_bytes)
     if frames > session.page.entry_capacity:
         raise CapacityError(
-            f"the session's control page has room for {session.page.entry_capacity} chunks, {frames} are needed",
+            f"the control page has room for {session.page.entry_capacity} chunks, {frames} are needed",
             kind="entries",
             hint="open the session anew with a state_bytes_estimate that fits",
         )
@@ -239,10 +239,9 @@ async def begin_rollback(job: Job, session: Session, rollback_count: int) -> int
         if assignment.is_new:
             job.coordination.configure_interval(session.row.interval_steps)
         job.index.put_session(session.update(generation=number))
-        session.may_reuse = False
         session.counts.newest_captured_step = None
         page = session.page
-        # the trainer waits for our answer: its own words may be set back, so that no step of before counts as passed
+        # the trainer waits for our answer: its words may be set back, so that no old step counts as passed
         page.store("step_seen_plus_one", 0)
         page.store("skipped_step_plus_one", 0)
         page.store("captured_step_plus_one", 0)

@@ -15,7 +15,7 @@ SEGMENTS_MAX = 128  # descriptors of one message: at most 253
 
 @dataclass(slots=True, eq=False)
 class RankArena:
-    """`growing`: one growth at a time. `refusal`: why the last one failed, for status; empty if it did not."""
+    """`growing`: one growth at a time. `refusal`: why the last one failed, for status; else empty."""
 
     rank: int
     folder: JobFolder

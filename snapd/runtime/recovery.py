@@ -137,7 +137,7 @@ def _load_session(job: Job, row: SessionRow, find_process: ProcessFinder) -> Ses
 
 
 def _claim_lanes(job: Job, session: Session) -> None:
-    """What the page says was granted: each frame must be free, or belong to this very lane's recorded shard."""
+    """What the page says was granted: each frame must be free, or part of this lane's recorded shard."""
     pool, page = job.arena(session.rank).pool, session.page
     recorded = _recorded_sequences(job, session)
     for lane in range(page.lane_count):

@@ -47,7 +47,6 @@ class Session:
     # COMPLETE lanes that were accepted and are not yet recorded, with their sequence
     pending: dict[int, int] = field(default_factory=dict)
     worker: asyncio.Task[None] | None = None
-    may_reuse: bool = True
     segments_version: int = 0
     skipped_seen: int = 0
     is_page_closed: bool = False

@@ -325,7 +325,7 @@ class FakeTrainer:
         return self.call("PlanRestore", request)
 
     def read(self, record: format_pb2.ShardRecord) -> tuple[list[bytes], list[int]]:
-        """All chunks of a shard through read-only descriptors; and the indexes of those whose hash differs."""
+        """All chunks of a shard through read-only descriptors; and the indexes of bad ones."""
         assert self.handshake is not None
         request = trainer_pb2.FetchShard(
             job=record.job, generation=record.generation, step=record.step, rank=record.rank
