@@ -33,6 +33,7 @@ from .transfer import DoneTransfer, HostTransfer, JointTransfer, Transfer
 _log = logging.getLogger(__name__)
 
 STRIKES_MAX = 2
+FINISH_BYTES = 4 << 20  # at a fence, what is left of other groups up to this is copied too: then all can be settled
 
 
 class Audit(enum.Enum):
@@ -224,6 +225,8 @@ class Capturer:
         if not transfer.is_done():
             helped = transfer.helped_bytes
             transfer.fence(-1 if group is None else group)
+            if transfer.left_bytes() <= FINISH_BYTES:
+                transfer.fence(-1)
             self._health.helped_bytes += transfer.helped_bytes - helped
         if transfer.is_done():
             self._settle(inflight)

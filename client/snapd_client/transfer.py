@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-
-
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -30,6 +28,9 @@ class Transfer(Protocol):
 
     def is_done(self) -> bool: ...
     def copied_bytes(self) -> int: ...
+    def left_bytes(self) -> int:
+        """What the host has still to copy."""
+
     def cancel(self) -> None: ...
     def filenos(self) -> Sequence[int]: ...
     def close(self) -> None: ...
@@ -64,6 +65,10 @@ class HostTransfer:
 
     def copied_bytes(self) -> int:
         return self._ticket.progress()[0]
+
+    def left_bytes(self) -> int:
+        copied, total = self._ticket.progress()
+        return total - copied
 
     def cancel(self) -> None:
         self._ticket.cancel()
@@ -107,6 +112,9 @@ class JointTransfer:
     def copied_bytes(self) -> int:
         return self._host.copied_bytes() + self._device.progress()[0]
 
+    def left_bytes(self) -> int:
+        return self._host.left_bytes()
+
     def cancel(self) -> None:
         self._host.cancel()
         self._device.cancel()
@@ -139,6 +147,9 @@ class DoneTransfer:
 
     def copied_bytes(self) -> int:
         return self._nbytes
+
+    def left_bytes(self) -> int:
+        return 0
 
     def cancel(self) -> None:
         """Nothing is left."""

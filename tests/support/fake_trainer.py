@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class FakeTrainer:
         self.lane = -1
         self.entries: list[tuple[int, int, int, int]] = []
         self.segments_seen = 0
-        self.page_instance = 0
+        self.check: Callable[[], None] = lambda: None  # called while waiting: a test may raise
 
     # calls
 
@@ -202,23 +202,25 @@ class FakeTrainer:
                         self.fetch()
                     self.lane = lane
                     return lane
+            self.check()
             time.sleep(0.002)
         raise TimeoutError(f"no lane of {frames} frames was granted")
 
-    def open_lane(
-        self, step: int, seed: int = 0, chunk_count: int = 6, reused: list[int] | None = None
-    ) -> int:
+    def open_lane(self, step: int, seed: int = 0, chunk_count: int = 6, is_reusing_last: bool = False) -> int:
         """GRANTED -> OPEN with the table of a shard of `chunk_count` chunks; nothing is copied yet."""
         assert self.page is not None
-        page, reused = self.page, reused or []
+        page = self.page
+        base = page.read_entries(self.lane) if is_reusing_last else None
         page.store("step_seen_plus_one", step + 1)
         self.take_lane(chunk_count)
-        segments, frames = page.read_grant(self.lane)
+        segments, frames = (numbers[:chunk_count] for numbers in page.read_grant(self.lane))
         chunk_bytes = page.chunk_bytes
         sizes = [len(data) for data in self.chunks(step, seed, chunk_count)]
-        flags = [native.ENTRY_REUSED if index in reused else 0 for index in range(chunk_count)]
-        self.entries = list(zip(segments, frames, sizes, flags, strict=False))
-        page.write_entries(self.lane, segments[:chunk_count], frames[:chunk_count], sizes, flags)
+        flags = [0] * chunk_count
+        if base is not None:  # the last chunk is where the daemon said that the last shard has it
+            segments[-1], frames[-1], flags[-1] = base[0][-1], base[1][-1], native.ENTRY_REUSED
+        self.entries = list(zip(segments, frames, sizes, flags, strict=True))
+        page.write_entries(self.lane, segments, frames, sizes, flags)
         self.sequence += 1
         layout_nbytes = sizes[0]
         for name, value in {
@@ -261,10 +263,10 @@ class FakeTrainer:
         seed: int = 0,
         chunk_count: int = 6,
         is_waiting: bool = True,
-        reused: list[int] | None = None,
+        is_reusing_last: bool = False,
     ) -> None:
         """A whole snapshot of this rank, up to `captured`."""
-        self.open_lane(step, seed, chunk_count, reused)
+        self.open_lane(step, seed, chunk_count, is_reusing_last)
         self.write(step, seed, chunk_count)
         if not self.commit():
             raise RuntimeError("the lane was not open")
@@ -281,6 +283,7 @@ class FakeTrainer:
         assert self.page is not None
         deadline = time.monotonic() + timeout_s
         while self.page.load(word) < value:
+            self.check()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{word} is {self.page.load(word)}, not {value}")
             time.sleep(0.002)

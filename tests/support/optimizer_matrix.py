@@ -1,7 +1,7 @@
 """Optimizers by name: how each is made, for every test that resumes a run with it.
 
-A row builds a whole world (model, optimizer, scheduler) from a seed and takes training steps; two worlds that agree on
-`fingerprint` agree to the bit on every parameter, buffer, optimizer value and generator.
+A row builds a whole world (model, optimizer, scheduler) from a seed and takes training steps; two worlds that
+agree on `fingerprint` agree to the bit on every parameter, buffer, optimizer value and generator.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ VOCABULARY, WIDTH, BATCH, LENGTH = 64, 64, 4, 8
 
 
 class Model(nn.Module):
-    """Embedding, two linear layers, norm and dropout: what optimizers treat differently, and draws in the forward."""
+    """Embedding, two linear layers, norm and dropout: what optimizers treat differently, and draws in the
+    forward.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,10 +85,18 @@ MATRIX: tuple[Row, ...] = (
     Row("adamw-foreach", _adamw(foreach=True)),
     Row("adamw-amsgrad", _adamw(amsgrad=True)),
     Row("adamw-groups-tensor-lr", _two_groups),
-    Row("sgd-momentum", lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), works_distributed=True),
+    Row(
+        "sgd-momentum",
+        lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
+        works_distributed=True,
+    ),
     Row("sgd", lambda m: torch.optim.SGD(m.parameters(), lr=0.1)),
     Row("adafactor", lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2)),
-    Row("lbfgs", lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3, history_size=4), needs_closure=True),
+    Row(
+        "lbfgs",
+        lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3, history_size=4),
+        needs_closure=True,
+    ),
     Row("muon", _muon, works_distributed=True),
     Row("nadam", lambda m: torch.optim.NAdam(m.parameters(), lr=1e-2)),
     Row("rmsprop", lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3, momentum=0.9, centered=True)),
@@ -148,7 +158,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def make_world(row: Row, seed: int, dtype: torch.dtype = torch.float32, wrap: Callable[[Model], nn.Module] | None = None) -> World:
+def make_world(
+    row: Row, seed: int, dtype: torch.dtype = torch.float32, wrap: Callable[[Model], nn.Module] | None = None
+) -> World:
     """`wrap` distributes the model before the optimizer is made."""
     seed_everything(seed)
     model = Model().to(dtype)

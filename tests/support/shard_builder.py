@@ -81,9 +81,15 @@ class ShardBuilder:
             for axis in range(len(shape) - 2, -1, -1):
                 strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
         tensor = self.layout.tensors.add(
-            name=name, dtype=dtype, shape=shape, strides=strides, region=region, region_offset=region_offset,
-            nbytes=nbytes, device="cpu",
-        )  # fmt: skip
+            name=name,
+            dtype=dtype,
+            shape=shape,
+            strides=strides,
+            region=region,
+            region_offset=region_offset,
+            nbytes=nbytes,
+            device="cpu",
+        )
         for key, value in more.items():
             setattr(tensor, key, value)
         return len(self.layout.tensors) - 1
@@ -152,11 +158,18 @@ class ShardBuilder:
         pieces = [bytes(data[at : at + size]) for at in range(0, len(data), size)]
         segment = bytearray(len(pieces) * size)
         record = format_pb2.ShardRecord(
-            format_version=1, job=self.job, generation=self.generation, step=self.step, rank=self.rank,
-            world_size=self.world_size, chunk_bytes=size, layout_nbytes=len(self.layout.SerializeToString()),
+            format_version=1,
+            job=self.job,
+            generation=self.generation,
+            step=self.step,
+            rank=self.rank,
+            world_size=self.world_size,
+            chunk_bytes=size,
+            layout_nbytes=len(self.layout.SerializeToString()),
             early_values_offset=self.layout.early_values_offset,
-            early_values_nbytes=len(self.early.SerializeToString()), captured_wall_time_s=1_700_000_000.0,
-        )  # fmt: skip
+            early_values_nbytes=len(self.early.SerializeToString()),
+            captured_wall_time_s=1_700_000_000.0,
+        )
         for index, piece in enumerate(pieces):
             frame = len(pieces) - 1 - index
             segment[frame * size : frame * size + len(piece)] = piece
