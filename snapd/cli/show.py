@@ -18,7 +18,15 @@ from snapd.cli.outcome import ExitCode
 from snapd.cli.output import facts, format_moment, format_ranks, print_json, print_parts, table
 from snapd.cli.shards import read_layouts
 from snapd.errors import NotFoundError
-from snapd.export.shard_view import chunk_span, exported_names, has_bytes, holder_rank
+from snapd.export.shard_view import (
+    chunk_span,
+    exported_names,
+    has_bytes,
+    holder_rank,
+    is_part,
+    name_by_wrapper,
+    wrappers,
+)
 from snapd.units import format_size
 
 RANGE_HEADINGS = ("RANGE", "CHUNKS", "SIZE", "SHARED")
@@ -174,31 +182,38 @@ def range_rows(shard: Shard) -> list[tuple[str, ...]]:
 
 
 def tensor_rows(shard: Shard) -> list[tuple[str, ...]]:
-    """Rows under TENSOR_HEADINGS: every tensor, wrappers before what they consist of."""
+    """Rows under TENSOR_HEADINGS: a DTensor in one row with its local tensor, other wrappers before their parts."""
     layout = shard.layout
     assert layout is not None
-    names = exported_names(layout)
-    return [
-        tensor_row(shard, layout, tensor, names.get(number, tensor.name))
-        for number, tensor in enumerate(layout.tensors)
-    ]
+    names, wrapper_of = exported_names(layout), wrappers(layout)
+    rows: list[tuple[str, ...]] = []
+    for number, tensor in enumerate(layout.tensors):
+        if tensor.HasField("distributed"):
+            continue
+        name = names.get(number) or name_by_wrapper(layout, number, wrapper_of)
+        wrapper, _ = wrapper_of.get(number, (None, ""))
+        is_local = wrapper is not None and layout.tensors[wrapper].HasField("distributed")
+        whole = layout.tensors[wrapper] if is_local and wrapper is not None else tensor
+        rows.append(tensor_row(shard, tensor, name, whole))
+    return rows
 
 
 def tensor_row(
-    shard: Shard, layout: format_pb2.ShardLayout, tensor: format_pb2.Tensor, name: str
+    shard: Shard, tensor: format_pb2.Tensor, name: str, whole: format_pb2.Tensor
 ) -> tuple[str, ...]:
-    """One row under TENSOR_HEADINGS."""
+    """One row under TENSOR_HEADINGS; `whole` is the DTensor that the tensor is the local part of, or itself."""
+    layout = shard.layout
+    assert layout is not None
     chunks, is_here = own_chunks(shard, layout, tensor)
     place = format_chunks(chunks) if is_here else f"with rank {holder_rank(layout, tensor)}"
-    role = f"{tensor.role}, frozen" if tensor.is_frozen else tensor.role
     has_region = has_bytes(tensor) and tensor.nbytes > 0
     return (
         name,
         tensor.dtype,
         format_shape(tensor.shape),
-        format_box(tensor),
-        " ".join(tensor.distributed.placements),
-        role,
+        format_box(whole),
+        " ".join(whole.distributed.placements),
+        f"{whole.role}, frozen" if tensor.is_frozen else whole.role,
         layout.regions[tensor.region].range_name if has_region else "",
         format_size(tensor.nbytes) if has_region else "",
         place,
@@ -221,7 +236,7 @@ def format_shape(shape: Sequence[int]) -> str:
 
 def format_box(tensor: format_pb2.Tensor) -> str:
     """Global shape and local offset where the tensor is part of a larger one: "1024x64 at 512,0"."""
-    if not tensor.global_shape or list(tensor.global_shape) == list(tensor.shape):
+    if not tensor.global_shape or not (tensor.HasField("distributed") or is_part(tensor)):
         return ""
     return f"{format_shape(tensor.global_shape)} at {','.join(map(str, tensor.local_offset))}"
 

@@ -3,8 +3,8 @@
 from snapd_proto import format_pb2
 
 from snapd.export.contents import Contents, StoredTensor
-from snapd.export.shard_view import ShardView
-from snapd.export.tree_json import Json, TreeContext, tree_to_json
+from snapd.export.shard_view import ShardView, is_part
+from snapd.export.tree_json import Json, TreeContext, skeleton_to_json, tree_to_json
 
 EXPORT_FORMAT = "snapd-export"
 EXPORT_VERSION = 1
@@ -37,7 +37,7 @@ def rank_json(view: ShardView, contents: Contents, tensors_file: str) -> dict[st
         "torch_version": layout.torch_version,
         "shard_xxh3_128": record.shard_xxh3_128.hex(),
         "tensors_file": tensors_file,
-        "tree": tree_to_json(layout.skeleton, context),
+        "tree": skeleton_to_json(layout.skeleton, context),
         "parameters": [_parameter_json(parameter) for parameter in layout.parameters],
         "tensors": _tensors_json(layout, contents, context),
         "aliases": {**contents.aliases},
@@ -113,7 +113,7 @@ def _tensor_json(
 
 def _box_json(tensor: format_pb2.Tensor) -> dict[str, Json]:
     """Global shape and offset, where the tensor is part of a larger one."""
-    if not tensor.global_shape or list(tensor.global_shape) == list(tensor.shape):
+    if not tensor.global_shape or not (tensor.HasField("distributed") or is_part(tensor)):
         return {}
     return {"global_shape": [*tensor.global_shape], "local_offset": [*tensor.local_offset]}
 

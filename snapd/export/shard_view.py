@@ -132,23 +132,33 @@ def itemsize(tensor: format_pb2.Tensor) -> int:
     return tensor.nbytes // elements if elements else 0
 
 
+def is_part(tensor: format_pb2.Tensor) -> bool:
+    """Whether the tensor says that it is part of a larger one."""
+    return bool(tensor.global_shape) and list(tensor.global_shape) != list(tensor.shape)
+
+
+def wrappers(layout: format_pb2.ShardLayout) -> dict[int, tuple[int, str]]:
+    """Number of a component -> number of the wrapper that it belongs to, and the attribute that it is there."""
+    return {
+        component.tensor: (number, component.attribute)
+        for number, tensor in enumerate(layout.tensors)
+        for component in tensor.subclass.components
+    }
+
+
 def exported_names(layout: format_pb2.ShardLayout) -> dict[int, str]:
     """Tensor number -> the name under which it is exported, for tensors with bytes of their own.
 
     A plain tensor keeps its name. A component is called `NAME:ATTRIBUTE` after its wrapper; the local tensor
     of a DTensor, the one component that it has, goes by the DTensor's own name.
     """
-    wrapper_of = {
-        component.tensor: (number, component.attribute)
-        for number, tensor in enumerate(layout.tensors)
-        for component in tensor.subclass.components
-    }
+    wrapper_of = wrappers(layout)
     names: dict[int, str] = {}
     taken: set[str] = set()
     for number, tensor in enumerate(layout.tensors):
         if not has_bytes(tensor):
             continue
-        name = _name_by_wrapper(layout, number, wrapper_of)
+        name = name_by_wrapper(layout, number, wrapper_of)
         if name in taken:
             name = tensor.name if tensor.name not in taken else f"{name}#{number}"
         taken.add(name)
@@ -156,9 +166,10 @@ def exported_names(layout: format_pb2.ShardLayout) -> dict[int, str]:
     return names
 
 
-def _name_by_wrapper(
+def name_by_wrapper(
     layout: format_pb2.ShardLayout, number: int, wrapper_of: Mapping[int, tuple[int, str]]
 ) -> str:
+    """The name of a tensor by what it is a component of; wrappers inside wrappers too."""
     suffixes: list[str] = []
     seen = {number}
     while number in wrapper_of:

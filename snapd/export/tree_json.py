@@ -39,17 +39,31 @@ class TreeContext:
     scalars: Sequence[format_pb2.Value] = ()
 
 
-def tree_to_json(root: format_pb2.Value, context: TreeContext) -> Json:
-    """The JSON form of a tree whose scalar leaves are taken from `context.scalars`.
+def skeleton_to_json(root: format_pb2.Value, context: TreeContext) -> Json:
+    """The JSON form of `ShardLayout.skeleton`, with the scalar leaves of `context` in their places.
 
     Raises:
         TreeError: an index is out of range, a value is of no known kind, or nested deeper than DEPTH_MAX.
+    """
+    converter = _Converter(context, root, "", is_skeleton=True)
+    if root.WhichOneof("kind") != "mapping":
+        return converter.convert(root, 0)
+    # The outermost mapping was not there in the trainer, so it has no number, and neither has the
+    # generators' leaf.
+    return converter.parts(root.mapping, "", 0)
+
+
+def tree_to_json(root: format_pb2.Value, context: TreeContext) -> Json:
+    """The JSON form of a tree written by value: a scalar leaf, a key, the context of a tensor subclass.
+
+    Raises:
+        TreeError: as `skeleton_to_json`.
     """
     return _Converter(context, root, "").convert(root, 0)
 
 
 def _alias_targets(value: format_pb2.Value, depth: int = 0) -> Iterator[int]:
-    """Numbers of the containers that aliases of this tree point at; keys and scalars count on their own."""
+    """Numbers of the nodes that aliases of this tree point at; keys and scalars count on their own."""
     if depth > DEPTH_MAX:
         raise TreeError(f"the state tree is nested more than {DEPTH_MAX} deep")
     kind = value.WhichOneof("kind")
@@ -71,30 +85,40 @@ def _children(value: format_pb2.Value, kind: str | None) -> Iterator[format_pb2.
 class _Converter:
     """One walk through a tree that numbers its nodes as the client did when it wrote the aliases.
 
-    Containers and objects are counted in pre-order, and so is a scalar leaf that holds one; what lies inside
-    such a leaf, and what is used as a key, is counted from 0 again. `scope` keeps those ids apart from the
-    others.
+    Nodes are counted in pre-order: containers, objects, and scalar leaves that hold one of these. What lies
+    inside such a leaf, and what is used as a key, is counted from 0 again; `scope` keeps those ids apart. In
+    a skeleton the parts of modules, optimizers and objects with a `state_dict` are the client's own sorting
+    of what it found there, and no nodes (snapd_client/state/match.py counts alike).
     """
 
     def __init__(
-        self, context: TreeContext, root: format_pb2.Value, scope: str, root_id: dict[str, Json] | None = None
+        self,
+        context: TreeContext,
+        root: format_pb2.Value,
+        scope: str,
+        *,
+        root_id: dict[str, Json] | None = None,
+        is_skeleton: bool = False,
     ) -> None:
         self._context = context
         self._scope = scope
         self._aliased = set(_alias_targets(root))
         self._root_id = root_id or {}
+        self._is_skeleton = is_skeleton
         self._next_number = 0
 
-    def convert(self, value: format_pb2.Value, depth: int) -> Json:
+    def convert(self, value: format_pb2.Value, depth: int, *, is_node: bool = True) -> Json:
         if depth > DEPTH_MAX:
             raise TreeError(f"the state tree is nested more than {DEPTH_MAX} deep")
         kind = value.WhichOneof("kind")
+        if kind == "scalar":
+            return self._scalar(value.scalar, depth + 1, is_node=is_node)
         if kind in _CONTAINERS:
-            return self._container(value, kind, self._take_id(), depth)
-        return self._leaf(value, kind, depth)
+            return self._container(value, kind, self._take_id() if is_node else {}, depth)
+        return self._leaf(value, kind)
 
     def _take_id(self) -> dict[str, Json]:
-        """The member that names the next container, if an alias points at it."""
+        """The member that names the next node, if an alias points at it."""
         number = self._next_number
         self._next_number += 1
         if number == 0 and self._root_id:
@@ -114,21 +138,34 @@ class _Converter:
         if kind == "mapping":
             return self._mapping(value.mapping, name_it, depth)
         opaque = value.opaque
-        return {
-            "$type": "object",
-            **name_it,
-            "class": opaque.type_name,
-            "how": opaque.how,
-            "fields": self.convert(opaque.fields, depth + 1),
-        }
+        about: dict[str, Json] = {"$type": "object", **name_it, "class": opaque.type_name, "how": opaque.how}
+        if not self._is_skeleton or opaque.how == "fields":
+            about["fields"] = self.convert(opaque.fields, depth + 1)
+        elif opaque.fields.WhichOneof("kind") == "mapping":
+            about["fields"] = self.parts(opaque.fields.mapping, opaque.how, depth + 1)
+        else:
+            about["fields"] = self.convert(opaque.fields, depth + 1, is_node=False)
+        return about
 
-    def _scalar(self, index: int, depth: int) -> Json:
+    def parts(self, mapping: format_pb2.Mapping, how: str, depth: int) -> Json:
+        """A mapping that is no node, by names of the client's."""
+        _check_pairs(mapping)
+        found: dict[str, Json] = {}
+        for key, value in zip(mapping.keys, mapping.values, strict=True):
+            is_sorting = how == "optimizer" and key.text in ("parameters", "attributes")
+            is_node = not is_sorting and value.WhichOneof("kind") != "scalar"
+            found[key.text] = self.convert(value, depth + 1, is_node=is_node)
+        return found
+
+    def _scalar(self, index: int, depth: int, *, is_node: bool) -> Json:
         """A leaf that was kept aside."""
         value = _at(self._context.scalars, index, "scalar")
-        if value.WhichOneof("kind") == "scalar":
+        kind = value.WhichOneof("kind")
+        if kind == "scalar":
             raise TreeError(f"scalar {index} stands for another scalar")
-        name_it = self._take_id() if value.WhichOneof("kind") in _CONTAINERS else {}
-        return _Converter(self._context, value, f"scalar-{index}", name_it).convert(value, depth)
+        name_it = self._take_id() if is_node and kind in _CONTAINERS else {}
+        inner = _Converter(self._context, value, f"scalar-{index}", root_id=name_it)
+        return inner.convert(value, depth)
 
     def _key(self, key: format_pb2.Value, depth: int) -> Json:
         return _Converter(self._context, key, f"key-{self._next_number}").convert(key, depth)
@@ -147,8 +184,7 @@ class _Converter:
         return result
 
     def _mapping(self, mapping: format_pb2.Mapping, name_it: dict[str, Json], depth: int) -> Json:
-        if len(mapping.keys) != len(mapping.values):
-            raise TreeError(f"a mapping has {len(mapping.keys)} keys and {len(mapping.values)} values")
+        _check_pairs(mapping)
         pairs: list[tuple[format_pb2.Value, Json, Json]] = []
         for key, value in zip(mapping.keys, mapping.values, strict=True):
             key_json = self._key(key, depth + 1)
@@ -161,10 +197,8 @@ class _Converter:
             name_it["factory"] = mapping.default_factory
         return {**name_it, "items": [[key, value] for _, key, value in pairs]}
 
-    def _leaf(self, value: format_pb2.Value, kind: str | None, depth: int) -> Json:
+    def _leaf(self, value: format_pb2.Value, kind: str | None) -> Json:
         context = self._context
-        if kind == "scalar":
-            return self._scalar(value.scalar, depth + 1)
         if kind == "tensor":
             return {"$tensor": _at(context.tensor_names, value.tensor, "tensor")}
         if kind == "parameter":
@@ -172,6 +206,11 @@ class _Converter:
         if kind == "alias":
             return {"$same_as": self._id(value.alias)}
         return plain_leaf(value)
+
+
+def _check_pairs(mapping: format_pb2.Mapping) -> None:
+    if len(mapping.keys) != len(mapping.values):
+        raise TreeError(f"a mapping has {len(mapping.keys)} keys and {len(mapping.values)} values")
 
 
 def is_plain_key(key: format_pb2.Value) -> bool:

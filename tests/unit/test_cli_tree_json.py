@@ -6,7 +6,7 @@ import struct
 import pytest
 from snapd_proto import format_pb2
 
-from snapd.export.tree_json import TreeContext, TreeError, tree_to_json
+from snapd.export.tree_json import TreeContext, TreeError, skeleton_to_json, tree_to_json
 
 Value, Sequence, Mapping = format_pb2.Value, format_pb2.Sequence, format_pb2.Mapping
 
@@ -171,3 +171,39 @@ def test_objects_and_their_fields_are_counted_both() -> None:
         {"$same_as": 3},
         {"$same_as": 1},
     ]
+
+
+def test_in_a_skeleton_the_parts_of_modules_and_optimizers_have_no_numbers() -> None:
+    """As the client counts: 0 state, 1 module, 2 optimizer, 3 its groups, 4 its state, 5 loader, 6 and 7 the list."""
+
+    def part(how: str, *pairs: tuple[str, format_pb2.Value]) -> format_pb2.Value:
+        fields = _dict(*((_text(name), value) for name, value in pairs))
+        return Value(opaque=format_pb2.Opaque(type_name="m:C", how=how, fields=fields))
+
+    module = part("module", ("weight", Value(tensor=0)), ("_extra_state", Value(scalar=0)))
+    optimizer = part(
+        "optimizer",
+        ("parameters", _dict()),
+        ("param_groups", _list()),
+        ("state", _dict()),
+        ("attributes", _dict()),
+    )
+    loader = Value(opaque=format_pb2.Opaque(type_name="m:L", how="loader", fields=Value(scalar=0)))
+    state = _dict(
+        (_text("module"), module),
+        (_text("optimizer"), optimizer),
+        (_text("loader"), loader),
+        (_text("list"), _list(_list(Value(integer=1)))),
+        (_text("again"), Value(alias=7)),
+        (_text("groups"), Value(alias=3)),
+    )
+    root = _dict((_text("state"), state), (_text("rng"), Value(scalar=0)))
+    context = TreeContext(tensor_names=["w"], parameter_names=[], scalars=[_list(Value(integer=9))])
+    found = skeleton_to_json(root, context)
+    assert isinstance(found, dict) and isinstance(found["state"], dict)
+    assert found["rng"] == [9]
+    assert found["state"]["list"] == [{"$type": "list", "$id": 7, "items": [1]}]
+    assert found["state"]["again"] == {"$same_as": 7}
+    groups = {"$type": "list", "$id": 3, "items": []}
+    assert found["state"]["optimizer"]["fields"]["param_groups"] == groups
+    assert found["state"]["groups"] == {"$same_as": 3}
