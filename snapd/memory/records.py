@@ -41,10 +41,16 @@ def record_to_proto(record: ShardRecord) -> format_pb2.ShardRecord:
             segment=chunk.place.segment,
             frame=chunk.place.frame,
             segment_rank=record.rank,
+            since_generation=chunk.since.generation if chunk.since else 0,
+            since_step=chunk.since.step if chunk.since else 0,
         )
         for chunk in record.chunks
     )
     return message
+
+
+def _since(chunk: format_pb2.Chunk) -> SnapshotId | None:
+    return SnapshotId(chunk.since_generation, chunk.since_step) if chunk.since_generation else None
 
 
 def record_from_bytes(data: bytes) -> ShardRecord:
@@ -64,7 +70,8 @@ def record_from_bytes(data: bytes) -> ShardRecord:
             "a shard's record has another format", kind="record", version=message.format_version
         )
     chunks = tuple(
-        Chunk(chunk.nbytes, chunk.xxh3_128, Place(chunk.segment, chunk.frame)) for chunk in message.chunks
+        Chunk(chunk.nbytes, chunk.xxh3_128, Place(chunk.segment, chunk.frame), _since(chunk))
+        for chunk in message.chunks
     )
     is_bounded = all(0 < c.nbytes <= message.chunk_bytes and len(c.digest) == DIGEST_BYTES for c in chunks)
     if not chunks or not is_bounded or not 0 < message.layout_nbytes <= message.chunk_bytes * len(chunks):

@@ -41,7 +41,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         except (CapacityError, ConfigError):
             self.node.drop_if_empty(job)
             raise
-        self.node.adopt_new(session)
+        self.node.adopt_new(peer, session)
         newest = job.ledger.newest_complete()
         bad = next((facts for facts in job.ledger.newest_first() if facts.problem), None)
         shown = newest or bad

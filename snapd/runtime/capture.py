@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
 from snapd_native import ControlPage
@@ -156,10 +156,10 @@ def digest_shard(
     for index, source in enumerate(sources):
         if source.is_reused:
             assert own is not None
-            chunks.append(own.chunks[index])
+            chunks.append(_shared_chunk(own, index))
         elif index in equal:
             assert base is not None
-            chunks.append(base.chunks[index])
+            chunks.append(_shared_chunk(base, index))
         else:
             chunks.append(Chunk(source.nbytes, digests[index], source.place))
     layout_nbytes = expected.early_values_offset
@@ -169,6 +169,12 @@ def digest_shard(
     shared = [chunk.place for i, chunk in enumerate(chunks) if sources[i].is_reused or i in equal]
     own_places = [chunk.place for i, chunk in enumerate(chunks) if not (sources[i].is_reused or i in equal)]
     return Digested(tuple(chunks), own_places, shared, hash_digests([chunk.digest for chunk in chunks]))
+
+
+def _shared_chunk(record: ShardRecord, index: int) -> Chunk:
+    """A chunk of an earlier shard, for a later one: it remembers since when its bytes are stored."""
+    chunk = record.chunks[index]
+    return chunk if chunk.since is not None else replace(chunk, since=record.id)
 
 
 def read_layout(memory: SegmentSet, chunks: Sequence[Chunk], layout_nbytes: int) -> format_pb2.ShardLayout:

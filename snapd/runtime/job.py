@@ -181,17 +181,29 @@ class Job:
                 reason=f"the control page has room for {page.entry_capacity} entries: open the session anew",
             )
             return
-        for lane in range(page.lane_count):
-            if lane in session.pending:
-                continue
-            state = session.lane_state(lane)
-            have = len(arena.pool.grant_of(session.key(lane)))
-            is_extended = state is LaneState.GRANTED and have < wanted
-            if state is not LaneState.FREE and not is_extended:
-                continue
+        # a grant that has become too small is extended before a free lane takes what is left
+        for lane, is_extended in [*self._small_grants(session, wanted), *self._free_lanes(session)]:
             if not self._grant_lane(session, arena, lane, wanted, is_extended=is_extended):
                 self._grow_later(session, arena, wanted)
                 return
+
+    def _small_grants(self, session: Session, wanted: int) -> list[tuple[int, bool]]:
+        granted = self._lane_grants(session)
+        return sorted(((lane, True) for lane, have in granted.items() if have < wanted), reverse=True)
+
+    def _free_lanes(self, session: Session) -> list[tuple[int, bool]]:
+        lanes = range(session.page.lane_count)
+        return [
+            (n, False) for n in lanes if n not in session.pending and session.lane_state(n) is LaneState.FREE
+        ]
+
+    def _lane_grants(self, session: Session) -> dict[int, int]:
+        """Lanes that are granted and not taken, with the frames that they hold."""
+        pool = self.arena(session.rank).pool
+        lanes = range(session.page.lane_count)
+        return {
+            n: len(pool.grant_of(session.key(n))) for n in lanes if session.lane_state(n) is LaneState.GRANTED
+        }
 
     def _grant_lane(
         self, session: Session, arena: RankArena, lane: int, wanted: int, *, is_extended: bool
@@ -233,14 +245,13 @@ class Job:
 
     def _frames_missing(self, session: Session, arena: RankArena, wanted: int) -> int:
         newest = self.ledger.newest_complete()
-        held = (
-            len(newest.shards[session.rank].record.chunks) if newest and session.rank in newest.shards else 0
-        )
+        shard = newest.shards.get(session.rank) if newest else None
+        idle = sorted(self._lane_grants(session).values())[:-1]  # in lanes other than the one that grows
         return arena.frames_missing(
             wanted_per_slot=wanted,
             slots=session.row.slots,
             session_id=session.id,
-            newest_complete_frames=held,
+            kept_frames=(len(shard.record.chunks) if shard else 0) + sum(idle),
         )
 
     async def grow(self, session: Session, wanted: int) -> None:

@@ -248,8 +248,10 @@ class Node:
             )
         return job, session
 
-    def adopt_new(self, session: Session) -> None:
-        """A session was opened: watch its process, and give it a wake descriptor."""
+    def adopt_new(self, peer: Peer, session: Session) -> None:
+        """A session was opened by `peer`: watch its process."""
+        if session.peer is not peer:
+            self.resume(peer, session.id, session.row.secret)
         self._watch(session.process)
         session.page.store("daemon_instance", self.instance)
         if session.process.has_ended():

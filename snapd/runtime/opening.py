@@ -63,9 +63,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
             job.final_ranks.clear()
         _overtake(job, generation.number)
         same = _same_rank(job, generation, opening.rank)
-        if same is not None and same.peer is peer:
-            return same  # the answer to an earlier call was lost
-        if same is not None:
+        if same is not None and not _is_unanswered(same, peer):
             raise ConflictError(
                 f"rank {opening.rank} of this start of job {job.name!r} is served (pid {same.row.pid})",
                 kind="duplicate_rank",
@@ -73,7 +71,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
                 rank=opening.rank,
             )
         _choose_chunk_bytes(context, job, opening)
-        session = _create(context, job, peer, opening, generation)
+        session = same or _create(context, job, peer, opening, generation)
         if assignment.is_new:
             job.coordination.configure_interval(opening.interval_steps)
     context.log.info(
@@ -110,6 +108,20 @@ def _same_rank(job: Job, generation: Generation, rank: int) -> Session | None:
         if session.is_live:
             return session
     return None
+
+
+def _is_unanswered(session: Session, peer: Peer) -> bool:
+    """The same process asks again, and has not used the session: the answer to its call was lost, with us
+    perhaps.
+    """
+    is_same_process = peer.process.pid > 0 and session.process.pid == peer.process.pid
+    is_free = session.peer is None or session.peer is peer
+    return (
+        is_same_process
+        and is_free
+        and session.newest_step_seen() < 0
+        and session.page.load("wanted_frames") == 0
+    )
 
 
 def _choose_chunk_bytes(context: Context, job: Job, opening: Opening) -> None:

@@ -34,17 +34,16 @@ class RankArena:
         self.memory.add(segment)
         self.pool.add_segment(segment.number, segment.nbytes // self.memory.chunk_bytes)
 
-    def frames_missing(
-        self, *, wanted_per_slot: int, slots: int, session_id: int, newest_complete_frames: int
-    ) -> int:
+    def frames_missing(self, *, wanted_per_slot: int, slots: int, session_id: int, kept_frames: int) -> int:
         """Frames to back so that the session's slots fit beside what is set aside or in other writers' hands.
 
-        Growing by exactly this keeps two slots at twice the state.
+        `kept_frames`: those that the next lane cannot have whatever happens: of the newest complete shard,
+        and of other lanes. Growing by exactly this keeps two slots at twice the state.
         """
         pool = self.pool
         others = pool.granted_count - pool.granted_of(session_id)
         usable = pool.total_count - pool.set_aside_count - others
-        beside_newest = wanted_per_slot + newest_complete_frames - usable
+        beside_newest = wanted_per_slot + kept_frames - usable
         return max(
             missing_frames(wanted_per_slot=wanted_per_slot, slots=slots, usable=usable), beside_newest, 0
         )

@@ -141,12 +141,10 @@ def _claim_lanes(job: Job, session: Session) -> None:
     pool, page = job.arena(session.rank).pool, session.page
     recorded = _recorded_sequences(job, session)
     for lane in range(page.lane_count):
-        try:
-            state = session.lane_state(lane)
-        except ValueError:
-            raise IntegrityError(
-                f"control page {session.page_path.name}: bad state of lane {lane}", kind="page"
-            ) from None
+        state = session.lane_state(lane)
+        if state is None:
+            name = session.page_path.name
+            raise IntegrityError(f"control page {name}: bad state of lane {lane}", kind="page")
         if state is LaneState.FREE:
             continue
         if state is LaneState.COMPLETE and page.lane_load(lane, "sequence") in recorded:

@@ -27,12 +27,12 @@ def serve(job: Job, session: Session) -> None:
 def _lanes(job: Job, session: Session) -> list[tuple[int, LaneState]]:
     found: list[tuple[int, LaneState]] = []
     for lane in range(session.page.lane_count):
-        try:
-            found.append((lane, session.lane_state(lane)))
-        except ValueError:
-            job.context.log.once(
-                f"lane {session.id}/{lane}", "lane.damaged", job=job.name, rank=session.rank, lane=lane
-            )
+        state = session.lane_state(lane)
+        if state is None:
+            key = f"lane {session.id}/{lane}"
+            job.context.log.once(key, "lane.damaged", job=job.name, rank=session.rank, lane=lane)
+        else:
+            found.append((lane, state))
     return found
 
 

@@ -22,6 +22,8 @@ from snapd.core.states import (
 from snapd.memory.index import SessionRow
 from snapd.runtime.liveness import Peer, Process
 
+_LANE_WORDS = frozenset(int(state) for state in LaneState)
+
 
 @dataclass(slots=True)
 class SessionCounts:
@@ -85,8 +87,10 @@ class Session:
     def key(self, lane: int) -> LaneKey:
         return LaneKey(self.id, lane)
 
-    def lane_state(self, lane: int) -> LaneState:
-        return LaneState(self.page.lane_state(lane))
+    def lane_state(self, lane: int) -> LaneState | None:
+        """None: the word in shared memory is none of the states; such a lane is left alone."""
+        word = self.page.lane_state(lane)
+        return LaneState(word) if word in _LANE_WORDS else None
 
     def move_lane(self, lane: int, state: LaneState, step: LaneStep) -> bool:
         """Make the daemon's step on a lane; False if the trainer was quicker."""
