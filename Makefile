@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find csrc/include csrc/src csrc/bind -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 TEST_FOLDERS := $(wildcard tests/unit tests/property tests/fault tests/e2e)
-RUFF_FOLDERS := $(wildcard snapd client demo bench scripts tests)
+RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check format proto proto-check soak bench gpu-check native-test native-sanitize clean

@@ -223,7 +223,7 @@ bool CopyJob::copy_block(uint32_t block, Permit permit) noexcept {
   for (const Piece& part : plan_->parts().subspan(range.first_part, range.part_count)) {
     auto* dst = reinterpret_cast<uint8_t*>(dst_[part.dst_index] + part.dst_offset);
     if (part.src_index == kZeroFill) {
-      fill_zero(dst, part.nbytes);  // the same bytes whoever writes them, whenever
+      if (!fill_zero_revocable(dst, part.nbytes, permit)) return false;
       continue;
     }
     const auto* src = reinterpret_cast<const uint8_t*>(src_[part.src_index] + part.src_offset);

@@ -1,17 +1,24 @@
 #include "copy_kernel_sets.hpp"
 
 #include <algorithm>
-#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+
+// A revoked copy may read a source that is being changed; what it read is then thrown away (as readers of a seqlock
+// do). ThreadSanitizer cannot know that, so it is told not to look at these functions, and they call no memcpy of a
+// length that the compiler does not know, because that one is looked at in any case.
+#if defined(__SANITIZE_THREAD__)
+#define SNAPD_MAY_RACE __attribute__((no_sanitize("thread")))
+#else
+#define SNAPD_MAY_RACE
 #endif
 
 namespace snapd {
 namespace {
 
 constexpr size_t kLineBytes = 64;
-constexpr size_t kScalarWindowBytes = 128;
 
 bool is_granted(Permit permit) noexcept {
   // Every load of the window comes before this look, in the compiler's eyes and in the processor's.
@@ -21,17 +28,36 @@ bool is_granted(Permit permit) noexcept {
 
 bool always() noexcept { return true; }
 
-/// Through a small buffer that the compiler keeps in registers or in the nearest cache.
-bool copy_scalar(uint8_t* dst, const uint8_t* src, size_t nbytes, Permit permit) noexcept {
-  alignas(kLineBytes) uint8_t window[kScalarWindowBytes];
-  while (nbytes > 0) {
-    const size_t n = std::min(nbytes, kScalarWindowBytes);
-    std::memcpy(window, src, n);
+/// One `T` at a time.
+template <class T>
+SNAPD_MAY_RACE bool copy_as(uint8_t* dst, const uint8_t* src, size_t nbytes, Permit permit) noexcept {
+  for (size_t at = 0; at < nbytes; at += sizeof(T)) {
+    T window;
+    __builtin_memcpy(&window, src + at, sizeof window);
     if (!is_granted(permit)) return false;
-    std::memcpy(dst, window, n);
-    dst += n;
-    src += n;
-    nbytes -= n;
+    __builtin_memcpy(dst + at, &window, sizeof window);
+  }
+  return true;
+}
+
+struct Line {
+  uint64_t words[8];
+};
+
+bool copy_scalar(uint8_t* dst, const uint8_t* src, size_t nbytes, Permit permit) noexcept {
+  const size_t lines = nbytes / sizeof(Line) * sizeof(Line);
+  const size_t words = nbytes / sizeof(uint64_t) * sizeof(uint64_t);
+  return copy_as<Line>(dst, src, lines, permit) && copy_as<uint64_t>(dst + lines, src + lines, words - lines, permit) &&
+         copy_as<uint8_t>(dst + words, src + words, nbytes - words, permit);
+}
+
+/// One `T` at a time.
+template <class T>
+SNAPD_MAY_RACE bool zero_as(uint8_t* dst, size_t nbytes, Permit permit) noexcept {
+  constexpr T zero{};
+  for (size_t at = 0; at < nbytes; at += sizeof(T)) {
+    if (!is_granted(permit)) return false;
+    __builtin_memcpy(dst + at, &zero, sizeof zero);
   }
   return true;
 }
@@ -56,8 +82,8 @@ constexpr size_t kWindow512 = 256;
 constexpr size_t kWindow256 = 128;
 constexpr size_t kWindow128 = 128;
 
-__attribute__((target("avx512f"))) bool stream_avx512(uint8_t* dst, const uint8_t* src, size_t nbytes,
-                                                      Permit permit) noexcept {
+__attribute__((target("avx512f"))) SNAPD_MAY_RACE bool stream_avx512(uint8_t* dst, const uint8_t* src, size_t nbytes,
+                                                                     Permit permit) noexcept {
   for (size_t at = 0; at < nbytes; at += kWindow512) {
     const __m512i a = _mm512_loadu_si512(src + at);
     const __m512i b = _mm512_loadu_si512(src + at + 64);
@@ -72,8 +98,8 @@ __attribute__((target("avx512f"))) bool stream_avx512(uint8_t* dst, const uint8_
   return true;
 }
 
-__attribute__((target("avx2"))) bool stream_avx2(uint8_t* dst, const uint8_t* src, size_t nbytes,
-                                                 Permit permit) noexcept {
+__attribute__((target("avx2"))) SNAPD_MAY_RACE bool stream_avx2(uint8_t* dst, const uint8_t* src, size_t nbytes,
+                                                                Permit permit) noexcept {
   for (size_t at = 0; at < nbytes; at += kWindow256) {
     const auto* from = reinterpret_cast<const __m256i*>(src + at);
     auto* to = reinterpret_cast<__m256i*>(dst + at);
@@ -90,7 +116,7 @@ __attribute__((target("avx2"))) bool stream_avx2(uint8_t* dst, const uint8_t* sr
   return true;
 }
 
-bool stream_sse2(uint8_t* dst, const uint8_t* src, size_t nbytes, Permit permit) noexcept {
+SNAPD_MAY_RACE bool stream_sse2(uint8_t* dst, const uint8_t* src, size_t nbytes, Permit permit) noexcept {
   for (size_t at = 0; at < nbytes; at += kWindow128) {
     const auto* from = reinterpret_cast<const __m128i*>(src + at);
     auto* to = reinterpret_cast<__m128i*>(dst + at);
@@ -129,5 +155,12 @@ constexpr CopyKernel kKernels[] = {
 }  // namespace
 
 std::span<const CopyKernel> copy_kernels() noexcept { return kKernels; }
+
+// Padding, so it is small and plain stores do.
+bool fill_zero_revocable(void* place, size_t nbytes, Permit permit) noexcept {
+  auto* dst = static_cast<uint8_t*>(place);
+  const size_t lines = nbytes / sizeof(Line) * sizeof(Line);
+  return zero_as<Line>(dst, lines, permit) && zero_as<uint8_t>(dst + lines, nbytes - lines, permit);
+}
 
 }  // namespace snapd

@@ -31,8 +31,9 @@ void copy_bytes(void* dst, const void* src, size_t nbytes) noexcept;
 /// As copy_bytes, but stops when `permit` is withdrawn. True if all was copied.
 bool copy_revocable(void* dst, const void* src, size_t nbytes, Permit permit) noexcept;
 
-/// Set `nbytes` at `dst` to zero, ordered like copy_bytes.
+/// Set `nbytes` at `dst` to zero, ordered like copy_bytes; may be revoked like copy_revocable.
 void fill_zero(void* dst, size_t nbytes) noexcept;
+bool fill_zero_revocable(void* dst, size_t nbytes, Permit permit) noexcept;
 
 /// "avx512", "avx2", "sse2" or "scalar": what copies in this process.
 const char* copy_kernel_name() noexcept;
