@@ -768,6 +768,8 @@ class Chunk(_message.Message):
     SEGMENT_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     SEGMENT_RANK_FIELD_NUMBER: _builtins.int
+    SINCE_GENERATION_FIELD_NUMBER: _builtins.int
+    SINCE_STEP_FIELD_NUMBER: _builtins.int
     nbytes: _builtins.int
     xxh3_128: _builtins.bytes
     """of the chunk's nbytes"""
@@ -776,6 +778,10 @@ class Chunk(_message.Message):
     frame: _builtins.int
     segment_rank: _builtins.int
     """whose segment"""
+    since_generation: _builtins.int
+    """the snapshot that these bytes were first stored for, and that this one shares"""
+    since_step: _builtins.int
+    """them with or did; generation 0: this one"""
     def __init__(
         self,
         *,
@@ -784,10 +790,12 @@ class Chunk(_message.Message):
         segment: _builtins.int = ...,
         frame: _builtins.int = ...,
         segment_rank: _builtins.int = ...,
+        since_generation: _builtins.int = ...,
+        since_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "nbytes", b"nbytes", "segment", b"segment", "segment_rank", b"segment_rank", "xxh3_128", b"xxh3_128"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "nbytes", b"nbytes", "segment", b"segment", "segment_rank", b"segment_rank", "since_generation", b"since_generation", "since_step", b"since_step", "xxh3_128", b"xxh3_128"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

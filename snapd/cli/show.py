@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -16,10 +15,11 @@ from snapd.cli.ls import format_state, summary_json
 from snapd.cli.options import GenerationOption, JsonOption, RuntimeDirOption, StepOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import facts, format_moment, format_ranks, print_json, print_parts, table
+from snapd.cli.shard_facts import Shard, own_chunks, range_chunks, shards_of
 from snapd.cli.shards import read_layouts
+from snapd.cli.show_json import shard_json
 from snapd.errors import NotFoundError
 from snapd.export.shard_view import (
-    chunk_span,
     exported_names,
     has_bytes,
     holder_rank,
@@ -29,7 +29,7 @@ from snapd.export.shard_view import (
 )
 from snapd.units import format_size
 
-RANGE_HEADINGS = ("RANGE", "CHUNKS", "SIZE", "SHARED")
+RANGE_HEADINGS = ("RANGE", "CHUNKS", "SIZE", "SHARED", "UNCHANGED")
 TENSOR_HEADINGS = (
     "TENSOR",
     "DTYPE",
@@ -41,29 +41,9 @@ TENSOR_HEADINGS = (
     "SIZE",
     "CHUNKS",
     "SHARED",
+    "UNCHANGED",
 )
 RIGHT = ("SIZE",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One rank's record, how many snapshots hold each of its chunks, and its layout if it can be read."""
-
-    record: format_pb2.ShardRecord
-    references: Sequence[int]  # per chunk; 1: this snapshot alone
-    layout: format_pb2.ShardLayout | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(chunk.nbytes for chunk in self.record.chunks)
-
-    @property
-    def nbytes_shared(self) -> int:
-        pairs = zip(self.record.chunks, self.references, strict=True)
-        return sum(chunk.nbytes for chunk, references in pairs if references > 1)
-
-    def shared_count(self, chunks: range) -> int:
-        return sum(self.references[index] > 1 for index in chunks)
 
 
 def show(
@@ -97,18 +77,6 @@ def show(
     return ExitCode.UNUSABLE if problems else ExitCode.DONE
 
 
-def shards_of(reply: admin_pb2.GetSnapshotReply, layouts: dict[int, format_pb2.ShardLayout]) -> list[Shard]:
-    """Records with their reference counts, which the reply holds one shard after the other."""
-    counts = list(reply.chunk_reference_counts)
-    shards: list[Shard] = []
-    at = 0
-    for record in reply.shards:
-        references = counts[at : at + len(record.chunks)] or [1] * len(record.chunks)
-        at += len(record.chunks)
-        shards.append(Shard(record=record, references=references, layout=layouts.get(record.rank)))
-    return sorted(shards, key=lambda shard: shard.record.rank)
-
-
 def snapshot_tables(
     summary: admin_pb2.SnapshotSummary, shards: Sequence[Shard], rank: int | None
 ) -> list[RenderableType]:
@@ -117,7 +85,8 @@ def snapshot_tables(
     for shard in shards:
         record = shard.record
         head = f"rank {record.rank}: {len(record.chunks)} chunks of {format_size(record.chunk_bytes)}"
-        parts += ["", f"{head}, {format_size(shard.nbytes)}, of it shared {format_size(shard.nbytes_shared)}"]
+        once = f", of it {format_size(shard.nbytes_unchanged)} unchanged and stored once"
+        parts += ["", f"{head}, {format_size(shard.nbytes)}" + (once if shard.nbytes_unchanged else "")]
         if shard.layout is not None:
             parts.append(table(RANGE_HEADINGS, range_rows(shard), right=RIGHT))
     chosen = next((s for s in shards if rank is None or s.record.rank == rank), None)
@@ -160,11 +129,15 @@ def format_shared(shard: Shard, chunks: range) -> str:
     return "all" if count == len(chunks) else f"{count} of {len(chunks)}"
 
 
-def range_chunks(shard: Shard, piece: format_pb2.Range) -> range:
-    """Numbers of the chunks that a range of the layout fills."""
-    size = shard.record.chunk_bytes
-    last = min((piece.shard_offset + piece.nbytes + size - 1) // size, len(shard.record.chunks))
-    return range(min(piece.shard_offset // size, last), last)
+def format_unchanged(shard: Shard, chunks: range) -> str:
+    """Which of these chunks were stored for an earlier snapshot: "all since step 1", nothing for none."""
+    kept = [shard.record.chunks[index] for index in chunks if shard.record.chunks[index].since_generation]
+    if not kept:
+        return ""
+    first = min((chunk.since_generation, chunk.since_step) for chunk in kept)
+    last = max((chunk.since_generation, chunk.since_step) for chunk in kept)
+    count = "all" if len(kept) == len(chunks) else f"{len(kept)} of {len(chunks)}"
+    return f"{count} since step{f' {first[1]}' if first == last else f's {first[1]} to {last[1]}'}"
 
 
 def range_rows(shard: Shard) -> list[tuple[str, ...]]:
@@ -176,6 +149,7 @@ def range_rows(shard: Shard) -> list[tuple[str, ...]]:
             format_chunks(range_chunks(shard, piece)),
             format_size(piece.nbytes),
             format_shared(shard, range_chunks(shard, piece)),
+            format_unchanged(shard, range_chunks(shard, piece)),
         )
         for piece in shard.layout.ranges
     ]
@@ -218,15 +192,8 @@ def tensor_row(
         format_size(tensor.nbytes) if has_region else "",
         place,
         format_shared(shard, chunks),
+        format_unchanged(shard, chunks),
     )
-
-
-def own_chunks(shard: Shard, layout: format_pb2.ShardLayout, tensor: format_pb2.Tensor) -> tuple[range, bool]:
-    """Chunks of this shard that hold the tensor; False when another rank's shard does."""
-    if has_bytes(tensor) and tensor.nbytes and holder_rank(layout, tensor) != shard.record.rank:
-        return range(0), False
-    chunks = chunk_span(layout, tensor)
-    return range(chunks.start, min(chunks.stop, len(shard.record.chunks))), True
 
 
 def format_shape(shape: Sequence[int]) -> str:
@@ -239,74 +206,3 @@ def format_box(tensor: format_pb2.Tensor) -> str:
     if not tensor.global_shape or not (tensor.HasField("distributed") or is_part(tensor)):
         return ""
     return f"{format_shape(tensor.global_shape)} at {','.join(map(str, tensor.local_offset))}"
-
-
-def shard_json(shard: Shard) -> dict[str, object]:
-    """One shard of the JSON; sizes and offsets in bytes."""
-    record = shard.record
-    return {
-        "rank": record.rank,
-        "nbytes": shard.nbytes,
-        "nbytes_shared": shard.nbytes_shared,
-        "chunk_bytes": record.chunk_bytes,
-        "shard_xxh3_128": record.shard_xxh3_128.hex(),
-        "chunks": [
-            {
-                "index": index,
-                "nbytes": chunk.nbytes,
-                "xxh3_128": chunk.xxh3_128.hex(),
-                "references": references,
-            }
-            for index, (chunk, references) in enumerate(zip(record.chunks, shard.references, strict=True))
-        ],
-        "ranges": ranges_json(shard),
-        "tensors": tensors_json(shard),
-    }
-
-
-def ranges_json(shard: Shard) -> list[dict[str, object]]:
-    """The ranges of the layout, or nothing if it cannot be read."""
-    if shard.layout is None:
-        return []
-    return [
-        {
-            "name": piece.name,
-            "shard_offset": piece.shard_offset,
-            "nbytes": piece.nbytes,
-            "chunks": list(range_chunks(shard, piece)),
-            "chunks_shared": shard.shared_count(range_chunks(shard, piece)),
-        }
-        for piece in shard.layout.ranges
-    ]
-
-
-def tensors_json(shard: Shard) -> list[dict[str, object]]:
-    """The tensors of the layout, or nothing if it cannot be read."""
-    layout = shard.layout
-    if layout is None:
-        return []
-    names = exported_names(layout)
-    result: list[dict[str, object]] = []
-    for number, tensor in enumerate(layout.tensors):
-        chunks, is_here = own_chunks(shard, layout, tensor)
-        has_region = has_bytes(tensor) and tensor.nbytes > 0
-        result.append(
-            {
-                "name": names.get(number, tensor.name),
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "strides": list(tensor.strides),
-                "global_shape": list(tensor.global_shape),
-                "local_offset": list(tensor.local_offset),
-                "placements": list(tensor.distributed.placements),
-                "class": tensor.subclass.type_name or None,
-                "role": tensor.role,
-                "is_frozen": tensor.is_frozen,
-                "range": layout.regions[tensor.region].range_name if has_region else None,
-                "nbytes": tensor.nbytes,
-                "held_by_rank": shard.record.rank if is_here else holder_rank(layout, tensor),
-                "chunks": list(chunks),
-                "chunks_shared": shard.shared_count(chunks),
-            }
-        )
-    return result
