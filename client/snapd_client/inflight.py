@@ -70,6 +70,7 @@ class Inflight:
                 faults.point("client.checked")
                 self._conclude(page, wake_fd)
                 self.is_settled = True
+                self.sample = None  # freed here, not on the training thread
                 self.transfer.close()
             return True
 

@@ -8,7 +8,6 @@ It must not know what a snapshot consists of.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import socket
 import threading
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 CALL_TIMEOUT_S = 60.0
-_MADV_POPULATE_WRITE = 23
-_libc = ctypes.CDLL(None, use_errno=True)
 _T = TypeVar("_T")
 
 
@@ -165,7 +162,8 @@ class Session:
     def populate(self) -> None:
         """Fill this process's page tables for the arena, so that the first copies take no faults. Best effort."""
         for mapping in list(self.segments.values()):
-            _libc.madvise(ctypes.c_void_p(mapping.address), ctypes.c_size_t(mapping.nbytes), _MADV_POPULATE_WRITE)
+            with contextlib.suppress(OSError):
+                mapping.populate()
 
     @contextlib.contextmanager
     def read_only_shards(self, job: str, generation: int, step: int, ranks: list[int]) -> Iterator[ReadOnlyShards]:

@@ -55,7 +55,7 @@ class HostTransfer:
         return self._ticket.finished_ns
 
     def fence(self, group: int) -> None:
-        self._ticket.wait(group, True)
+        self._ticket.fence(group)
 
     def wait(self) -> None:
         self._ticket.wait(-1, True)

@@ -10,6 +10,7 @@ as usual.
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -115,14 +116,39 @@ class _Pending:
 
     def start(self) -> Iterator[Any]:
         loader = self._loader
+        is_finished = self.how == "finished"
         before = rng.capture()
-        if self.how == "finished":
+        if is_finished and not (loader.persistent_workers and loader.num_workers):
+            _replay_end(loader)
+        elif is_finished:
             loader._iterator = loader._get_iterator()
         else:
             iter(loader)
         rng.restore(before)
         for generator, fields in zip(_generators(loader), self._generators, strict=False):
             set_torch_generator(generator, fields)
-        if self.how == "finished":
+        if is_finished:
             return iter(loader)
         return loader._iterator  # type: ignore[no-any-return]
+
+
+def _replay_end(loader: Any) -> None:
+    """Bring sampler and data set to the end of an epoch without making the finished iterator.
+
+    To make it would start workers only to stop them, which takes seconds, and would leave a sampler that keeps its
+    position itself (StatefulDistributedSampler) at the end of the next epoch too.
+    """
+    stateful = sys.modules["torchdata.stateful_dataloader.stateful"].Stateful
+    state, loader.next_iter_state = loader.next_iter_state, None
+    main = state["_snapshot"]["_main_snapshot"] if "_snapshot" in state else state
+    sampler = loader._index_sampler
+    if isinstance(sampler, stateful) and main.get("_index_sampler_state") is not None:
+        sampler.load_state_dict(main["_index_sampler_state"])
+    positions = iter(sampler)
+    if isinstance(positions, stateful) and main.get("_sampler_iter_state") is not None:
+        positions.load_state_dict(main["_sampler_iter_state"])
+        collections.deque(positions, maxlen=0)
+    elif isinstance(sampler, stateful):
+        collections.deque(positions, maxlen=0)
+    if isinstance(loader.dataset, stateful) and main.get("dataset_state") is not None:
+        loader.dataset.load_state_dict(main["dataset_state"])
