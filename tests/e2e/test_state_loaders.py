@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from snapd_client.errors import CaptureError
 from snapd_client.state.loaders import rng_neutral
@@ -56,6 +59,23 @@ class Run:
         return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
 
+@pytest.fixture(autouse=True)
+def _workers_end() -> Iterator[None]:
+    """Iterators of one test do not stop their workers in the middle of another."""
+    yield
+    gc.collect()
+
+
+def stop_persistent_workers(loader: StatefulDataLoader[Any]) -> None:
+    """torchdata waits five seconds for each persistent worker; the tests do not."""
+    iterator: Any = loader._iterator
+    signal_handling._remove_worker_pids(id(iterator))
+    for worker in iterator._workers:
+        worker.kill()
+        worker.join()
+    iterator._worker_pids_set = False
+
+
 OPTIONS = [
     pytest.param({"num_workers": 0}, id="workers-0"),
     pytest.param({"num_workers": 2}, id="workers-2"),
@@ -84,6 +104,9 @@ def test_batches_and_draws_go_on(options: dict[str, Any], place: int) -> None:
     assert resumed.log == expected
     assert resumed.generators() == end
     assert type(resumed.loader) is StatefulDataLoader, "the class for one iterator is still there"
+    if options.get("persistent_workers"):
+        stop_persistent_workers(run.loader)
+        stop_persistent_workers(resumed.loader)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2])
@@ -160,3 +183,44 @@ def test_a_plain_loader_is_refused_by_name() -> None:
     tree = make_tree({"data": {"train": DataLoader(Numbers())}})
     with pytest.raises(CaptureError, match=r"data\.train does not know its position.*StatefulDataLoader"):
         tree.walk()
+
+
+class Positions(Dataset[int]):
+    """Draws from a generator of its own that its state_dict holds."""
+
+    def __init__(self) -> None:
+        self.generator = random.Random(torch.initial_seed())
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> float:
+        return index + self.generator.random()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.getstate()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.setstate(state["generator"])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_stateful_sampler_and_data_set(place: int) -> None:
+    def make(seed: int) -> Run:
+        run = Run(seed)
+        data = Positions()
+        sampler = StatefulDistributedSampler(data, num_replicas=1, rank=0, shuffle=True)
+        run.loader = StatefulDataLoader(data, batch_size=BATCH, sampler=sampler)
+        run.tree = make_tree({"data": run.loader})
+        return run
+
+    run = make(1)
+    snapshot, taken = None, 0
+    for where in run.epochs(3):
+        if where == place and snapshot is None:
+            snapshot, taken = Loopback(run.tree).capture(), len(run.log)
+    assert snapshot is not None
+    resumed = make(2)
+    restore(resumed.tree, snapshot)
+    list(resumed.epochs(3, start=1 if place == -1 else 0))
+    assert resumed.log == run.log[taken:]
