@@ -17,7 +17,7 @@ from snapd_proto import format_pb2, trainer_pb2 as pb
 
 from . import faults
 from .errors import IntegrityError, NotRestorable, SnapdError, UnavailableError
-from .session import ReadOnlyShards, Session
+from .session import ShardMemory, Session
 from .state.apply import PendingRestore, prepare_restore
 from .state.tree import StateTree
 from .world import World
@@ -106,8 +106,7 @@ def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> p
 
 
 def _fill(context: Context, plan: pb.PlanRestoreReply, allow_partial: list[str]) -> None:
-    ranks = [record.rank for record in plan.shards]
-    with context.session.read_only_shards(context.job, plan.generation, plan.step, ranks) as shards:
+    with context.session.shard_memory(context.job, plan.generation, plan.step, plan.shards) as shards:
         record = plan.shards[0]
         source = _Source(record, shards)
         layout = format_pb2.ShardLayout.FromString(source.read(0, record.layout_nbytes))
@@ -129,17 +128,13 @@ def _threads(world: World) -> int:
 class _Source:
     """The chunks of one shard, as read-only memory."""
 
-    def __init__(self, record: format_pb2.ShardRecord, shards: ReadOnlyShards) -> None:
+    def __init__(self, record: format_pb2.ShardRecord, shards: ShardMemory) -> None:
         self.record, self.chunk_bytes = record, record.chunk_bytes
         self._shards = shards
-        self._is_good: dict[int, bool] = {}
 
     def address(self, number: int) -> int:
         chunk = self.record.chunks[number]
-        return self._mapping(chunk).address + chunk.frame * self.chunk_bytes
-
-    def _mapping(self, chunk: format_pb2.Chunk) -> object:
-        return self._shards.mappings[chunk.segment_rank, chunk.segment]
+        return self._shards.mappings[chunk.segment_rank, chunk.segment].address + chunk.frame * self.chunk_bytes
 
     def is_good(self, number: int) -> bool:
         """Whether the chunk's bytes are what its hash says. Releases the GIL while hashing."""

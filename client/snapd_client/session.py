@@ -11,11 +11,12 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from snapd_native import ControlPage, Mapping
+from snapd_proto import format_pb2
 from snapd_proto import trainer_pb2 as pb
 
 from . import handshake, locate
@@ -31,14 +32,20 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class ReadOnlyShards:
-    """Read-only mappings of the segments that a snapshot's shards lie in, by (rank, segment)."""
+class ShardMemory:
+    """Where the segments that a snapshot's shards lie in are mapped, by (rank, segment).
+
+    Segments of this session are read where they are mapped already (mapping 1 GB anew costs more page faults than
+    its copy takes); all others are mapped read-only, for as long as this lives.
+    """
 
     mappings: dict[tuple[int, int], Mapping]
+    borrowed: frozenset[tuple[int, int]]
 
     def close(self) -> None:
-        for mapping in self.mappings.values():
-            mapping.close()
+        for key, mapping in self.mappings.items():
+            if key not in self.borrowed:
+                mapping.close()
 
 
 class Session:
@@ -50,6 +57,7 @@ class Session:
         self.session_id = 0
         self.generation = 0
         self.chunk_bytes = 0
+        self.rank = 0
         self.reply = pb.OpenSessionReply()
         self.page: ControlPage | None = None
         self.wake_fd = -1
@@ -73,6 +81,7 @@ class Session:
         try:
             self._greet(locate.connect_or_start(self.sockets))
             self.reply = self.call(lambda stub, **options: stub.OpenSession(request, **options), timeout_s=300.0)
+            self.rank = request.rank
             self.session_id, self._secret = self.reply.session_id, self.reply.session_secret
             self.generation, self.chunk_bytes = self.reply.generation, self.reply.chunk_bytes
             self.refresh_segments()
@@ -166,17 +175,22 @@ class Session:
                 mapping.populate()
 
     @contextlib.contextmanager
-    def read_only_shards(self, job: str, generation: int, step: int, ranks: list[int]) -> Iterator[ReadOnlyShards]:
-        """Map the segments that the shards of `ranks` lie in, read-only, for the time of a restore."""
-        shards = ReadOnlyShards({})
+    def shard_memory(
+        self, job: str, generation: int, step: int, shards: Sequence[format_pb2.ShardRecord]
+    ) -> Iterator[ShardMemory]:
+        """Map what these shards lie in, for the time of a restore."""
+        own = {(self.rank, segment): mapping for segment, mapping in self.segments.items()}
+        memory = ShardMemory(dict(own), frozenset(own))
         try:
-            for rank in ranks:
-                self._map_shard(shards, pb.FetchShard(job=job, generation=generation, step=step, rank=rank))
-            yield shards
+            for record in shards:
+                if any((chunk.segment_rank, chunk.segment) not in memory.mappings for chunk in record.chunks):
+                    request = pb.FetchShard(job=job, generation=generation, step=step, rank=record.rank)
+                    self._map_shard(memory, request)
+            yield memory
         finally:
-            shards.close()
+            memory.close()
 
-    def _map_shard(self, shards: ReadOnlyShards, request: pb.FetchShard) -> None:
+    def _map_shard(self, memory: ShardMemory, request: pb.FetchShard) -> None:
         with self._lock:
             if self._connection is None:
                 raise UnavailableError("the daemon is away", socket=self.sockets.handshake)
@@ -187,8 +201,8 @@ class Session:
                 raise ProtocolError("the daemon passed another number of descriptors than it named")
             for info, descriptor in zip(infos, descriptors, strict=True):
                 key = (info.rank, info.segment)
-                if key not in shards.mappings:
-                    shards.mappings[key] = Mapping(descriptor, info.nbytes, False)
+                if key not in memory.mappings:
+                    memory.mappings[key] = Mapping(descriptor, info.nbytes, False)
         finally:
             handshake.close_all(descriptors)
 
