@@ -183,6 +183,8 @@ class HandshakeServer:
             raise AuthError("the connection has no session of this job", kind="job", job=job.name)
         snapshot = SnapshotId(request.generation, request.step)
         passed, descriptors = self._node.shard_descriptors(job, snapshot, request.rank)
+        if peer.is_admin:  # a trainer's restore is held by its round
+            self._node.readers.hold(peer, job, snapshot)
         return _descriptors(passed, has_page=False), descriptors
 
 

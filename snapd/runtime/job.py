@@ -126,7 +126,12 @@ class Job:
             page.store("interval_from_step", interval.from_step)
 
     def _keep_complete(self) -> int:
-        return max((session.row.slots for session in self.served_sessions()), default=2) - 1
+        """One less than the slots; everything that is complete until the current generation has something complete."""
+        newest = self.ledger.newest_complete()
+        if newest is None or newest.id.generation < self.coordination.current():
+            return len(self.ledger.snapshots) + 1
+        slots = [session.row.slots for session in self.served_sessions()]
+        return max(slots) - 1 if slots else len(self.ledger.snapshots) + 1
 
     def _drop(self) -> None:
         closed_below = self.closed_below()

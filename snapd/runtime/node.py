@@ -23,6 +23,7 @@ from snapd.runtime import service
 from snapd.runtime.context import Context
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Peer, Process
+from snapd.runtime.readers import Readers
 from snapd.runtime.recovery import take_up
 from snapd.runtime.restoring import distrust
 from snapd.runtime.session import Session
@@ -49,6 +50,7 @@ class Node:
         self.broken: dict[str, JobUnusable] = {}
         self.peers: dict[str, Peer] = {}
         self._processes: set[Process] = set()
+        self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
 
     def held_by_job(self) -> dict[str, int]:
@@ -169,6 +171,7 @@ class Node:
                     session.apply(SessionEvent.CONNECTION_LOST)
                 if session.is_live and (session.process.pidfd < 0 or session.process.has_ended()):
                     self._session_died(job, session)
+        self.readers.let_go(peer)
         self._release_process(peer.process)
 
     def peer_of(self, token: str) -> Peer:
