@@ -255,7 +255,9 @@ Global___FetchSegments: _TypeAlias = FetchSegments  # noqa: Y015
 
 @_typing.final
 class FetchShard(_message.Message):
-    """Read-only descriptors of the segments that a shard lies in (restore, export, verify)."""
+    """Read-only descriptors of the segments that a shard lies in (restore, export, verify). For an ADMIN peer the snapshot
+    is kept until the connection ends, at most as long as a restore may take.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -14,9 +14,10 @@ from snapd.cli.options import GenerationOption, JsonOption, RuntimeDirOption, St
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import print_json, progress_bar
 from snapd.cli.shards import open_snapshot
-from snapd.errors import CapacityError, ConfigError
+from snapd.errors import CapacityError, ConfigError, IntegrityError, NotFoundError, UnavailableError
 from snapd.export.directory import Export, check_target, export_nbytes, write_directory
 from snapd.export.shard_view import ShardView
+from snapd.rpc.local_client import LocalClient
 from snapd.units import MIB, format_size
 
 _FREE_BYTES_SPARE = 64 * MIB  # for the JSON beside the tensors
@@ -48,7 +49,11 @@ def restore(
         name = choose_job(client, job)
         reply, views = open_snapshot(client, name, step=step, generation=generation, ranks=rank or [])
         ranks = sorted(set(rank or range(reply.summary.world_size)))
-        export = _write(target, views, ranks, show_progress=not as_json)
+        try:
+            export = _write(target, views, ranks, show_progress=not as_json)
+        except IntegrityError as error:
+            _check_still_there(client, reply.summary, error)
+            raise
     if as_json:
         print_json(export_json(reply.summary, ranks, export))
     else:
@@ -72,6 +77,21 @@ def _write(target: Path, views: dict[int, ShardView], ranks: list[int], *, show_
         except OSError as error:
             what = f"{target} could not be written: {error.strerror or error}"
             raise ConfigError(what, hint="nothing was left behind; name another directory") from error
+
+
+def _check_still_there(
+    client: LocalClient, summary: admin_pb2.SnapshotSummary, error: IntegrityError
+) -> None:
+    """Bytes that changed because the snapshot was given up while we read are not bad bytes.
+
+    Raises:
+        UnavailableError: the snapshot is gone.
+    """
+    try:
+        client.get_snapshot(summary.job, step=summary.step, generation=summary.generation)
+    except NotFoundError:
+        what = f"step {summary.step} of {summary.job} was given up while it was read"
+        raise UnavailableError(what, hint="it was removed, or reading took too long; try again") from error
 
 
 def export_json(summary: admin_pb2.SnapshotSummary, ranks: list[int], export: Export) -> dict[str, object]:
