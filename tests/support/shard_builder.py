@@ -22,6 +22,11 @@ class BuiltShard:
     layout: format_pb2.ShardLayout
     segment: bytearray  # segment number 0 of the rank
 
+    def chunk(self, index: int) -> bytes:
+        """The bytes of a chunk, from where they lie."""
+        at = self.record.chunks[index].frame * self.record.chunk_bytes
+        return bytes(self.segment[at : at + self.record.chunks[index].nbytes])
+
     def flip_bit(self, chunk: int, byte: int = 0) -> None:
         """Corrupt a chunk where it lies."""
         at = self.record.chunks[chunk].frame * self.record.chunk_bytes + byte
