@@ -44,7 +44,7 @@ def _write_complex(value: complex, out: Value) -> None:
     out.complex.re, out.complex.im = value.real, value.imag
 
 
-def _write_str(value: str, out: Value) -> None:
+def write_text(value: str, out: Value) -> None:
     try:
         out.text = value
     except (UnicodeEncodeError, ValueError):  # lone surrogates are not UTF-8
@@ -69,7 +69,7 @@ ATOM_WRITERS: dict[type, Callable[[Any, Value], None]] = {
     int: _write_int,
     float: _write_float,
     complex: _write_complex,
-    str: _write_str,
+    str: write_text,
     bytes: _write_bytes,
     torch.dtype: _named("torch:dtype", lambda value: dtype_names[value]),
     torch.device: _named("torch:device", str),

@@ -18,7 +18,7 @@ from snapd_proto.format_pb2 import Mapping, Sequence, Value
 
 from ..errors import CaptureError
 from . import sources
-from .atoms import ATOM_WRITERS, atom_writer, is_atom
+from .atoms import ATOM_WRITERS, atom_writer, is_atom, write_text
 from .classes import Vouched, type_name
 from .program import FIXED
 
@@ -31,6 +31,7 @@ _SEQUENCES: dict[type, Sequence.Type.ValueType] = {
 _MAPPINGS: dict[type, Mapping.Type.ValueType] = {
     dict: Mapping.DICT, OrderedDict: Mapping.ORDERED_DICT, defaultdict: Mapping.DEFAULT_DICT,
 }  # fmt: skip
+Reader = Callable[[], dict[Any, Any]]
 _FACTORIES = {list, dict, set, int, float, str, tuple, OrderedDict, deque}
 _IMMUTABLE = (tuple, frozenset, torch.Size)
 
@@ -171,10 +172,13 @@ class Encoder:
             mapping.default_factory = type_name(value.default_factory)
         self.pairs(value, out, path)
 
-    def pairs(self, value: dict[object, object], out: Value, path: str) -> None:
-        """The keys and values of `value` into `out.mapping`, both watched."""
-        self.watch(value.keys)
-        first = self.watch(value.values)
+    def pairs(self, value: dict[Any, Any], out: Value, path: str, read: Reader | None = None) -> None:
+        """The keys and values of `value` into `out.mapping`, both watched.
+
+        `read` makes `value` anew where it is not the container itself.
+        """
+        self.watch(value.keys if read is None else lambda: list(read()))
+        first = self.watch(value.values if read is None else lambda: list(read().values()))
         mapping = out.mapping
         add_key, add_value = mapping.keys.add, mapping.values.add
         for index, (key, item) in enumerate(value.items()):
@@ -185,7 +189,7 @@ class Encoder:
     def key(self, key: object, out: Value, path: str) -> None:
         """A key is written in place, never kept aside."""
         if type(key) is str:
-            out.text = key
+            write_text(key, out)
         else:
             Encoder(self.vouched).encode(key, out, f"{path} (a key)")
 
@@ -198,6 +202,10 @@ class Encoder:
         self.note(value)
         out.opaque.type_name, out.opaque.how = type_name(type(value)), how
         self.on_mapping(fields, out.opaque.fields, path)
+
+    def knows(self, value: object) -> bool:
+        """Whether the object was written already; `encode` would write an alias."""
+        return id(value) in self._numbers
 
     def note(self, value: object) -> None:
         self._numbers[id(value)] = self._count

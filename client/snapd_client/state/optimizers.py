@@ -104,7 +104,7 @@ def _write_state(walk: Structure, optimizer: torch.optim.Optimizer, out: Value, 
         number = number_of.get(id(key))
         owner = "" if number is None else walk.parameters[number].name
         prefix = f"{path}.state.{owner or walk.key_text(key)}"
-        if type(value) is dict:
+        if type(value) is dict and not walk.knows(value):
             _write_fields(walk, value, values.add(), prefix, owner)
         else:
             walk.place = Place(

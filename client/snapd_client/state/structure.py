@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import CaptureError
 from . import modules
-from .atoms import atom_writer
+from .atoms import atom_writer, write_text
 from .classes import package_of, type_name
 from .encode import Encoder, inner_state, is_flat, is_leaf
 from .names import Names
@@ -88,7 +88,7 @@ class Structure(Encoder):
 
     def key(self, key: object, out: Value, path: str) -> None:
         if type(key) is str:
-            out.text = key
+            write_text(key, out)
         elif isinstance(key, torch.Tensor):
             number = self.names.number_of.get(id(key))
             if number is None:
@@ -132,10 +132,11 @@ class Structure(Encoder):
     def _write_fields(self, value: object, out: Value, path: str) -> None:
         cls = type(value)
         if not self.vouched.allows(cls):
+            own = "give it state_dict() and load_state_dict(), or " if self.is_entry else ""
             raise CaptureError(
                 f"{path} is of a class that nobody has vouched for",
                 type=type_name(cls),
-                hint=f"pass trust=[{package_of(cls)!r}] if its objects may be rebuilt from their fields",
+                hint=f"{own}pass trust=[{package_of(cls)!r}] if its objects may be rebuilt from their fields",
             )
         fields = fields_of(value)
         if fields is None:
@@ -143,7 +144,12 @@ class Structure(Encoder):
                 f"{path} cannot be captured: its class keeps state that its fields do not show",
                 type=type_name(cls),
             )
-        self.opaque(value, out, "fields", fields, path)
+        self.note(value)
+        self.note(fields)
+        out.opaque.type_name, out.opaque.how = type_name(cls), "fields"
+        out.opaque.fields.mapping.type = Mapping.DICT
+        is_own = fields is getattr(value, "__dict__", None)
+        self.pairs(fields, out.opaque.fields, path, None if is_own else lambda: fields_of(value) or {})
 
     # --- modules ----------------------------------------------------------------------------------
     def _write_module(self, root: nn.Module, out: Value, path: str) -> None:
@@ -237,6 +243,8 @@ class Structure(Encoder):
     def _record(
         self, value: torch.Tensor, path: str, place: Place, slot: int, attributes: tuple[str, ...]
     ) -> int:
+        if torch.nn.parameter.is_lazy(value):
+            raise CaptureError(f"{path} is not initialised yet (a lazy module): run one forward pass first")
         record = TensorRecord(self._unique(path), value, place)
         number = len(self.records)
         self.records.append(record)
@@ -267,6 +275,8 @@ class Structure(Encoder):
         return number
 
     def _unique(self, path: str) -> str:
+        if not path.isascii():
+            path = path.encode("utf-8", "backslashreplace").decode()
         name, turn = path, 2
         while name in self._taken:
             name, turn = f"{path}#{turn}", turn + 1

@@ -54,9 +54,7 @@ def check_plain(tensor: torch.Tensor, path: str) -> None:
         CaptureError: names the path and what the tensor is.
     """
     what = ""
-    if torch.nn.parameter.is_lazy(tensor):
-        what = "is not initialised yet (a lazy module): run one forward pass first"
-    elif tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided:
         what = f"has layout {tensor.layout}; only strided tensors can be captured"
     elif tensor.device.type == "meta":
         what = "is on the meta device and has no bytes"
