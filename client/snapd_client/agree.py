@@ -62,11 +62,16 @@ def _answer(store: KeyValueStore, prefix: str, world_size: int, deadline: float)
         nonces = [_get(store, f"{prefix}/nonce/{rank}", deadline) for rank in range(world_size)]
         store.set(f"{prefix}/answer", json.dumps({"incarnation": incarnation, "nonces": nonces}))
         try:
-            store.wait([f"{prefix}/accepted/{incarnation}/{rank}" for rank in others], timedelta(seconds=ANSWER_AGAIN_S))
+            store.wait(
+                [f"{prefix}/accepted/{incarnation}/{rank}" for rank in others],
+                timedelta(seconds=ANSWER_AGAIN_S),
+            )
             return incarnation
         except RuntimeError as error:
             if time.monotonic() > deadline:
-                raise UnavailableError("a rank did not accept the generation's answer", nonces=len(nonces)) from error
+                raise UnavailableError(
+                    "a rank did not accept the generation's answer", nonces=len(nonces)
+                ) from error
 
 
 def _accept(store: KeyValueStore, prefix: str, rank: int, nonce: str, deadline: float) -> str:

@@ -33,7 +33,9 @@ from .transfer import DoneTransfer, HostTransfer, JointTransfer, Transfer
 _log = logging.getLogger(__name__)
 
 STRIKES_MAX = 2
-FINISH_BYTES = 4 << 20  # at a fence, what is left of other groups up to this is copied too: then all can be settled
+FINISH_BYTES = (
+    4 << 20
+)  # at a fence, what is left of other groups up to this is copied too: then all can be settled
 
 
 class Audit(enum.Enum):
@@ -56,7 +58,13 @@ class Capturer:
     """The capture pipeline of one session. Public methods are called on the training thread."""
 
     def __init__(
-        self, tree: StateTree, session: Session, engine: CopyEngine, control: ControlThread, health: Health, audit: Audit
+        self,
+        tree: StateTree,
+        session: Session,
+        engine: CopyEngine,
+        control: ControlThread,
+        health: Health,
+        audit: Audit,
     ) -> None:
         self._tree, self._session, self._engine = tree, session, engine
         self._control, self._health, self._audit = control, health, audit
@@ -199,7 +207,9 @@ class Capturer:
                 for source, chunk in zip(arrays.src_index, arrays.dst_index, strict=True)
                 if source in plans.device.numbers and (chunks is None or chunk in chunks)
             ]
-        return DeviceCapture(self._stage, pieces, regions, None if self._audit is Audit.COUNTERS else self._sequence)
+        return DeviceCapture(
+            self._stage, pieces, regions, None if self._audit is Audit.COUNTERS else self._sequence
+        )
 
     def _write(self, placement: Placement, shard_offset: int, data: bytes) -> None:
         """Bytes to a place in the shard that may span chunks."""
@@ -255,7 +265,9 @@ class Capturer:
     def _drop(self, inflight: Inflight) -> None:
         """The hand-over failed after OPEN: give the lane back."""
         page = self._session.page
-        if page is not None and page.set_lane_state(inflight.lane.index, native.LANE_OPEN, native.LANE_DISCARDED):
+        if page is not None and page.set_lane_state(
+            inflight.lane.index, native.LANE_OPEN, native.LANE_DISCARDED
+        ):
             self._lanes.wake()
         self._inflight = None
 

@@ -37,7 +37,9 @@ class DeviceRegions:
             buffer = self._first[src]
             shift = pointers[buffer] - bases[src]  # where the buffer begins in its region
             source = flat_bytes(walk.buffers[buffer], src_offset - shift, nbytes)
-            view = session.segments[placement.segments[chunk]].view(placement.frames[chunk] * size + offset, nbytes)
+            view = session.segments[placement.segments[chunk]].view(
+                placement.frames[chunk] * size + offset, nbytes
+            )
             found.append(DevicePiece(source, torch.frombuffer(view, dtype=torch.uint8), group, is_early))
         return found
 
@@ -45,11 +47,15 @@ class DeviceRegions:
 class DeviceCapture:
     """The device's half of one capture."""
 
-    def __init__(self, stage: DeviceStage, pieces: list[DevicePiece], regions: list[int], turn: int | None) -> None:
+    def __init__(
+        self, stage: DeviceStage, pieces: list[DevicePiece], regions: list[int], turn: int | None
+    ) -> None:
         self.sample: DeviceSample | None = stage.sample(pieces, turn) if turn is not None else None
         self.transfer: DeviceTransfer = stage.submit(pieces)
         self._regions = regions
 
     def differing(self) -> list[int]:
         """Regions whose sampled bytes are not those of the copy."""
-        return [] if self.sample is None else sorted({self._regions[index] for index in self.sample.differing()})
+        return (
+            [] if self.sample is None else sorted({self._regions[index] for index in self.sample.differing()})
+        )

@@ -73,7 +73,9 @@ class NotRestorable(SnapdError):
 
     kind = "not-restorable"
 
-    def __init__(self, message: str, *, candidates: Sequence[str] = (), hint: str = "", **context: object) -> None:
+    def __init__(
+        self, message: str, *, candidates: Sequence[str] = (), hint: str = "", **context: object
+    ) -> None:
         super().__init__(message, hint=hint, **context)
         self.candidates = list(candidates)
 
@@ -109,12 +111,22 @@ class RestoreMismatch(SnapdError):
         return "\n".join(parts)
 
 
-BY_KIND: dict[str, type[SnapdError]] = {
-    cls.kind: cls
-    for cls in (ConfigError, UnavailableError, CapacityError, FencedError, ProtocolError, IntegrityError)
+BY_STATUS: dict[str, type[SnapdError]] = {  # gRPC status -> class; the kind is the daemon's
+    "INVALID_ARGUMENT": ConfigError,
+    "ALREADY_EXISTS": ConfigError,
+    "NOT_FOUND": ConfigError,
+    "RESOURCE_EXHAUSTED": CapacityError,
+    "ABORTED": FencedError,
+    "UNAUTHENTICATED": FencedError,
+    "UNAVAILABLE": UnavailableError,
+    "DEADLINE_EXCEEDED": UnavailableError,
+    "DATA_LOSS": IntegrityError,
+    "FAILED_PRECONDITION": NotRestorable,
 }
 
 
-def from_daemon(kind: str, message: str, hint: str = "") -> SnapdError:
-    """The exception for an error that the daemon reported as text."""
-    return BY_KIND.get(kind, SnapdError)(message, hint=hint)
+def from_daemon(kind: str, message: str, hint: str = "", *, status: str = "") -> SnapdError:
+    """The exception for an error that the daemon reported: its own kind and words, our class by gRPC status."""
+    error = BY_STATUS.get(status, SnapdError)(message, hint=hint)
+    error.kind = kind or error.kind
+    return error

@@ -32,7 +32,7 @@ def _lbfgs(group: dict[str, object]) -> float:
     return 2.0 * (history if isinstance(history, int) else 100) + 3.0
 
 
-# Copies of the parameters that an optimizer keeps, by class name; LITERATURE of the field: 2 unless it is known.
+# Copies of the parameters that an optimizer keeps, by class name; 2 where it is not known.
 _COPIES: dict[str, Callable[[dict[str, object]], float]] = {
     "Adam": _adam,
     "AdamW": _adam,
@@ -54,7 +54,10 @@ _COPIES: dict[str, Callable[[dict[str, object]], float]] = {
     "AdamW4bit": lambda group: 0.4,
     "AdamWFp8": lambda group: 0.6,
 }
-_COPIES_UNKNOWN = 2.0
+
+
+def _unknown(group: dict[str, object]) -> float:
+    return 2.0
 
 
 def state_bytes(tree: StateTree) -> int:
@@ -62,7 +65,7 @@ def state_bytes(tree: StateTree) -> int:
     present = tree.walk()
     nbytes = _unique_bytes(present.buffers)
     for optimizer in tree.optimizers:
-        copies = _COPIES.get(type(optimizer).__name__, lambda group: _COPIES_UNKNOWN)
+        copies = _COPIES.get(type(optimizer).__name__, _unknown)
         for group in optimizer.param_groups:
             fresh = [p for p in group["params"] if p not in optimizer.state]
             nbytes += int(sum(_local_bytes(p) for p in fresh) * copies(group))
@@ -70,9 +73,9 @@ def state_bytes(tree: StateTree) -> int:
 
 
 def _unique_bytes(buffers: list[torch.Tensor]) -> int:
-    seen: dict[tuple[int, int], int] = {}
+    seen: dict[int, int] = {}
     for buffer in buffers:
-        key = (buffer.data_ptr(), buffer.storage_offset())
+        key = buffer.data_ptr()
         seen[key] = max(seen.get(key, 0), buffer.numel() * buffer.element_size())
     return sum(seen.values())
 

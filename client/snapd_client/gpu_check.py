@@ -143,10 +143,14 @@ def check_resume(report: Report) -> None:
 
     def world(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.Dropout(0.1), torch.nn.Linear(1024, 256)).cuda()
+        model = torch.nn.Sequential(
+            torch.nn.Linear(256, 1024), torch.nn.Dropout(0.1), torch.nn.Linear(1024, 256)
+        ).cuda()
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, snap: Snapshotter | None) -> list[float]:
+    def train(
+        model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, snap: Snapshotter | None
+    ) -> list[float]:
         losses = []
         for step in steps:
             batch = torch.randn(64, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
@@ -187,7 +191,14 @@ def _seconds(action: Callable[[], object]) -> float:
     return best
 
 
-CHECKS = (check_pinned_copy, check_fence, check_without_fence, check_arrival_and_early, check_sample, check_resume)
+CHECKS = (
+    check_pinned_copy,
+    check_fence,
+    check_without_fence,
+    check_arrival_and_early,
+    check_sample,
+    check_resume,
+)
 
 
 def main() -> int:

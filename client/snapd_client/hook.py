@@ -20,12 +20,14 @@ import torch
 from snapd_native import CopyEngine
 from snapd_proto import trainer_pb2 as pb
 
-from . import estimate, faults, locate, restore
+from . import estimate, faults, locate
 from .agree import agree_incarnation
 from .capture import Audit, Capturer, Outcome
 from .control import ControlThread
 from .errors import ConfigError, SnapdError, UnavailableError
 from .health import Health
+from .restore import Context as RestoreContext
+from .restore import restore as restore_state
 from .session import Session
 from .state.loaders import rng_neutral
 from .state.tree import StateTree
@@ -111,10 +113,14 @@ class Snapshotter:
         self._open(slots)
         self._engine = CopyEngine(copy_threads)
         self._control = ControlThread(self._session, self._lose)
-        self._capturer = Capturer(self._tree, self._session, self._engine, self._control, self._health, Audit(audit))
+        self._capturer = Capturer(
+            self._tree, self._session, self._engine, self._control, self._health, Audit(audit)
+        )
         self._control.start()
         for number, optimizer in enumerate(self._tree.optimizers):
-            self._hooks.append(optimizer.register_step_pre_hook(self._fence_hook(self._tree.fence_group(number))))
+            self._hooks.append(
+                optimizer.register_step_pre_hook(self._fence_hook(self._tree.fence_group(number)))
+            )
         _live.add(self)
 
     # --- start-up -----------------------------------------------------------------------------------------------
@@ -160,7 +166,7 @@ class Snapshotter:
             UnavailableError: the daemon does not answer.
         """
         self._is_started = True
-        return restore.restore(
+        return restore_state(
             self._restore_context(), step=step, accept_older=accept_older, allow_partial=list(allow_partial)
         )
 
@@ -173,15 +179,17 @@ class Snapshotter:
         self._capturer.finish()
         self._wait_settled()
         self._rollback_count += 1
-        request = pb.BeginRollbackRequest(session_id=self._session.session_id, rollback_count=self._rollback_count)
+        request = pb.BeginRollbackRequest(
+            session_id=self._session.session_id, rollback_count=self._rollback_count
+        )
         reply = self._session.call(lambda stub, **options: stub.BeginRollback(request, **options))
         self._session.generation = reply.generation
         self._capturer.forget_base()
         self._last = None
-        return restore.restore(self._restore_context(), step=step, accept_older=False, allow_partial=[])
+        return restore_state(self._restore_context(), step=step, accept_older=False, allow_partial=[])
 
-    def _restore_context(self) -> restore.Context:
-        return restore.Context(self._tree, self._session, self.job, self.world)
+    def _restore_context(self) -> RestoreContext:
+        return RestoreContext(self._tree, self._session, self.job, self.world)
 
     @property
     def values(self) -> dict[str, object]:
@@ -210,7 +218,7 @@ class Snapshotter:
             self._warn_once("same-step", f"step {step} of generation {self.generation} is captured already")
             return self._last
         started = time.monotonic()
-        handle = self._guard("snapshot", lambda: self._hand_over(step))
+        handle: Handle | None = self._guard("snapshot", lambda: self._hand_over(step))
         self._health.handover_s.append(time.monotonic() - started)
         if wait is not None and handle is not None and handle.is_handed_over:
             self.wait(wait)
@@ -221,10 +229,14 @@ class Snapshotter:
         outcome = self._capturer.hand_over(step, self._wait_max_s)
         if outcome is Outcome.SKIPPED:
             self._health.skipped += 1
-            self._warn_once("skipped", f"step {step} was skipped: no slot came free within {self._wait_max_s} s")
+            self._warn_once(
+                "skipped", f"step {step} was skipped: no slot came free within {self._wait_max_s} s"
+            )
         elif outcome is Outcome.FENCED:
             self._health.is_fenced = True
-            self._warn_once("fenced", f"a newer generation of job {self.job} runs: this process saves nothing more")
+            self._warn_once(
+                "fenced", f"a newer generation of job {self.job} runs: this process saves nothing more"
+            )
         handed_over = outcome is Outcome.HANDED_OVER
         self._last = Handle(self.generation, step, handed_over, "" if handed_over else outcome.value)
         return self._last
@@ -255,7 +267,8 @@ class Snapshotter:
     def _notice_accumulation(self) -> None:
         if not self._has_updated and not self._gradients and self._tree.has_gradients():
             self._warn_once(
-                "gradients", "gradients are being accumulated and are not part of the snapshot (gradients=True captures them)"
+                "gradients",
+                "gradients are being accumulated and are not part of the snapshot (gradients=True captures them)",
             )
         self._has_updated = False
 
@@ -297,12 +310,20 @@ class Snapshotter:
         self._capturer.finish()
         timeout_s = CLOSE_TIMEOUT_S if timeout is None else timeout
         request = pb.WaitLevelRequest(
-            session_id=self._session.session_id, step=self._last.step, level=LEVELS[level], timeout_s=timeout_s
+            session_id=self._session.session_id,
+            step=self._last.step,
+            level=LEVELS[level],
+            timeout_s=timeout_s,
         )
-        reply = self._session.call(lambda stub, **options: stub.WaitLevel(request, **options), timeout_s=timeout_s + 10)
+        reply = self._session.call(
+            lambda stub, **options: stub.WaitLevel(request, **options), timeout_s=timeout_s + 10
+        )
         if not reply.reached:
             raise UnavailableError(
-                f"step {self._last.step} is not {level}", reason=reply.reason, waited_s=timeout_s, dropped=reply.dropped
+                f"step {self._last.step} is not {level}",
+                reason=reply.reason,
+                waited_s=timeout_s,
+                dropped=reply.dropped,
             )
         return _LEVEL_NAMES.get(reply.level, level)
 
@@ -345,7 +366,9 @@ class Snapshotter:
             hook.remove()
         request = pb.CloseSessionRequest(session_id=self._session.session_id, final=final)
         try:
-            self._session.call(lambda stub, **options: stub.CloseSession(request, **options), timeout_s=CLOSE_TIMEOUT_S)
+            self._session.call(
+                lambda stub, **options: stub.CloseSession(request, **options), timeout_s=CLOSE_TIMEOUT_S
+            )
         except SnapdError as error:
             _log.warning("snapd: closing: %s", error)
         self._shut_down()
@@ -361,7 +384,12 @@ class Snapshotter:
         page = self._session.page
         step = self._health.last_committed_step
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while page is not None and step is not None and self._session.is_connected and time.monotonic() < deadline:
+        while (
+            page is not None
+            and step is not None
+            and self._session.is_connected
+            and time.monotonic() < deadline
+        ):
             if page.load("captured_step_plus_one") > step or not _has_complete_lane(page):
                 return
             time.sleep(0.001)

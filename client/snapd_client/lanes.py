@@ -20,7 +20,9 @@ from .session import Session
 from .state.layout import Layout
 
 POLL_S = 0.0005
-RECHECK_TURNS = 32  # each unchanging chunk is copied again, and so compared by the daemon, every so many snapshots
+RECHECK_TURNS = (
+    32  # each unchanging chunk is copied again, and so compared by the daemon, every so many snapshots
+)
 
 
 @dataclass
@@ -154,7 +156,11 @@ class LaneBook:
         else:
             segments, frames, flags = list(base.segments), list(base.frames), [native.ENTRY_REUSED] * count
             for position, chunk in enumerate(fresh):
-                segments[chunk], frames[chunk], flags[chunk] = lane.segments[position], lane.frames[position], 0
+                segments[chunk], frames[chunk], flags[chunk] = (
+                    lane.segments[position],
+                    lane.frames[position],
+                    0,
+                )
         mapped = self._session.segments
         origin = {segment: mapped[segment].address for segment in set(segments)}
         size = self._session.chunk_bytes

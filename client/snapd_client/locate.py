@@ -70,7 +70,10 @@ def connect(sockets: Sockets, timeout_s: float) -> socket.socket:
     except OSError as error:
         connection.close()
         raise UnavailableError(
-            "no snapd daemon answers", hint="start one with `snapd serve`", socket=sockets.handshake, cause=error.strerror
+            "no snapd daemon answers",
+            hint="start one with `snapd serve`",
+            socket=sockets.handshake,
+            cause=error.strerror,
         ) from error
     except ConfigError:
         connection.close()
@@ -139,7 +142,8 @@ def _await(sockets: Sockets, pid: int, timeout_s: float) -> socket.socket:
             ended = _has_ended(pid)
             if ended or time.monotonic() > deadline:
                 raise UnavailableError(
-                    "the daemon that was started for this user " + ("ended at once" if ended else "does not answer"),
+                    "the daemon that was started for this user "
+                    + ("ended at once" if ended else "does not answer"),
                     log=sockets.folder / "daemon.log",
                     last_line=_last_line(sockets.folder / "daemon.log"),
                 ) from None

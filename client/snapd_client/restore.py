@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import xxhash
 from snapd_native import CopyPlan
-from snapd_proto import format_pb2, trainer_pb2 as pb
+from snapd_proto import format_pb2
+from snapd_proto import trainer_pb2 as pb
 
 from . import faults
 from .errors import IntegrityError, NotRestorable, SnapdError, UnavailableError
-from .session import ShardMemory, Session
+from .session import Session, ShardMemory
 from .state.apply import PendingRestore, prepare_restore
 from .state.tree import StateTree
 from .world import World
@@ -79,7 +80,7 @@ def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> p
         step=step or 0,
         accept_older=accept_older,
     )
-    plan = context.session.call(
+    plan: pb.PlanRestoreReply = context.session.call(
         lambda stub, **options: stub.PlanRestore(request, **options), timeout_s=RESTORE_TIMEOUT_S
     )
     outcome = plan.outcome
@@ -87,9 +88,13 @@ def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> p
         return plan
     if outcome == pb.PlanRestoreReply.ABSENT and step is None:
         return None
-    candidates = [f"generation {c.generation} step {c.step}: {c.verdict}: {c.reason}" for c in plan.candidates]
+    candidates = [
+        f"generation {c.generation} step {c.step}: {c.verdict}: {c.reason}" for c in plan.candidates
+    ]
     if outcome == pb.PlanRestoreReply.ABSENT:
-        raise NotRestorable("the job has no snapshot of that step", step=step, job=context.job, candidates=candidates)
+        raise NotRestorable(
+            "the job has no snapshot of that step", step=step, job=context.job, candidates=candidates
+        )
     if outcome == pb.PlanRestoreReply.WORLD_SIZE_DIFFERS:
         raise NotRestorable(
             "the snapshot was taken by another number of ranks",
@@ -99,7 +104,9 @@ def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> p
             candidates=candidates,
         )
     if outcome == pb.PlanRestoreReply.UNREACHABLE:
-        raise UnavailableError("a source that may hold a newer snapshot cannot be reached", reason=plan.reason)
+        raise UnavailableError(
+            "a source that may hold a newer snapshot cannot be reached", reason=plan.reason
+        )
     raise NotRestorable(
         "snapshots were found, none can be used", reason=plan.reason, job=context.job, candidates=candidates
     )
@@ -134,7 +141,9 @@ class _Source:
 
     def address(self, number: int) -> int:
         chunk = self.record.chunks[number]
-        return self._shards.mappings[chunk.segment_rank, chunk.segment].address + chunk.frame * self.chunk_bytes
+        return (
+            self._shards.mappings[chunk.segment_rank, chunk.segment].address + chunk.frame * self.chunk_bytes
+        )
 
     def is_good(self, number: int) -> bool:
         """Whether the chunk's bytes are what its hash says. Releases the GIL while hashing."""
@@ -195,17 +204,23 @@ def _report(context: Context, turn: int, bad: list[tuple[int, int]] | None = Non
         session_id=context.session.session_id,
         round=turn,
         succeeded=not bad,
-        bad_chunks=[pb.BadChunk(rank=rank, chunk_index=chunk, what="hash differs") for rank, chunk in bad or []],
+        bad_chunks=[
+            pb.BadChunk(rank=rank, chunk_index=chunk, what="hash differs") for rank, chunk in bad or []
+        ],
     )
-    return context.session.call(
+    reply: pb.FinishRestoreReply = context.session.call(
         lambda stub, **options: stub.FinishRestore(request, **options), timeout_s=RESTORE_TIMEOUT_S
     )
+    return reply
 
 
 def _report_failure(context: Context, turn: int, error: Exception) -> None:
     """Tell the other ranks, so that they do not wait for this one."""
     request = pb.FinishRestoreRequest(
-        session_id=context.session.session_id, round=turn, succeeded=False, failure=f"{type(error).__name__}: {error}"
+        session_id=context.session.session_id,
+        round=turn,
+        succeeded=False,
+        failure=f"{type(error).__name__}: {error}",
     )
     try:
         context.session.call(lambda stub, **options: stub.FinishRestore(request, **options))

@@ -20,7 +20,7 @@ from snapd_proto import format_pb2
 from snapd_proto import trainer_pb2 as pb
 
 from . import handshake, locate
-from .errors import FencedError, ProtocolError, SnapdError, UnavailableError, from_daemon
+from .errors import ProtocolError, SnapdError, UnavailableError, from_daemon
 
 if TYPE_CHECKING:
     import grpc
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 CALL_TIMEOUT_S = 60.0
+ERROR_KEY = "snapd-error-bin"  # trailing metadata: a serialized Refusal
 _T = TypeVar("_T")
 
 
@@ -80,7 +81,9 @@ class Session:
         """
         try:
             self._greet(locate.connect_or_start(self.sockets))
-            self.reply = self.call(lambda stub, **options: stub.OpenSession(request, **options), timeout_s=300.0)
+            self.reply = self.call(
+                lambda stub, **options: stub.OpenSession(request, **options), timeout_s=300.0
+            )
             self.rank = request.rank
             self.session_id, self._secret = self.reply.session_id, self.reply.session_secret
             self.generation, self.chunk_bytes = self.reply.generation, self.reply.chunk_bytes
@@ -142,7 +145,9 @@ class Session:
             if self._connection is None:
                 raise UnavailableError("the daemon is away", socket=self.sockets.handshake)
             request = pb.FetchSegments(session_id=self.session_id, session_secret=self._secret)
-            reply, descriptors = handshake.exchange(self._connection, pb.HandshakeRequest(fetch_segments=request))
+            reply, descriptors = handshake.exchange(
+                self._connection, pb.HandshakeRequest(fetch_segments=request)
+            )
             try:
                 self._take(reply, descriptors)
             finally:
@@ -151,7 +156,9 @@ class Session:
     def _take(self, reply: pb.HandshakeReply, descriptors: list[int]) -> None:
         infos = reply.descriptors.segments
         if len(descriptors) != len(infos) + 2:
-            raise ProtocolError("the daemon passed another number of descriptors than it named", got=len(descriptors))
+            raise ProtocolError(
+                "the daemon passed another number of descriptors than it named", got=len(descriptors)
+            )
         if self.page is None:
             self.page = ControlPage.attach(descriptors[0])
         version = self.page.load("segments_version")
@@ -194,7 +201,9 @@ class Session:
         with self._lock:
             if self._connection is None:
                 raise UnavailableError("the daemon is away", socket=self.sockets.handshake)
-            reply, descriptors = handshake.exchange(self._connection, pb.HandshakeRequest(fetch_shard=request))
+            reply, descriptors = handshake.exchange(
+                self._connection, pb.HandshakeRequest(fetch_shard=request)
+            )
         try:
             infos = reply.descriptors.segments
             if len(infos) != len(descriptors):
@@ -277,14 +286,11 @@ def _translate(error: grpc.RpcError) -> SnapdError:
     """The daemon's own words if it sent any (trailing metadata), else what gRPC says."""
     import grpc
 
-    metadata: dict[str, Any] = {}
-    if isinstance(error, grpc.Call):
-        metadata = {key: value for key, value in error.trailing_metadata() or ()}
-        if "snapd-kind" in metadata:
-            return from_daemon(
-                str(metadata["snapd-kind"]), str(error.details()), str(metadata.get("snapd-hint", ""))
-            )
-        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            return FencedError(str(error.details()))
-        return UnavailableError("the daemon did not answer a call", code=error.code().name, details=error.details())
-    return UnavailableError("the daemon did not answer a call", cause=error)
+    call: Any = error
+    if not isinstance(call, grpc.Call):
+        return UnavailableError("the daemon did not answer a call", cause=error)
+    sent = dict(call.trailing_metadata() or ()).get(ERROR_KEY)
+    if isinstance(sent, bytes):
+        words = pb.Refusal.FromString(sent)
+        return from_daemon(words.kind, words.message, words.hint, status=call.code().name)
+    return UnavailableError("the daemon did not answer a call", code=call.code().name, details=call.details())

@@ -42,26 +42,26 @@ class DeviceApi(Protocol):
 class CudaApi:
     """`torch.cuda`, and the two calls of the runtime that it does not wrap."""
 
+    _cuda: Any = torch.cuda
+
     def Stream(self) -> Any:
-        return torch.cuda.Stream()
+        return self._cuda.Stream()
 
     def Event(self) -> Any:
-        return torch.cuda.Event()
+        return self._cuda.Event()
 
     def current_stream(self) -> Any:
-        return torch.cuda.current_stream()
+        return self._cuda.current_stream()
 
     def stream(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
 
     def host_register(self, address: int, nbytes: int) -> bool:
         """Pin pages that the daemon has allocated; False if the driver refuses."""
-        runtime: Any = torch.cuda.cudart()
-        return int(runtime.cudaHostRegister(address, nbytes, 0)) == 0
+        return int(self._cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
 
     def host_unregister(self, address: int) -> None:
-        runtime: Any = torch.cuda.cudart()
-        runtime.cudaHostUnregister(address)
+        self._cuda.cudart().cudaHostUnregister(address)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,9 @@ class DeviceStage:
             self._registered[address] = nbytes
         else:
             if not self.pageable_bytes:
-                _log.warning("snapd: the arena cannot be pinned (memlock limit?); copies from the device will be slower")
+                _log.warning(
+                    "snapd: the arena cannot be pinned (memlock limit?); copies from the device will be slower"
+                )
             self.pageable_bytes += nbytes
 
     def submit(self, pieces: Sequence[DevicePiece]) -> DeviceTransfer:

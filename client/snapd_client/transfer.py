@@ -159,5 +159,3 @@ class DoneTransfer:
 
     def close(self) -> None:
         """Nothing is open."""
-
-

@@ -36,8 +36,13 @@ class World:
             local_world_size=_number(environment, "LOCAL_WORLD_SIZE", size),
             node_rank=_number(environment, "GROUP_RANK", 0),
         )
-        if not (0 <= world.rank < world.world_size and 0 <= world.local_rank < world.local_world_size <= world.world_size):
-            raise ConfigError("RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE contradict each other", world=world)
+        if not (
+            0 <= world.rank < world.world_size
+            and 0 <= world.local_rank < world.local_world_size <= world.world_size
+        ):
+            raise ConfigError(
+                "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE contradict each other", world=world
+            )
         return world
 
 
@@ -59,7 +64,9 @@ def job_name(job: str | None, environment: Mapping[str, str] = os.environ) -> st
     """
     name = job or environment.get("SNAPD_JOB", "")
     if not name:
-        raise ConfigError("the job has no name", hint="pass job=... or set SNAPD_JOB; torchrun's run id is not unique")
+        raise ConfigError(
+            "the job has no name", hint="pass job=... or set SNAPD_JOB; torchrun's run id is not unique"
+        )
     if not JOB_NAME.fullmatch(name):
         raise ConfigError(
             "the job's name may hold letters, digits, '.', '_' and '-', 128 at most, and begins with a letter or digit",

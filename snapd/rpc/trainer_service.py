@@ -163,9 +163,10 @@ def _reached(job: Job, snapshot: SnapshotId) -> bool:
 
 
 def _check_level(level: int) -> None:
-    if level not in (trainer_pb2.LEVEL_UNSPECIFIED, trainer_pb2.LEVEL_CAPTURED):
+    """`durable` means the farthest level that is configured, and the reply says which; `protected` means itself."""
+    if level == trainer_pb2.LEVEL_PROTECTED:
         raise ConfigError(
-            "this daemon has the level `captured` only",
+            "this daemon protects nothing on other nodes: it has the level `captured` only",
             kind="level",
-            hint="protection and durable tiers are not configured",
+            hint="wait for `captured`, or for `durable`, which is the farthest level that is configured",
         )

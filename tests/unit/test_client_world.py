@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from snapd_client.errors import ConfigError, NotRestorable, RestoreMismatch, from_daemon
+from snapd_client.errors import (
+    CapacityError,
+    ConfigError,
+    NotRestorable,
+    RestoreMismatch,
+    SnapdError,
+    from_daemon,
+)
 from snapd_client.faults import parse
 from snapd_client.world import World, job_name
 
@@ -62,6 +69,9 @@ def test_candidates_are_listed_with_their_reasons() -> None:
     assert str(error).splitlines()[1] == "  generation 1 step 5: bad"
 
 
-def test_the_daemons_errors_keep_their_kind() -> None:
-    assert from_daemon("capacity", "too small").kind == "capacity"
-    assert from_daemon("something-new", "x").kind == "error"
+def test_the_daemons_errors_keep_their_kind_and_words() -> None:
+    error = from_daemon("arena_full", "too small", "make it larger", status="RESOURCE_EXHAUSTED")
+    assert isinstance(error, CapacityError)
+    assert str(error) == "too small [arena_full]; make it larger"
+    assert CapacityError.kind == "capacity"
+    assert type(from_daemon("something-new", "x")) is SnapdError

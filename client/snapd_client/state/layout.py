@@ -11,7 +11,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 
@@ -24,8 +23,6 @@ from .tree import StateTree, Walk
 __all__ = ["Binding", "Layout", "PlanArrays", "build_layout"]
 
 _data_ptr = torch.Tensor.data_ptr
-_size = torch.Tensor.size
-_stride = torch.Tensor.stride
 _version = attrgetter("_version")
 _VALUES_SPARE = 4096
 _ALIGN = 64
@@ -61,14 +58,6 @@ class Binding:
         return names
 
 
-class Expected(NamedTuple):
-    """What a walk must look like for the layout to fit, per buffer."""
-
-    shapes: list[torch.Size]
-    strides: list[tuple[int, ...]]
-    dtypes: list[torch.dtype]
-
-
 class Layout:
     """See the module. Regions are numbered as in the serialized layout; chunks count from the start of the
     shard.
@@ -91,7 +80,6 @@ class Layout:
         self._first = [region.buffers[0][0] for region in plan.regions]
         self._shared = [(r, region.buffers) for r, region in enumerate(plan.regions)
                         if len(region.buffers) > 1 or region.buffers[0][1]]  # fmt: skip
-        self._expected = _describe(walk)
         self._described: list[torch.Tensor] | None = None  # the buffers that had the expected shapes ...
         self._pointers: list[int] = []  # ... when they lay here
 
@@ -120,13 +108,6 @@ class Layout:
                 return None
             bases[region] = base
         return Binding(self, bases, _versions(walk.outers), pointers)
-
-
-def _describe(walk: Walk) -> Expected:
-    buffers = walk.buffers
-    return Expected(
-        list(map(_size, buffers)), list(map(_stride, buffers)), [buffer.dtype for buffer in buffers]
-    )
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:

@@ -31,6 +31,7 @@ from .records import Place, Role
 from .structure import Structure
 
 _SIGNATURES_KEPT = 8
+_size, _stride, _dtype = torch.Tensor.size, torch.Tensor.stride, attrgetter("dtype")
 
 
 class Walk:
@@ -93,6 +94,7 @@ class StateTree:
         self._outers: list[torch.Tensor] = []
         self._buffer_names: list[str] = []
         self._wrapped: list[tuple[int, int, Any]] = []  # buffer, slot, getter
+        self._expected: object = None
         self._parts: list[bytes] = []
         self._produced: list[
             list[tuple[str, int]]
@@ -146,8 +148,9 @@ class StateTree:
             produced = None if changed is None else self._ask_producers(structure)
             if changed is not None and produced is not None:
                 self._refresh_buffers(structure, changed[0] + produced)
-                self._write_leaves(structure, changed[1])
-                return self._make_walk(structure)
+                if _describe(self._buffers) == self._expected:
+                    self._write_leaves(structure, changed[1])
+                    return self._make_walk(structure)
         return self._walk_in_full()
 
     def _make_walk(self, structure: Structure) -> Walk:
@@ -167,6 +170,7 @@ class StateTree:
         structure.seal()
         self._structure = structure
         self._collect_buffers(structure)
+        self._expected = _describe(self._buffers)
         self._parts = [b""] * len(structure.program.leaves)
         self._write_leaves(structure, range(len(structure.program.leaves)))
         self._signature = self._sign(structure)
@@ -290,6 +294,11 @@ def _may_follow(value: object, old: object) -> bool:
     skeleton.
     """
     return is_leaf(value) and is_atom(value) == is_atom(old)
+
+
+def _describe(buffers: list[torch.Tensor]) -> tuple[list[Any], ...]:
+    """What may change while a tensor stays the same object: shape, strides, dtype."""
+    return list(map(_size, buffers)), list(map(_stride, buffers)), list(map(_dtype, buffers))
 
 
 def _framed(value: Value) -> bytes:
