@@ -43,17 +43,16 @@ class Binding:
         now = _versions(walk.outers)
         pointers = list(map(_data_ptr, walk.buffers))
         layout = self.layout
-        has_shapes = layout.has_shapes_of(walk)
-        if has_shapes and now == self.versions and pointers == self.pointers:
+        reshaped = walk.find_reshaped()
+        if not reshaped and now == self.versions and pointers == self.pointers:
             return []
-        if not has_shapes:
-            return [f"the shape of one of {len(walk.buffers)} tensors"]
         names = []
         for buffer, name in enumerate(walk.names):
             region = layout.region_of[buffer]
             if layout.is_early[region] or layout.region_group[region] not in groups:
                 continue
-            if now[buffer] != self.versions[buffer] or pointers[buffer] != self.pointers[buffer]:
+            is_moved = pointers[buffer] != self.pointers[buffer] or buffer in reshaped
+            if is_moved or now[buffer] != self.versions[buffer]:
                 names.append(name)
         return names
 
@@ -80,27 +79,13 @@ class Layout:
         self._first = [region.buffers[0][0] for region in plan.regions]
         self._shared = [(r, region.buffers) for r, region in enumerate(plan.regions)
                         if len(region.buffers) > 1 or region.buffers[0][1]]  # fmt: skip
-        self._described: list[torch.Tensor] | None = None  # the buffers that had the expected shapes ...
-        self._pointers: list[int] = []  # ... when they lay here
-
-    def has_shapes_of(self, walk: Walk) -> bool:
-        """Whether all shapes are still those of the layout; if not, the next bind finds out too."""
-        if _describe(walk) == self._expected:
-            return True
-        self._described = None
-        return False
 
     def bind(self, walk: Walk) -> Binding | None:
-        """Read addresses and counters; None if shapes or the aliasing are not those of this layout.
+        """Take addresses and counters; None if the aliasing is not that of this layout.
 
-        Shapes are compared when a tensor is another object or lies elsewhere than the last time. The rest, a tensor
-        that was given another shape over the same memory, is found by `Binding.changed_since`, off this thread.
+        `walk` must have the signature of the walk that the layout was made from: then shapes are the same.
         """
-        pointers = list(map(_data_ptr, walk.buffers))
-        if walk.buffers is not self._described or pointers != self._pointers:
-            if _describe(walk) != self._expected:
-                return None
-            self._described, self._pointers = walk.buffers, pointers
+        pointers = walk.pointers
         bases = array("Q", map(pointers.__getitem__, self._first))
         for region, buffers in self._shared:
             base = pointers[buffers[0][0]] - buffers[0][1]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .records import Role, TensorRecord
 from .tree import Walk
 
-SMALL_BYTES = 256  # a tensor of the optimizer up to this size (a step counter) is taken early
+SMALL_BYTES = 16  # a tensor up to this size that is no parameter (a step counter) is taken early
 SMALL_TOTAL_MAX = 256 << 10
 BUFFERS_TOTAL_MAX = 1 << 20  # module buffers up to this are taken early, all of them
 BUFFER_BYTES_MAX = 64 << 10  # above that, only those up to this size each

@@ -53,6 +53,8 @@ class Structure(Encoder):
         self.is_entry = True  # in the user's mapping, not inside an optimizer
         self._number_of: dict[int, int] = {}  # id of a tensor -> record
         self._taken: set[str] = set()
+        self.shapes: tuple[list[Any], ...] = ()  # of the buffers: sizes, strides, dtypes
+        self.is_reshaped = False  # set by any thread that finds one with another shape
         self.dynamic: dict[int, int] = {}  # id of a large tensor that a producer gave last -> record
         self.outer_of: list[int] = []  # buffer -> slot
         self.paths: list[tuple[str, ...]] = []  # buffer -> attributes from its slot's tensor

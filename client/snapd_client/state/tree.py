@@ -31,6 +31,7 @@ from .records import Place, Role
 from .structure import Structure
 
 _SIGNATURES_KEPT = 8
+_data_ptr = torch.Tensor.data_ptr
 _size, _stride, _dtype = torch.Tensor.size, torch.Tensor.stride, attrgetter("dtype")
 
 
@@ -41,7 +42,7 @@ class Walk:
     version counter tells of writes; `names[i]` is for messages.
     """
 
-    __slots__ = ("_parts", "buffers", "names", "outers", "scalars", "signature", "structure")
+    __slots__ = ("_parts", "buffers", "names", "outers", "pointers", "scalars", "signature", "structure")
 
     def __init__(
         self,
@@ -51,9 +52,28 @@ class Walk:
         names: list[str],
         signature: object,
         parts: list[bytes],
+        pointers: list[int],
     ) -> None:
         self.structure, self.buffers, self.outers, self.names = structure, buffers, outers, names
+        self.pointers = pointers
         self.signature, self.scalars, self._parts = signature, list(structure.program.leaves), parts
+
+    def find_reshaped(self) -> set[int]:
+        """Buffers that have another shape, or other strides, than when the structure was read. Any thread.
+
+        The next walk is then a full one.
+        """
+        shapes = self.structure.shapes
+        now = describe(self.buffers)
+        if now == shapes:
+            return set()
+        self.structure.is_reshaped = True
+        return {
+            buffer
+            for column, expected in zip(now, shapes, strict=True)
+            for buffer, (one, other) in enumerate(zip(column, expected, strict=True))
+            if one != other
+        }
 
     def encode_early(self, generation: int, step: int) -> bytes:
         """A serialized EarlyValues. The leaves were written when the walk was made."""
@@ -94,7 +114,8 @@ class StateTree:
         self._outers: list[torch.Tensor] = []
         self._buffer_names: list[str] = []
         self._wrapped: list[tuple[int, int, Any]] = []  # buffer, slot, getter
-        self._expected: object = None
+        self._pointers: list[int] = []
+        self._described: list[torch.Tensor] = []  # buffers whose shapes were compared when they lay at _pointers
         self._parts: list[bytes] = []
         self._produced: list[
             list[tuple[str, int]]
@@ -148,13 +169,29 @@ class StateTree:
             produced = None if changed is None else self._ask_producers(structure)
             if changed is not None and produced is not None:
                 self._refresh_buffers(structure, changed[0] + produced)
-                if _describe(self._buffers) == self._expected:
+                if self._has_shapes(structure):
                     self._write_leaves(structure, changed[1])
                     return self._make_walk(structure)
         return self._walk_in_full()
 
+    def _has_shapes(self, structure: Structure) -> bool:
+        """Whether the tensors have the shapes that they had.
+
+        Compared when one is another object or lies elsewhere than the last time. That a tensor was given another
+        shape over the same memory is found by `Walk.find_reshaped`, off the training thread.
+        """
+        pointers = list(map(_data_ptr, self._buffers))
+        if structure.is_reshaped:
+            return False
+        if (self._buffers is not self._described or pointers != self._pointers) and (
+            describe(self._buffers) != structure.shapes
+        ):
+            return False
+        self._described, self._pointers = self._buffers, pointers
+        return True
+
     def _make_walk(self, structure: Structure) -> Walk:
-        return Walk(structure, self._buffers, self._outers, self._buffer_names, self._signature, self._parts)
+        return Walk(structure, self._buffers, self._outers, self._buffer_names, self._signature, self._parts, self._pointers)
 
     def _walk_in_full(self) -> Walk:
         self._names = Names(self.state, self.vouched)
@@ -170,7 +207,9 @@ class StateTree:
         structure.seal()
         self._structure = structure
         self._collect_buffers(structure)
-        self._expected = _describe(self._buffers)
+        self._pointers = list(map(_data_ptr, self._buffers))
+        self._described = self._buffers
+        structure.shapes = describe(self._buffers)
         self._parts = [b""] * len(structure.program.leaves)
         self._write_leaves(structure, range(len(structure.program.leaves)))
         self._signature = self._sign(structure)
@@ -296,7 +335,7 @@ def _may_follow(value: object, old: object) -> bool:
     return is_leaf(value) and is_atom(value) == is_atom(old)
 
 
-def _describe(buffers: list[torch.Tensor]) -> tuple[list[Any], ...]:
+def describe(buffers: list[torch.Tensor]) -> tuple[list[Any], ...]:
     """What may change while a tensor stays the same object: shape, strides, dtype."""
     return list(map(_size, buffers)), list(map(_stride, buffers)), list(map(_dtype, buffers))
 
