@@ -36,7 +36,13 @@ def environment(node: Node) -> dict[str, str]:
 
 def run(node: Node, command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env=environment(node), capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT
+        command,
+        env=environment(node),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        cwd=ROOT,
     )
 
 

@@ -23,6 +23,7 @@ from .tree import StateTree, Walk
 __all__ = ["Binding", "Layout", "PlanArrays", "build_layout"]
 
 _data_ptr = torch.Tensor.data_ptr
+_storage = torch.Tensor.untyped_storage
 _version = attrgetter("_version")
 _VALUES_SPARE = 4096
 _ALIGN = 64
@@ -31,12 +32,18 @@ _ALIGN = 64
 class Binding:
     """Where the regions lie now, and the version counters at this moment."""
 
-    __slots__ = ("bases", "layout", "pointers", "versions")
+    __slots__ = ("bases", "layout", "pointers", "storages", "versions")
 
     def __init__(
-        self, layout: Layout, bases: array[int], versions: list[int | None], pointers: list[int]
+        self,
+        layout: Layout,
+        bases: array[int],
+        versions: list[int | None],
+        pointers: list[int],
+        storages: list[torch.UntypedStorage],
     ) -> None:
         self.layout, self.bases, self.versions, self.pointers = layout, bases, versions, pointers
+        self.storages = storages  # held: `p.data = other` must not free what is being copied
 
     def changed_since(self, walk: Walk, groups: set[int]) -> list[str]:
         """Names of lazily taken tensors of these fence groups that were written or moved since then."""
@@ -77,6 +84,8 @@ class Layout:
         self.unchanging_chunks = pieces.unchanging_chunks
         self.region_of = plan.region_of
         self._first = [region.buffers[0][0] for region in plan.regions]
+        self._held_pointers: list[int] = []
+        self._storages: list[torch.UntypedStorage] = []
         self._shared = [(r, region.buffers) for r, region in enumerate(plan.regions)
                         if len(region.buffers) > 1 or region.buffers[0][1]]  # fmt: skip
 
@@ -92,7 +101,10 @@ class Layout:
             if any(pointers[buffer] - offset != base for buffer, offset in buffers):
                 return None
             bases[region] = base
-        return Binding(self, bases, _versions(walk.outers), pointers)
+        if pointers != self._held_pointers:  # while a storage is held, nothing else can lie at its address
+            self._held_pointers = pointers
+            self._storages = list(map(_storage, walk.buffers))
+        return Binding(self, bases, _versions(walk.outers), pointers, self._storages)
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:

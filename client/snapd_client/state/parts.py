@@ -174,7 +174,7 @@ class Parts:
             return lambda: live
         self._orphans(parts["parameters"].mapping, path)
         self._compare_groups(parts["param_groups"].sequence, live, path)
-        groups = matcher.match(parts["param_groups"], live.param_groups, f"{path}.param_groups")
+        groups = self._groups(parts["param_groups"], live.param_groups, f"{path}.param_groups")
         state = self._state(parts["state"], live, path)
         attributes = matcher.pairs(parts["attributes"].mapping, vars(live), path)
 
@@ -184,6 +184,40 @@ class Parts:
             state()
             for name, builder in attributes:
                 vars(live)[name] = builder()
+            return live
+
+        return build
+
+    def _groups(self, value: pb.Value, live: list[dict[str, Any]], path: str) -> Builder:
+        """Groups keep their dictionaries and their lists of parameters; all else in them is put back."""
+        matcher = self._matcher
+        matcher.take_node()
+        builders: list[Builder] = []
+        for index, saved in enumerate(value.sequence.items):
+            if index >= len(live):
+                matcher.leave(saved)
+            elif saved.WhichOneof("kind") == "mapping":
+                builders.append(self._group(saved.mapping, live[index], f"{path}.{index}"))
+        return lambda: [builder() for builder in builders]
+
+    def _group(self, mapping: pb.Mapping, live: dict[str, Any], path: str) -> Builder:
+        matcher = self._matcher
+        node = matcher.take_node()
+        members = live["params"]
+        pairs: list[tuple[Any, Builder]] = []
+        for key, saved in zip(mapping.keys, mapping.values, strict=True):
+            name = matcher.key(key)
+            if name == "params":
+                matcher.leave(saved)
+                pairs.append((name, lambda: members))
+            else:
+                pairs.append((name, matcher.match(saved, live.get(name, ABSENT), f"{path}.{name}")))
+
+        def build() -> dict[str, Any]:
+            matcher.set_node(node, live)
+            items = [(name, builder()) for name, builder in pairs]
+            live.clear()
+            live.update(items)
             return live
 
         return build
