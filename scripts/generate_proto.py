@@ -112,10 +112,16 @@ def drift() -> list[str]:
         return [f"{record} is missing"]
     if record.read_text() != tools_text():
         wanted, found = compiled_descriptors(), checked_in_descriptors()
-        return [f"{name}.proto has other messages than {name}_pb2.py" for name in wanted if wanted[name] != found[name]]
+        return [
+            f"{name}.proto has other messages than {name}_pb2.py"
+            for name in wanted
+            if wanted[name] != found[name]
+        ]
     wanted_texts = generate()
     present = {path.name for path in TARGET_DIR.iterdir() if path.is_file()}
-    problems = [f"{name} is not generated from any proto file" for name in sorted(present - wanted_texts.keys())]
+    problems = [
+        f"{name} is not generated from any proto file" for name in sorted(present - wanted_texts.keys())
+    ]
     for name, text in wanted_texts.items():
         if name not in present or (TARGET_DIR / name).read_text() != text:
             problems.append(f"{name} is not what the proto files generate")

@@ -45,7 +45,9 @@ def main() -> int:
     if arguments.filter:
         run += ["-R", arguments.filter]
     for command in (configure, [tool("cmake"), "--build", str(build_dir), "--parallel", "2"], run):
-        code = subprocess.run(command, cwd=ROOT, env=SANITIZER_OPTIONS | dict(os.environ), check=False).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env=SANITIZER_OPTIONS | dict(os.environ), check=False
+        ).returncode
         if code != 0:
             return code
     return 0
