@@ -191,14 +191,21 @@ class Parts:
     def _groups(self, value: pb.Value, live: list[dict[str, Any]], path: str) -> Builder:
         """Groups keep their dictionaries and their lists of parameters; all else in them is put back."""
         matcher = self._matcher
-        matcher.take_node()
+        node = matcher.take_node()
         builders: list[Builder] = []
         for index, saved in enumerate(value.sequence.items):
             if index >= len(live):
                 matcher.leave(saved)
             elif saved.WhichOneof("kind") == "mapping":
                 builders.append(self._group(saved.mapping, live[index], f"{path}.{index}"))
-        return lambda: [builder() for builder in builders]
+
+        def build() -> list[dict[str, Any]]:
+            matcher.set_node(node, live)
+            for builder in builders:
+                builder()
+            return live
+
+        return build
 
     def _group(self, mapping: pb.Mapping, live: dict[str, Any], path: str) -> Builder:
         matcher = self._matcher
