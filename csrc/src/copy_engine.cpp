@@ -39,7 +39,7 @@ class SignalsBlocked {
 
 /// A batch thread has the same weight as any other, but waking it does not preempt the thread that woke it. Without
 /// this, submit() costs its caller 1.5 to 5 ms whenever the kernel wakes the copy thread on the caller's core, as it
-/// does while the other cores are busy (docs/adr/0002-copy-threads.md). A refusal only costs that.
+/// does while the other cores are busy (docs/adr/0003-copy-threads.md). A refusal only costs that.
 void become_batch() noexcept {
   const sched_param priority{};
   pthread_setschedparam(pthread_self(), SCHED_BATCH, &priority);
