@@ -171,7 +171,9 @@ def test_each_finder_finds(find: Callable[[str], Iterator[int]], source: str, tm
 
 @pytest.mark.parametrize("find", dict.fromkeys(find for find, _ in SPECIMENS))
 def test_no_finder_finds_too_much(find: Callable[[str], Iterator[int]], tmp_path: Path) -> None:
-    source = "import os\ntry: f(os.path)\nexcept OSError: pass\nexcept Exception: raise\nlog = getLogger(__name__)"
+    source = (
+        "import os\ntry: f(os.path)\nexcept OSError: pass\nexcept Exception: raise\nlog = getLogger(__name__)"
+    )
     (tmp_path / "good.py").write_text(source)
     assert list(find(str(tmp_path / "good.py"))) == []
 
