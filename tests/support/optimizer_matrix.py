@@ -207,8 +207,13 @@ def flatten(value: Any, path: str) -> Iterator[tuple[str, object]]:
             yield from flatten(item, f"{path}.{index}")
     elif isinstance(value, float):
         yield path, struct.pack("<d", value)
+    elif isinstance(value, torch.optim.Optimizer):
+        yield from flatten(list(value.state.values()), f"{path}.state")
+        yield from flatten([[*group["params"], group["lr"]] for group in value.param_groups], f"{path}.groups")
+    elif hasattr(value, "__dict__") and type(value).__module__ not in ("builtins", "collections"):
+        yield from flatten(vars(value), path)
     else:
-        yield path, repr(value)
+        yield path, type(value).__name__ if callable(value) else repr(value)
 
 
 def bits(tensor: torch.Tensor) -> object:

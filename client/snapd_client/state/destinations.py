@@ -7,6 +7,7 @@ into host memory of its own, from which `finish` copies.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import defaultdict
 from typing import Any
@@ -148,7 +149,7 @@ class Destinations:
             live, saved = self._live.get(number), self._layout.tensors[number]
             if live is None or live.device.type != "cpu" or list(live.stride()) != list(saved.strides):
                 return None
-            if live.is_conj() or live.is_neg():  # its bytes are not its values
+            if saved.is_gathered or live.is_conj() or live.is_neg():  # its bytes are not the saved ones
                 return None
             bases.add(live.data_ptr() - saved.region_offset)
         return bases.pop() if len(bases) == 1 else None
@@ -171,6 +172,11 @@ class Destinations:
             device = torch.device("cpu") if live is not None else self._device(tensors[number])
             if live is not None:
                 self._copies.append((live, host))
+            elif tensors[number].is_gathered:
+                self._made[number] = torch.empty_strided(
+                    host.shape, tuple(tensors[number].strides), dtype=host.dtype, device=device
+                )
+                self._copies.append((self._made[number], host))
             elif device.type == "cpu":
                 self._made[number] = host
             else:
@@ -265,9 +271,10 @@ class Destinations:
 def _view(storage: torch.UntypedStorage, saved: pb.Tensor, lowest: int) -> torch.Tensor:
     dtype = dtypes[saved.dtype]
     first = (saved.storage_offset - lowest) // dtype.itemsize
+    shape = torch.Size(saved.shape)
+    strides = torch.empty(shape, device="meta").stride() if saved.is_gathered else tuple(saved.strides)
     with torch.no_grad():
-        empty = torch.empty(0, dtype=dtype, device=storage.device)
-        return empty.set_(storage, first, tuple(saved.shape), tuple(saved.strides))
+        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, first, shape, strides)
 
 
 def _new_storage(nbytes: int, device: torch.device | None = None) -> torch.UntypedStorage:
@@ -302,6 +309,8 @@ def check_bounds(layout: pb.ShardLayout) -> None:
             raise IntegrityError("a tensor's description is inconsistent", tensor=tensor.name)
         itemsize = dtypes[tensor.dtype].itemsize
         span = span_nbytes(tuple(tensor.shape), tuple(tensor.strides), itemsize)
+        if tensor.is_gathered:
+            span = math.prod(tensor.shape) * itemsize
         fits = tensor.region_offset + span <= layout.regions[tensor.region].nbytes and span <= tensor.nbytes
         if not fits or min(tensor.strides, default=0) < 0 or tensor.storage_offset % itemsize:
             raise IntegrityError("a tensor does not fit its region", tensor=tensor.name, nbytes=span)

@@ -93,6 +93,11 @@ class Matcher:
             raise IntegrityError("a parameter's number is out of range", number=number)
         return self._parameters[number]
 
+    def adopt(self, number: int, live: nn.Parameter) -> None:
+        """A live parameter that no name leads to, found where the saved one was."""
+        if self.live_parameter(number) is None and self.layout.parameters[number].optimizer == NO_OPTIMIZER:
+            self._parameters[number] = live
+
     def parameter(self, number: int) -> nn.Parameter:
         """The live parameter, or a new one with the restored bytes."""
         live = self.live_parameter(number)
@@ -291,6 +296,9 @@ class Matcher:
         elif kind == "mapping":
             self._number()
             for item in value.mapping.values:
+                self.leave(item)
+        elif kind == "opaque" and value.opaque.how == "parameter":
+            for item in value.opaque.fields.mapping.values:
                 self.leave(item)
         elif kind == "opaque":
             self._number()

@@ -92,6 +92,10 @@ class Names:
                     self.orphans.add(self._number(parameter, f"{path}.params.{index}"))
         return otherwise
 
+    def adopt(self, parameter: nn.Parameter, name: str) -> int:
+        """Number a parameter that is found inside another object."""
+        return self._number(parameter, name)
+
     def _bind_module(self, path: str, module: nn.Module) -> None:
         records = fsdp_params(module)
         self.fsdp_records.extend(records)

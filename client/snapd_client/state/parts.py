@@ -28,7 +28,11 @@ class Parts:
         self.late: list[Builder] = []
         self.values: dict[str, object] = {}
         matcher.ways.update(
-            module=self._module, optimizer=self._optimizer, loader=self._loader, state_dict=self._state_dict
+            module=self._module,
+            optimizer=self._optimizer,
+            parameter=self._parameter,
+            loader=self._loader,
+            state_dict=self._state_dict,
         )
 
     # --- the user's mapping -----------------------------------------------------------------------
@@ -172,6 +176,7 @@ class Parts:
             )
             matcher.leave_parts(opaque)
             return lambda: live
+        self._adopt(parts["param_groups"].sequence, live)
         self._orphans(parts["parameters"].mapping, path)
         self._compare_groups(parts["param_groups"].sequence, live, path)
         groups = self._groups(parts["param_groups"], live.param_groups, f"{path}.param_groups")
@@ -250,6 +255,27 @@ class Parts:
         name = self._matcher.names.name_of(key)
         return name is not None and all(saved.name != name for saved in self._matcher.layout.parameters)
 
+    def _parameter(self, opaque: pb.Opaque, live: object, path: str) -> Builder:
+        """An object's own parameter."""
+        matcher = self._matcher
+        fields = _fields(opaque.fields.mapping)
+        number, tensor = fields["number"].parameter, fields["tensor"].tensor
+        known = matcher.live_parameter(number)
+        if known is None and isinstance(live, nn.Parameter) and matcher.destinations.claim(tensor, live):
+            matcher.adopt(number, live)
+        elif known is None or not matcher.destinations.claim(tensor, known):
+            matcher.parameter_tensors[number] = tensor
+        return lambda: matcher.parameter(number)
+
+    def _adopt(self, sequence: pb.Sequence, live: torch.optim.Optimizer) -> None:
+        """Parameters of an optimizer inside another object are known by their places in it."""
+        for saved, group in zip(sequence.items, live.param_groups, strict=False):
+            if saved.WhichOneof("kind") == "mapping":
+                members = _fields(saved.mapping)["params"].sequence.items
+                for item, parameter in zip(members, group["params"], strict=False):
+                    if item.WhichOneof("kind") == "parameter":
+                        self._matcher.adopt(item.parameter, parameter)
+
     def _orphans(self, mapping: pb.Mapping, path: str) -> None:
         """Parameters that came with the optimizer because no module has them."""
         matcher = self._matcher
@@ -272,6 +298,8 @@ class Parts:
             self._differences.note("reshaped", f"{path}.param_groups", why)
             return
         for index, (saved, group) in enumerate(zip(sequence.items, live.param_groups, strict=True)):
+            if saved.WhichOneof("kind") == "alias":
+                continue  # the groups of an optimizer around this one, compared there
             fields = _fields(saved.mapping)
             members = fields["params"].sequence.items if "params" in fields else []
             numbers = [item.parameter for item in members if item.WhichOneof("kind") == "parameter"]

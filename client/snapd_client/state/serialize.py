@@ -85,6 +85,8 @@ def _add_tensor(
         tensor.region_offset = plan.offset_of[buffer]
         tensor.storage_alias = plan.alias_of[buffer]
         tensor.storage_offset = plan.storage_offset_of[buffer]
+        if record.is_gathered:
+            tensor.is_gathered = True
     elif record.spec is not None:
         _add_distributed(tensor, record)
     else:

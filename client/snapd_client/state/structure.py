@@ -212,9 +212,26 @@ class Structure(Encoder):
         if known is not None:
             out.parameter = known
             return
+        if isinstance(value, nn.Parameter):
+            self._write_parameter(value, out, path)
+            return
         number = self.tensor(value, path, self.place)
         out.tensor = number
         self.see(number, at)
+
+    def _write_parameter(self, value: nn.Parameter, out: Value, path: str) -> None:
+        """A parameter that is in no module of the mapping, nor in an optimizer of it: an object's own.
+
+        It is no node: later occurrences are references to the parameter, not aliases.
+        """
+        number = self.names.adopt(value, path)
+        out.opaque.type_name, out.opaque.how = type_name(type(value)), "parameter"
+        fields = out.opaque.fields.mapping
+        fields.type = Mapping.DICT
+        fields.keys.add().text = "number"
+        fields.values.add().parameter = number
+        fields.keys.add().text = "tensor"
+        fields.values.add().tensor = self.tensor(value, path, self.place)
 
     def see(self, number: int, at: int) -> None:
         """Record `number` was found at a position of the program."""
@@ -267,7 +284,6 @@ class Structure(Encoder):
         span = span_nbytes(record.shape, record.strides, value.itemsize)
         if span > GATHER_RATIO * record.nbytes or value.is_conj() or value.is_neg():
             record.is_gathered = True
-            record.strides = value.contiguous().stride()
             span = record.nbytes
         record.nbytes = span
         record.buffer = len(self.record_of)
