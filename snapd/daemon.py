@@ -9,14 +9,15 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TextIO
+from typing import Any
 
 from snapd import __version__
 from snapd.config import Config, Paths, node_settings, paths
 from snapd.errors import ConfigError, ConflictError, IntegrityError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
-from snapd.obs.log import EventLog, configure_logging
+from snapd.obs.log import BoundedFile, EventLog, LogStream, configure_logging
 from snapd.obs.metrics import Metrics
 from snapd.rpc.handshake import HandshakeServer
 from snapd.rpc.server import RpcServer
@@ -47,11 +48,11 @@ def run_daemon(config: Config) -> int:
             return EXIT_USAGE
 
 
-def _log_stream(config: Config, stack: contextlib.ExitStack) -> TextIO:
+def _log_stream(config: Config, stack: contextlib.ExitStack) -> LogStream:
     if not config.log.file:
         return sys.stderr
     try:
-        return stack.enter_context(open(config.log.file, "a", encoding="utf-8", buffering=1))
+        return stack.enter_context(BoundedFile(config.log.file))
     except OSError as error:
         raise ConfigError(
             f"cannot write the log {config.log.file}: {error.strerror}", kind="log_file"
@@ -93,13 +94,23 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
         stop.set()
 
     _on_signals(stop, log)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: _unhandled(context, log, fatal))
     settings = node_settings(config)
     with (
         ThreadPoolExecutor(settings.hash_threads, thread_name_prefix="snapd-hash") as hashing,
         ThreadPoolExecutor(1, thread_name_prefix="snapd-back") as blocking,
     ):
         context = Context(
-            settings, arena, log, Metrics(), real_environment(), hashing, blocking, fatal, held_by_job=dict
+            settings,
+            arena,
+            log,
+            Metrics(),
+            real_environment(),
+            hashing,
+            blocking,
+            fatal,
+            held_by_job=dict,
+            quarantine=fatal,
         )
         if config.metrics.port:
             context.metrics.serve(config.metrics.address, config.metrics.port)
@@ -111,6 +122,17 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
         log.error("daemon.failed", exception=error, reason=str(error))
     log.info("daemon.stopped", pid=os.getpid())
     return EXIT_BUG if failures else EXIT_OK
+
+
+def _unhandled(context: dict[str, Any], log: EventLog, fatal: Callable[[BaseException], None]) -> None:
+    """An error that left a callback: ours are fatal; gRPC's poller may find its descriptor empty, which is
+    nothing.
+    """
+    error = context.get("exception")
+    if isinstance(error, BlockingIOError):
+        log.once("poller", "poller.empty", reason=str(context.get("message")))
+    else:
+        fatal(error or RuntimeError(str(context.get("message"))))
 
 
 async def _serve_node(config: Config, where: Paths, node: Node, stop: asyncio.Event) -> None:

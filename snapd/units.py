@@ -51,4 +51,4 @@ def format_size(nbytes: int) -> str:
         if abs(value) < 1024:
             return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
         value /= 1024
-    return f"{value:.3g} TiB"
+    return f"{value:.3g} TiB" if value < 1000 else f"{value:.0f} TiB"

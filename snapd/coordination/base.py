@@ -49,6 +49,9 @@ class Coordination(Protocol):
     def configure_interval(self, steps: int) -> None:
         """A new world begins: its interval is as configured."""
 
+    def resume_interval(self, steps: int, widened_steps: int, from_step: int) -> None:
+        """After a restart: what the ranks were told last (`widened_steps` 0: as configured)."""
+
     def note_abort(self, *, newest_step_seen: int) -> tuple[Interval, str]:
         """A rank skipped a step for want of a free slot."""
 

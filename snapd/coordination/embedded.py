@@ -53,6 +53,14 @@ class EmbeddedCoordination:
     def configure_interval(self, steps: int) -> None:
         self._interval = Interval(configured=max(1, steps))
 
+    def resume_interval(self, steps: int, widened_steps: int, from_step: int) -> None:
+        configured = max(1, steps)
+        factor = widened_steps // configured
+        if 1 <= factor <= self._factor_max and widened_steps == configured * factor:
+            self._interval = Interval(configured=configured, factor=factor, from_step=from_step)
+        else:
+            self._interval = Interval(configured=configured)
+
     def note_abort(self, *, newest_step_seen: int) -> tuple[Interval, str]:
         self._interval, reason = after_abort(
             self._interval, newest_step_seen=newest_step_seen, factor_max=self._factor_max

@@ -13,6 +13,7 @@ from snapd.errors import ConfigError
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 INCARNATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 WORLD_SIZE_MAX = 1 << 16
+STEP_MAX = 1 << 48  # steps and sequences are stored as signed 64-bit numbers, with room for arithmetic
 
 
 class Place(NamedTuple):

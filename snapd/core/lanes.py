@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from snapd.core.ids import Place
+from snapd.core.ids import STEP_MAX, Place
 from snapd.core.manifest import ShardRecord
 from snapd.errors import RemoteProtocolError
 
@@ -66,6 +66,8 @@ def check_hand_over(
         raise _refused(
             "the lane is of another generation", lane, lane_generation=lane.generation, generation=generation
         )
+    if max(lane.step, lane.sequence) > STEP_MAX:
+        raise _refused("the step or the sequence is out of range", lane)
     if is_known:
         raise _refused("this step was captured before", lane)
     count = len(lane.nbytes)

@@ -14,7 +14,9 @@ class Chunk:
     nbytes: int
     digest: bytes  # XXH3-128, 16 bytes
     place: Place
-    since: SnapshotId | None = None  # first stored for that snapshot and shared ever since; None: for this one
+    since: SnapshotId | None = (
+        None  # first stored for that snapshot and shared ever since; None: for this one
+    )
 
 
 @dataclass(frozen=True, slots=True)

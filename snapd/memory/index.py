@@ -18,7 +18,7 @@ import xxhash
 from snapd.core.generations import Generation
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
-from snapd.errors import IntegrityError, JobUnusable
+from snapd.errors import CapacityError, IntegrityError, InvariantViolated, JobUnusable
 from snapd.memory.records import record_from_bytes, record_to_proto
 
 INDEX_VERSION = 1
@@ -71,10 +71,14 @@ class ShardRow:
 
 
 class Index:
-    """An open index. Every writing method is one transaction and returns after its commit."""
+    """An open index. Every writing method is one transaction and returns after its commit.
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    Those methods raise CapacityError (kind `index_full`, nothing has changed) and JobUnusable.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, job: str) -> None:
         self._connection = connection
+        self._job = job
 
     @classmethod
     def open(cls, path: Path, *, job: str, may_create: bool) -> Index:
@@ -95,16 +99,30 @@ class Index:
                     f"the index of job {job!r} is damaged: {error}", hint=KEEP_FILES_HINT, job=job
                 ) from error
             undo.pop_all()
-        return cls(connection)
+        return cls(connection, job)
 
     def close(self) -> None:
         self._connection.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._connection as connection:  # commits, or rolls back when the body raises
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
+        try:
+            with self._connection as connection:  # commits, or rolls back when the body raises
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+        except sqlite3.IntegrityError as error:
+            raise InvariantViolated(f"the index refused a row: {error}", job=self._job) from error
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+                raise CapacityError(
+                    "no room for the index",
+                    kind="index_full",
+                    hint="release a job with `snapd rm`",
+                    job=self._job,
+                ) from error
+            raise JobUnusable(
+                f"the index of job {self._job!r} is damaged: {error}", hint=KEEP_FILES_HINT, job=self._job
+            ) from error
 
     # settings of the job
 

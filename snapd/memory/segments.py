@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import mmap
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,13 @@ from snapd.errors import CapacityError, IntegrityError, InvariantViolated
 from snapd.units import MIB
 
 BACKING_PIECE_BYTES = 64 * MIB
-_MADV_POPULATE_WRITE = 23
 
 
-def back_segment(path: Path, nbytes: int) -> None:
-    """Create `path` with `nbytes` of backed, zeroed pages. Blocking, without the GIL; run it in a thread.
+def back_segment(path: Path, number: int, nbytes: int) -> Segment:
+    """Create, back and map a segment of zeroed pages. Blocking, without the GIL; run it in a thread.
 
-    tmpfs clears an allocated page at its first touch only, so the pages are touched here, not under a copy.
+    tmpfs clears an allocated page at its first touch only, so the pages are touched here, not under a copy;
+    that also fills the daemon's page tables, so that the first hashing pays for no faults.
 
     Raises:
         CapacityError: kind `arena_full`: the file system ran out on the way; nothing is left behind.
@@ -29,12 +29,12 @@ def back_segment(path: Path, nbytes: int) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         for offset in range(0, nbytes, BACKING_PIECE_BYTES):
-            length = min(BACKING_PIECE_BYTES, nbytes - offset)
-            os.posix_fallocate(descriptor, offset, length)
-            _touch(descriptor, offset, length)
+            os.posix_fallocate(descriptor, offset, min(BACKING_PIECE_BYTES, nbytes - offset))
+        segment = Segment.open(path, number, nbytes)
+        segment.mapping.populate()
     except OSError as error:
         path.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT, errno.EFAULT):
             raise
         raise CapacityError(
             f"the arena's file system is full: {nbytes} bytes could not be backed",
@@ -44,16 +44,7 @@ def back_segment(path: Path, nbytes: int) -> None:
         ) from error
     finally:
         os.close(descriptor)
-
-
-def _touch(descriptor: int, offset: int, length: int) -> None:
-    with mmap.mmap(descriptor, length, offset=offset) as window:
-        try:
-            window.madvise(_MADV_POPULATE_WRITE)
-        except OSError as error:
-            if error.errno in (errno.ENOMEM, errno.EFAULT):
-                raise OSError(errno.ENOSPC, "pages could not be backed") from error
-            # an older kernel: the pages are allocated all the same, and cleared at the first touch
+    return segment
 
 
 @dataclass(slots=True)
@@ -67,13 +58,13 @@ class Segment:
 
     @classmethod
     def open(cls, path: Path, number: int, nbytes: int) -> Segment:
-        """Map a backed segment.
+        """Map a backed segment for reading: the daemon writes none of a trainer's bytes.
 
         Raises:
             IntegrityError: kind `segment`: the file is missing, of another size, or not a file.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise IntegrityError(
                 f"segment {path.name} cannot be opened: {error.strerror}", kind="segment"
@@ -86,9 +77,16 @@ class Segment:
                     kind="segment",
                     nbytes=found,
                 )
-            return cls(number, nbytes, path, Mapping(descriptor, nbytes, True))
+            return cls(number, nbytes, path, Mapping(descriptor, nbytes, False))
         finally:
             os.close(descriptor)
+
+    def touch(self) -> None:
+        """Fill our page tables, so that the next hashing pays for no faults. Blocking; a failure costs time
+        only.
+        """
+        with contextlib.suppress(OSError):
+            self.mapping.populate()
 
     def descriptor(self, *, is_writable: bool) -> int:
         """A new descriptor; the caller closes it. Read-only ones are opened as such, not merely mapped so."""

@@ -7,12 +7,16 @@ only (`once`).
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-from typing import TextIO
+import os
+from pathlib import Path
+from typing import Protocol
 
 Field = str | int | float | bool | None | list[str] | list[int]
 _KEYS_REMEMBERED = 4096
+LOG_BYTES_MAX = 16 << 20
 
 
 class JsonFormatter(logging.Formatter):
@@ -61,7 +65,45 @@ class EventLog:
         self.warning(event, **fields)
 
 
-def configure_logging(stream: TextIO, level: str) -> EventLog:
+class LogStream(Protocol):
+    """What log lines are written to."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+
+
+class BoundedFile(io.TextIOBase):
+    """A log file that is put aside as NAME.1 once it has `nbytes_max`; so at most twice that much is kept. The
+    runtime folder often lies in memory, and a run of weeks writes a few lines a step.
+    """
+
+    def __init__(self, path: Path | str, nbytes_max: int = LOG_BYTES_MAX) -> None:
+        super().__init__()
+        self._path, self._nbytes_max = Path(path), nbytes_max
+        self._open()
+
+    def _open(self) -> None:
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._nbytes = os.fstat(self._file.fileno()).st_size
+
+    def write(self, text: str) -> int:
+        if self._nbytes >= self._nbytes_max:
+            self._file.close()
+            self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+            self._open()
+        self._nbytes += len(text)
+        return self._file.write(text)
+
+    def flush(self) -> None:
+        if not self.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        super().close()  # flushes
+        self._file.close()
+
+
+def configure_logging(stream: LogStream, level: str) -> EventLog:
     """Send snapd's events and other libraries' warnings to `stream`; called once, by the daemon."""
     root = logging.getLogger()
     root.handlers.clear()

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from snapd.errors import AuthError, InternalError, SnapdError
+from snapd.errors import AuthError, InternalError, JobUnusable, SnapdError, UnavailableError
 from snapd.rpc.status import ERROR_KEY, code_of, refusal_of
 from snapd.runtime.liveness import Peer
 from snapd.runtime.node import Node
@@ -37,9 +37,12 @@ def told(call: Callable[[Any, Request, ServicerContext], Awaitable[Reply]]) -> A
     async def guarded(self: Any, request: Request, context: ServicerContext) -> Reply | None:
         try:
             return await call(self, request, context)
-        except InternalError as error:
-            self.node.context.fatal(error)
+        except (InternalError, JobUnusable) as error:
+            self.node.context.failed(error)
             await refuse(context, error)
+        except OSError as error:
+            self.node.context.log.warning("call.failed", call=call.__name__, reason=str(error))
+            await refuse(context, UnavailableError(f"the daemon's files: {error}", kind="files"))
         except SnapdError as error:
             self.node.context.log.info(
                 "call.refused", call=call.__name__, kind=error.kind, reason=error.message, **error.context

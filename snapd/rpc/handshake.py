@@ -21,8 +21,9 @@ from snapd import __version__
 from snapd.core.ids import SnapshotId
 from snapd.errors import AuthError, NotFoundError, RemoteProtocolError, SnapdError
 from snapd.rpc.status import refusal_of
+from snapd.runtime.descriptors import PassedSegment, session_descriptors, shard_descriptors
 from snapd.runtime.liveness import Peer
-from snapd.runtime.node import Node, PassedSegment
+from snapd.runtime.node import Node
 
 PROTOCOL_VERSION = 1
 FRAME_BYTES_MAX = 1 << 20
@@ -171,7 +172,7 @@ class HandshakeServer:
             raise NotFoundError("the session has ended", kind="session", session=session.id)
         if session.row.secret != request.session_secret:
             raise AuthError("the session's secret is wrong", kind="secret", session=session.id)
-        passed, descriptors = self._node.session_descriptors(session, job)
+        passed, descriptors = session_descriptors(job, session, self._node.woken)
         return _descriptors(passed, has_page=True), descriptors
 
     def _shard(
@@ -182,7 +183,7 @@ class HandshakeServer:
         if not peer.is_admin and not is_own:
             raise AuthError("the connection has no session of this job", kind="job", job=job.name)
         snapshot = SnapshotId(request.generation, request.step)
-        passed, descriptors = self._node.shard_descriptors(job, snapshot, request.rank)
+        passed, descriptors = shard_descriptors(job, snapshot, request.rank)
         if peer.is_admin:  # a trainer's restore is held by its round
             self._node.readers.hold(peer, job, snapshot)
         return _descriptors(passed, has_page=False), descriptors

@@ -143,7 +143,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
     async def CloseSession(
         self, request: trainer_pb2.CloseSessionRequest, context: ServicerContext
     ) -> trainer_pb2.CloseSessionReply:
-        job, session = self._session(request.session_id, context)
+        peer = caller(self.node, context)
+        job, session = self.node.session_of(peer, request.session_id, may_be_fenced=True)
         service.serve(job, session)
         if not await job.changes.wait_until(
             lambda: session.is_drained, self.node.context.settings.restore_settle_s
@@ -151,7 +152,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             raise UnavailableError(
                 "the session's captures are still being taken up", kind="settling", hint="ask again"
             )
-        if session.is_served:
+        if session.is_live:
             self.node.close_session(job, session, is_final=request.final)
         return trainer_pb2.CloseSessionReply()
 
@@ -163,7 +164,9 @@ def _reached(job: Job, snapshot: SnapshotId) -> bool:
 
 
 def _check_level(level: int) -> None:
-    """`durable` means the farthest level that is configured, and the reply says which; `protected` means itself."""
+    """`durable` means the farthest level that is configured, and the reply says which; `protected` means
+    itself.
+    """
     if level == trainer_pb2.LEVEL_PROTECTED:
         raise ConfigError(
             "this daemon protects nothing on other nodes: it has the level `captured` only",

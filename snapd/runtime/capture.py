@@ -14,7 +14,7 @@ from snapd.core.ids import Place, SnapshotId
 from snapd.core.lanes import ChunkSource, HandOver, check_hand_over
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.core.states import LaneState, LaneStep
-from snapd.errors import RemoteProtocolError
+from snapd.errors import CapacityError, RemoteProtocolError, SnapdError
 from snapd.memory.hashing import differing_pairs, hash_digests, hash_frames
 from snapd.memory.segments import SegmentSet
 from snapd.runtime.faultpoints import point
@@ -38,7 +38,7 @@ async def capture_pending(job: Job, session: Session) -> None:
         lane = min(session.pending, key=session.pending.__getitem__)
         try:
             await _capture(job, session, lane)
-        except RemoteProtocolError as error:
+        except (RemoteProtocolError, CapacityError) as error:
             _refuse(job, session, lane, error)
         session.pending.pop(lane, None)
         job.settle()
@@ -223,7 +223,6 @@ def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested
     arena.pool.settle(session.key(lane), digested.own)
     arena.pool.hold(digested.shared)
     job.ledger.add(record, session_id=session.id, sequence=hand_over.sequence, is_verified=True)
-    job.has_new_writers = True
     _tell_places(session.page, lane, hand_over, digested)
     captured = session.page.load("captured_step_plus_one")
     session.page.store("captured_step_plus_one", max(captured, hand_over.step + 1))
@@ -262,7 +261,7 @@ def _tell_places(page: ControlPage, lane: int, hand_over: HandOver, digested: Di
     )
 
 
-def _refuse(job: Job, session: Session, lane: int, error: RemoteProtocolError) -> None:
+def _refuse(job: Job, session: Session, lane: int, error: SnapdError) -> None:
     """The lane is not a shard: it is given back, or set aside where its writer is not believed any more."""
     if job.is_removed:
         return

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from snapd.errors import JobUnusable
 from snapd.memory.folders import ArenaFolder
 from snapd.obs.log import EventLog
 from snapd.obs.metrics import Metrics
@@ -56,6 +57,7 @@ class Context:
     blocking: ThreadPoolExecutor
     fatal: Callable[[BaseException], None]
     held_by_job: Callable[[], dict[str, int]]
+    quarantine: Callable[[JobUnusable], None]
     backing: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -66,9 +68,27 @@ class Context:
         task.add_done_callback(self._ended)
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `work` to its end whoever waits for it; its error is the waiter's."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._kept)
+        return task
+
+    def _kept(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
         if not task.cancelled():
-            error = task.exception()
-            if error is not None:
-                self.fatal(error)
+            task.exception()  # retrieved, also when its waiter was cancelled
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.failed(error)
+
+    def failed(self, error: BaseException) -> None:
+        """Nobody handled `error`: a job with broken files is refused from now on, everything else is fatal."""
+        if isinstance(error, JobUnusable) and "job" in error.context:
+            self.quarantine(error)
+        else:
+            self.fatal(error)

@@ -19,10 +19,10 @@ from snapd.core.interval import Interval
 from snapd.core.ledger import Ledger, ShardFacts
 from snapd.core.restore import RestoreRound
 from snapd.core.states import LaneState, LaneStep
-from snapd.errors import CapacityError
+from snapd.errors import CapacityError, JobUnusable
 from snapd.memory.folders import JobFolder
-from snapd.memory.index import Index
-from snapd.memory.segments import Segment, back_segment
+from snapd.memory.index import KEEP_FILES_HINT, Index
+from snapd.memory.segments import back_segment
 from snapd.runtime.changes import Changes
 from snapd.runtime.context import Context
 from snapd.runtime.faultpoints import point
@@ -122,15 +122,21 @@ class Job:
             page = session.page
             if page.load("interval_from_step") == interval.from_step:
                 continue
-            page.store("interval_steps", 0 if interval.factor == 1 else interval.steps)
             page.store("interval_from_step", interval.from_step)
+            page.store("interval_steps", 0 if interval.factor == 1 else interval.steps)
 
     def _keep_complete(self) -> int:
-        """One less than the slots; everything that is complete until the current generation has something complete."""
+        """One less than the slots; everything that is complete until the current generation wants to capture.
+
+        Two can be complete when a generation ends, where the daemon was killed between them; its successor could
+        capture nothing beside both.
+        """
         newest = self.ledger.newest_complete()
-        if newest is None or newest.id.generation < self.coordination.current():
+        served = list(self.served_sessions())
+        is_restoring = newest is None or newest.id.generation < self.coordination.current()
+        if is_restoring and not any(session.page.load("wanted_frames") for session in served):
             return len(self.ledger.snapshots) + 1
-        slots = [session.row.slots for session in self.served_sessions()]
+        slots = [session.row.slots for session in served]
         return max(slots) - 1 if slots else len(self.ledger.snapshots) + 1
 
     def _drop(self) -> None:
@@ -139,7 +145,11 @@ class Job:
         if not doomed:
             return
         point("daemon.drop.before")
-        self.index.remove_snapshots(snapshot for snapshot, _ in doomed)
+        try:
+            self.index.remove_snapshots(snapshot for snapshot, _ in doomed)
+        except CapacityError as error:  # they stay until there is room to forget them
+            self.context.log.once(f"drop {self.name}", "snapshot.kept", job=self.name, reason=str(error))
+            return
         point("daemon.drop.after")
         for snapshot, reason in doomed:
             facts = self.ledger.drop(snapshot, reason)
@@ -187,7 +197,8 @@ class Job:
             )
             return
         # a grant that has become too small is extended before a free lane takes what is left
-        for lane, is_extended in [*self._small_grants(session, wanted), *self._free_lanes(session)]:
+        free = self._free_lanes(session)[: self._free_slots(session)]
+        for lane, is_extended in [*self._small_grants(session, wanted), *free]:
             if not self._grant_lane(session, arena, lane, wanted, is_extended=is_extended):
                 self._grow_later(session, arena, wanted)
                 return
@@ -195,6 +206,19 @@ class Job:
     def _small_grants(self, session: Session, wanted: int) -> list[tuple[int, bool]]:
         granted = self._lane_grants(session)
         return sorted(((lane, True) for lane, have in granted.items() if have < wanted), reverse=True)
+
+    def _free_slots(self, session: Session) -> int:
+        """Slots that neither a lane nor a shard takes, from the newest complete one on.
+
+        Frames that are free beyond them (a trainer that was overtaken left some) are not hoarded in lanes.
+        """
+        newest = self.ledger.newest_complete()
+        held = [
+            facts
+            for facts in self.ledger.snapshots.values()
+            if session.rank in facts.shards and not facts.problem and (newest is None or facts.id >= newest.id)
+        ]
+        return max(0, session.row.slots - len(held) - len(self.arena(session.rank).pool.lanes_of(session.id)))
 
     def _free_lanes(self, session: Session) -> list[tuple[int, bool]]:
         lanes = range(session.page.lane_count)
@@ -223,6 +247,7 @@ class Job:
             return True
         places = arena.pool.grant(key, wanted)
         assert places is not None
+        self.has_new_writers = True
         point("daemon.grant.before")
         session.page.write_grant(lane, [place.segment for place in places], [place.frame for place in places])
         session.move_lane(lane, LaneState.FREE, LaneStep.GRANT)
@@ -265,6 +290,10 @@ class Job:
         Raises:
             CapacityError: it does not fit; nothing has changed.
         """
+        # a caller that is cancelled must not leave a thread behind that backs a file which nobody expects
+        await asyncio.shield(self.context.keep(self._grow(session, wanted)))
+
+    async def _grow(self, session: Session, wanted: int) -> None:
         arena = self.arena(session.rank)
         async with arena.growing, self.context.backing:
             missing = self._frames_missing(session, arena, wanted)
@@ -284,15 +313,20 @@ class Job:
             )
         check_fits(nbytes, self._limits(), self.context.held_by_job(), job=self.name, rank=arena.rank)
         path = self.folder.segment(arena.rank, number)
-        path.unlink(missing_ok=True)  # of a daemon that was killed before it was recorded
         point("daemon.segment.before")
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.context.blocking, back_segment, path, nbytes)
+        try:
+            path.unlink(missing_ok=True)  # of a daemon that was killed before it was recorded
+            loop = asyncio.get_running_loop()
+            segment = await loop.run_in_executor(self.context.blocking, back_segment, path, number, nbytes)
+        except OSError as error:
+            raise JobUnusable(
+                f"job {self.name!r}: {path.name}: {error.strerror}", hint=KEEP_FILES_HINT, job=self.name
+            ) from error
         if self.is_removed:
             path.unlink(missing_ok=True)
             return
         self.index.add_segment(arena.rank, number, nbytes)
-        arena.add(Segment.open(path, number, nbytes))
+        arena.add(segment)
         point("daemon.segment.after")
         self.context.metrics.arena_bytes.inc(nbytes)
         self.context.log.info("segment.backed", job=self.name, rank=arena.rank, segment=number, nbytes=nbytes)

@@ -9,6 +9,9 @@ from pathlib import Path
 from snapd.core.capacity import Limit
 
 _V1_UNLIMITED = 1 << 60
+INDEX_RESERVE_BYTES = (
+    16 << 20
+)  # of the file system, for indexes and control pages: they must never find it full
 
 
 def arena_limits(
@@ -19,7 +22,7 @@ def arena_limits(
     limits = [
         Limit(
             f"free space of {arena}",
-            facts.f_bavail * facts.f_frsize,
+            facts.f_bavail * facts.f_frsize - INDEX_RESERVE_BYTES,
             "enlarge the shared memory: `--shm-size` of the container, `emptyDir.sizeLimit` of the pod",
         )
     ]

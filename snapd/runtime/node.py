@@ -11,13 +11,20 @@ import contextlib
 import hmac
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from snapd.coordination.base import Coordination
 from snapd.coordination.embedded import EmbeddedCoordination
-from snapd.core.ids import SnapshotId, checked_job_name
+from snapd.core.ids import JOB_NAME, checked_job_name
 from snapd.core.states import SessionEvent
-from snapd.errors import AuthError, CapacityError, ConflictError, FencedError, JobUnusable, NotFoundError
+from snapd.errors import (
+    AuthError,
+    CapacityError,
+    ConflictError,
+    FencedError,
+    JobUnusable,
+    NotFoundError,
+    SnapdError,
+)
 from snapd.memory.index import Index
 from snapd.runtime import service
 from snapd.runtime.context import Context
@@ -27,16 +34,6 @@ from snapd.runtime.readers import Readers
 from snapd.runtime.recovery import take_up
 from snapd.runtime.restoring import distrust
 from snapd.runtime.session import Session
-
-
-@dataclass(frozen=True, slots=True)
-class PassedSegment:
-    """A segment whose descriptor is handed to a client."""
-
-    number: int
-    nbytes: int
-    chunk_bytes: int
-    rank: int
 
 
 class Node:
@@ -52,6 +49,7 @@ class Node:
         self._processes: set[Process] = set()
         self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
+        context.quarantine = self.quarantine
 
     def held_by_job(self) -> dict[str, int]:
         return {name: job.arena_bytes for name, job in self.jobs.items()}
@@ -61,8 +59,11 @@ class Node:
     def start(self) -> None:
         """Take up what is in the arena; the loop must be running."""
         for name in self.context.arena.job_names():
+            if JOB_NAME.fullmatch(name) is None:
+                self.context.log.warning("folder.ignored", folder=name, reason="its name is not a job's")
+                continue
             try:
-                job = take_up(self.context, checked_job_name(name), self._coordination, Process.find)
+                job = take_up(self.context, name, self._coordination, Process.find)
             except JobUnusable as error:
                 self.broken[name] = error
                 self.context.log.error("job.refused", job=name, reason=str(error), hint=error.hint)
@@ -76,6 +77,10 @@ class Node:
     def _adopt(self, job: Job) -> None:
         self.jobs[job.name] = job
         self.context.metrics.arena_bytes.inc(job.arena_bytes)
+        served = next(job.served_sessions(), None)
+        if served is not None:
+            words = served.page.load("interval_steps"), served.page.load("interval_from_step")
+            job.coordination.resume_interval(served.row.interval_steps, *words)
         current = job.coordination.current()
         for session in list(job.sessions.values()):
             if session.process.is_dead:
@@ -88,6 +93,8 @@ class Node:
             service.serve(job, session)
         distrust(job)
         job.settle()
+        for segment in [s for arena in job.arenas.values() for s in arena.memory.segments.values()]:
+            self.context.blocking.submit(segment.touch)
         self.context.log.info(
             "job.taken_up",
             job=job.name,
@@ -104,7 +111,7 @@ class Node:
         """Let go of everything; the arena and live trainers' pages stay."""
         for job in self.jobs.values():
             for session in job.sessions.values():
-                session.release(keep_page=session.is_live)
+                session.release(keep_page=session.is_live or not session.is_drained)
             job.index.close()
         for process in self._processes:
             with contextlib.suppress(ValueError, OSError):
@@ -118,7 +125,42 @@ class Node:
         """The safety net beside wake-ups: look at every live page."""
         for job in list(self.jobs.values()):
             for session in list(job.live_sessions()):
-                service.serve(job, session)
+                self.serve(job, session)
+
+    def serve(self, job: Job, session: Session) -> None:
+        """Look at a session's page; what is wrong with one job's files must not stop the others."""
+        try:
+            service.serve(job, session)
+        except SnapdError as error:
+            self.context.failed(error)
+
+    def woken(self, job: Job, session: Session) -> None:
+        """A trainer wrote to its wake descriptor."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(session.wake_fd)
+        self.serve(job, session)
+
+    def quarantine(self, problem: JobUnusable) -> None:
+        """A job's files turned out to be broken while it was served: it is refused from now on, its files are
+        kept.
+        """
+        name = str(problem.context["job"])
+        self.broken[name] = problem
+        self.context.log.error("job.refused", job=name, reason=str(problem), hint=problem.hint)
+        job = self.jobs.pop(name, None)
+        if job is None:
+            return
+        job.is_removed = True
+        for session in job.sessions.values():
+            self._forget(session)
+            session.release(keep_page=True)
+        job.changes.notify()
+        job.index.close()
+
+    def _forget(self, session: Session) -> None:
+        session.process.session_ids.discard(session.id)
+        if session.peer is not None:
+            session.peer.session_ids.discard(session.id)
 
     # peers
 
@@ -208,6 +250,7 @@ class Node:
         service.died(job, session)
         if not any(True for _ in job.served_sessions()):
             distrust(job)
+        self._remove_if_final(job, session.row.world_size)
 
     def _release_process(self, process: Process) -> None:
         is_used = process.session_ids or any(peer.process is process for peer in self.peers.values())
@@ -233,7 +276,7 @@ class Node:
                 return job, session
         raise NotFoundError("no such session", kind="session", hint="open a new one", session=session_id)
 
-    def session_of(self, peer: Peer, session_id: int) -> tuple[Job, Session]:
+    def session_of(self, peer: Peer, session_id: int, *, may_be_fenced: bool = False) -> tuple[Job, Session]:
         """Return a session for a call of its own trainer.
 
         Raises:
@@ -242,7 +285,7 @@ class Node:
         job, session = self.find_session(session_id)
         if session.peer is not peer:
             raise AuthError("the session belongs to another connection", kind="token", session=session_id)
-        if not session.is_served:
+        if not session.is_served and not (may_be_fenced and session.is_live):
             raise FencedError(
                 "a newer generation of this job has begun",
                 kind="stale_generation",
@@ -325,9 +368,7 @@ class Node:
             if session.is_live and not session.is_page_closed:
                 session.page.store("fenced", 1)
                 session.apply(SessionEvent.OVERTAKEN)
-            session.process.session_ids.discard(session.id)
-            if session.peer is not None:
-                session.peer.session_ids.discard(session.id)
+            self._forget(session)
             session.release(keep_page=False)
         job.changes.notify()
         job.index.close()
@@ -341,58 +382,10 @@ class Node:
         rank, world_size = session.rank, session.row.world_size
         service.closed(job, session)
         self._release_process(session.process)
-        if is_final:
+        if is_final and session.generation == job.coordination.current():
             job.final_ranks.add(rank)
+        self._remove_if_final(job, world_size)
+
+    def _remove_if_final(self, job: Job, world_size: int) -> None:
         if len(job.final_ranks) == world_size and not any(True for _ in job.live_sessions()):
             self._remove(job)
-
-    # descriptors; the caller closes them
-
-    def session_descriptors(self, session: Session, job: Job) -> tuple[list[PassedSegment], list[int]]:
-        """The control page, the wake descriptor and the read-write segments of a session, in this order."""
-        if session.wake_fd < 0:
-            session.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            asyncio.get_running_loop().add_reader(session.wake_fd, self._woken, job, session)
-        arena = job.arena(session.rank)
-        with contextlib.ExitStack() as undo:
-            descriptors = [
-                os.open(session.page_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW),
-                os.dup(session.wake_fd),
-            ]
-            undo.callback(_close_all, descriptors)
-            passed: list[PassedSegment] = []
-            for number, segment in sorted(arena.memory.segments.items()):
-                descriptors.append(segment.descriptor(is_writable=True))
-                passed.append(PassedSegment(number, segment.nbytes, job.chunk_bytes, session.rank))
-            undo.pop_all()
-        return passed, descriptors
-
-    def shard_descriptors(
-        self, job: Job, snapshot: SnapshotId, rank: int
-    ) -> tuple[list[PassedSegment], list[int]]:
-        """Read-only descriptors of the segments that a captured shard lies in.
-
-        Raises:
-            NotFoundError: kind `shard`.
-        """
-        facts = job.ledger.snapshots.get(snapshot)
-        if facts is None or rank not in facts.shards:
-            raise NotFoundError(f"rank {rank} of snapshot {snapshot} is not here", kind="shard", job=job.name)
-        memory = job.arena(rank).memory
-        numbers = sorted({place.segment for place in facts.shards[rank].record.places})
-        descriptors: list[int] = []
-        passed: list[PassedSegment] = []
-        for number in numbers:
-            descriptors.append(memory.segments[number].descriptor(is_writable=False))
-            passed.append(PassedSegment(number, memory.segments[number].nbytes, job.chunk_bytes, rank))
-        return passed, descriptors
-
-    def _woken(self, job: Job, session: Session) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(session.wake_fd)
-        service.serve(job, session)
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from snapd_native import ControlPage
 from snapd.core.generations import Generation
 from snapd.core.geometry import LANES_MAX, SLOTS_MIN, choose_chunk_bytes, entry_capacity_for, frames_for
 from snapd.core.states import SessionState
-from snapd.errors import CapacityError, ConfigError, ConflictError, FencedError
+from snapd.errors import CapacityError, ConfigError, ConflictError, FencedError, NotFoundError
 from snapd.memory.index import SessionRow
 from snapd.runtime import service
 from snapd.runtime.context import Context
@@ -61,7 +61,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
         point("daemon.generation.after")
         if assignment.is_new:
             job.final_ranks.clear()
-        _overtake(job, generation.number)
+            _overtake(job, generation.number)
         same = _same_rank(job, generation, opening.rank)
         if same is not None and not _is_unanswered(same, peer):
             raise ConflictError(
@@ -85,6 +85,8 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
         reason=assignment.reason,
     )
     await _back(context, job, session, opening.state_bytes_estimate)
+    if job.is_removed:
+        raise NotFoundError("the job was removed meanwhile", kind="job", job=job.name)
     service.serve(job, session)
     return session
 
@@ -185,7 +187,6 @@ def _create(context: Context, job: Job, peer: Peer, opening: Opening, generation
     job.arena(opening.rank)
     peer.session_ids.add(session_id)
     peer.process.session_ids.add(session_id)
-    job.has_new_writers = True
     interval = job.coordination.interval()
     page.store("interval_steps", 0 if interval.factor == 1 else interval.steps)
     page.store("interval_from_step", interval.from_step)

@@ -53,7 +53,7 @@ def _note_progress(job: Job, session: Session) -> None:
         return
     count, session.skipped_seen = skipped - session.skipped_seen, skipped
     session.counts.skipped += count
-    step = page.load("skipped_step_plus_one") - 1
+    step = session.newest_step_skipped()
     ledger.passed(session.generation, session.rank, min([*(s - 1 for s in under_way), step]))
     ledger.note_dropped(
         SnapshotId(session.generation, step), f"rank {session.rank} found no free slot in time"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snapd_native import ControlPage
 
-from snapd.core.ids import LaneKey
+from snapd.core.ids import STEP_MAX, LaneKey
 from snapd.core.states import (
     LaneState,
     LaneStep,
@@ -23,6 +23,11 @@ from snapd.memory.index import SessionRow
 from snapd.runtime.liveness import Peer, Process
 
 _LANE_WORDS = frozenset(int(state) for state in LaneState)
+
+
+def _step(step_plus_one: int) -> int:
+    """What a word of the trainer's says; shared memory is not believed."""
+    return step_plus_one - 1 if step_plus_one <= STEP_MAX else -1
 
 
 @dataclass(slots=True)
@@ -106,8 +111,14 @@ class Session:
         return self.row
 
     def newest_step_seen(self) -> int:
-        """The newest step that the trainer passed to snap.step; -1 before the first."""
-        return -1 if self.is_page_closed else self.page.load("step_seen_plus_one") - 1
+        """The newest step that the trainer passed to snap.step; -1 before the first, or if the word cannot be
+        one.
+        """
+        return -1 if self.is_page_closed else _step(self.page.load("step_seen_plus_one"))
+
+    def newest_step_skipped(self) -> int:
+        """As above, for steps skipped for want of a lane."""
+        return _step(self.page.load("skipped_step_plus_one"))
 
     def release(self, *, keep_page: bool) -> None:
         """Close what the daemon holds of it. With `keep_page` the file stays, for the next daemon."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import snapd_native as native
 
 from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.fake_trainer import Refused
 
 STATE = 6 << 16
 
@@ -249,4 +251,118 @@ def test_the_arena_files_are_private(daemon: DaemonProcess) -> None:
     assert all(path.stat().st_mode & 0o077 == 0 for path in [*files, daemon.runtime, daemon.arena])
     sockets = [daemon.runtime / "snapd.sock", daemon.runtime / "handshake.sock"]
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in sockets)
+    trainer.disconnect()
+
+
+def test_a_snapshotter_that_was_overtaken_in_its_own_process_gives_its_frames_back(
+    daemon: DaemonProcess,
+) -> None:
+    trainers = []
+    for number in range(4):
+        trainer = daemon.trainer()
+        trainer.open(job="a", incarnation=f"n{number}", state_bytes_estimate=STATE)
+        trainer.capture(number + 1)
+        trainer.take_lane(6)
+        if trainers:
+            trainers[-1].close()
+            wait_for(lambda: chunks_free_again_of_fenced(daemon), "set-aside frames came back")
+        trainers.append(trainer)
+    assert daemon.job("a").arena_bytes <= 3 * STATE
+    for trainer in trainers:
+        trainer.disconnect()
+
+
+def test_a_thousand_snapshots_leak_nothing(daemon: DaemonProcess) -> None:
+    trainer = daemon.trainer()
+    trainer.open(job="a", state_bytes_estimate=STATE)
+    for step in range(1, 200):
+        trainer.capture(step)
+    before = daemon.status()
+    for step in range(200, 1200):
+        trainer.capture(step)
+    after = daemon.status()
+    assert after.anonymous_bytes - before.anonymous_bytes < 1 << 20
+    assert (after.jobs[0].arena_bytes, after.jobs[0].arena_bytes_in_use) == (
+        before.jobs[0].arena_bytes,
+        before.jobs[0].arena_bytes_in_use,
+    )
+    assert after.anonymous_bytes < 120 << 20
+    trainer.disconnect()
+
+
+def test_words_that_cannot_be_are_ignored(daemon: DaemonProcess) -> None:
+    trainer = daemon.trainer()
+    trainer.open(job="a", state_bytes_estimate=STATE)
+    trainer.capture(1)
+    page = trainer.page
+    assert page is not None
+    for word in ("step_seen_plus_one", "skipped_step_plus_one", "skipped_count", "wanted_frames"):
+        page.store(word, (1 << 64) - 1)
+        trainer.wake()
+        daemon.status()
+    trainer.want(6)
+    page.store("step_seen_plus_one", 1)
+    trainer.capture(2)
+    trainer.wait_complete(2)
+    trainer.disconnect()
+
+
+def test_a_rollback_of_two_ranks_goes_back_in_place(daemon: DaemonProcess) -> None:
+    trainers = [daemon.trainer(), daemon.trainer()]
+    for rank, trainer in enumerate(trainers):
+        trainer.open(job="a", rank=rank, world_size=2, state_bytes_estimate=STATE)
+    for step in (1, 2, 3):
+        for trainer in trainers:
+            trainer.capture(step, is_waiting=False)
+        for trainer in trainers:
+            trainer.wait_complete(step)
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda t: t.rollback(1), trainers)) == [2, 2]
+        assert [t.word("generation") for t in trainers] == [2, 2]
+        assert list(pool.map(lambda t: t.restore(), trainers)) == [3, 3]
+        for trainer in trainers:
+            trainer.capture(4)
+        trainers[0].wait_complete(4)
+        summary = daemon.snapshots("a")[0]
+        assert (summary.generation, summary.step, summary.parent_generation, summary.parent_step) == (
+            2,
+            4,
+            1,
+            3,
+        )
+        with pytest.raises(Refused) as refused:
+            trainers[0].rollback(5)
+        assert refused.value.kind == "rollback_count"
+    for trainer in trainers:
+        trainer.disconnect()
+
+
+def test_the_barrier_of_a_restore_ends_when_a_rank_dies(daemon: DaemonProcess) -> None:
+    first = [daemon.trainer(), daemon.trainer()]
+    for rank, trainer in enumerate(first):
+        trainer.open(job="a", rank=rank, world_size=2, state_bytes_estimate=STATE)
+        trainer.capture(1)
+    stays, dies = daemon.trainer(), daemon.trainer_process()
+    stays.open(job="a", rank=0, world_size=2, incarnation="two", state_bytes_estimate=STATE)
+    dies.do("open", job="a", rank=1, world_size=2, incarnation="two", state_bytes_estimate=STATE)
+    assert stays.plan().step == 1
+    dies.do("plan")
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(stays.finish)
+        dies.kill()
+        assert not answer.result().committed and "rank 1 is gone" in answer.result().reason
+    for trainer in (*first, stays):
+        trainer.disconnect()
+
+
+def test_the_widened_interval_outlives_the_daemon(daemon: DaemonProcess) -> None:
+    trainer = daemon.trainer()
+    trainer.open(job="a", state_bytes_estimate=STATE, interval_steps=5)
+    trainer.capture(5)
+    trainer.skip(10)
+    wait_for(lambda: trainer.word("interval_steps") == 10, "the interval is widened")
+    daemon.restart()
+    trainer.reconnect()
+    trainer.skip(10_000)
+    wait_for(lambda: trainer.word("interval_steps") == 20, "it is widened further, not begun anew")
     trainer.disconnect()
