@@ -411,7 +411,7 @@ class Tensor(_message.Message):
     PARAMETER_NAME_FIELD_NUMBER: _builtins.int
     QUANTISATION_FIELD_NUMBER: _builtins.int
     STORAGE_OFFSET_FIELD_NUMBER: _builtins.int
-    IS_GATHERED_FIELD_NUMBER: _builtins.int
+    LIVE_STRIDES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """path in the state tree, unique in the shard"""
     dtype: _builtins.str
@@ -437,8 +437,6 @@ class Tensor(_message.Message):
     """of optimizer state and gradients: the parameter that it belongs to"""
     storage_offset: _builtins.int
     """in bytes, of the first element, from the lowest captured byte of its storage"""
-    is_gathered: _builtins.bool
-    """the region holds the elements in order (row-major), without the holes of `strides`"""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """local shape"""
@@ -467,6 +465,10 @@ class Tensor(_message.Message):
     def quantisation(self) -> Global___Quantisation:
         """reserved for quantised capture"""
 
+    @_builtins.property
+    def live_strides(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the trainer's, where `strides` is not: a tensor with large holes is stored without"""
+
     def __init__(
         self,
         *,
@@ -492,11 +494,11 @@ class Tensor(_message.Message):
         parameter_name: _builtins.str = ...,
         quantisation: Global___Quantisation | None = ...,
         storage_offset: _builtins.int = ...,
-        is_gathered: _builtins.bool = ...,
+        live_strides: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["distributed", b"distributed", "quantisation", b"quantisation", "replica_set", b"replica_set", "subclass", b"subclass"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "distributed", b"distributed", "dtype", b"dtype", "field", b"field", "global_shape", b"global_shape", "is_frozen", b"is_frozen", "is_gathered", b"is_gathered", "is_parameter", b"is_parameter", "local_offset", b"local_offset", "name", b"name", "nbytes", b"nbytes", "parameter_name", b"parameter_name", "quantisation", b"quantisation", "region", b"region", "region_offset", b"region_offset", "replica_set", b"replica_set", "requires_grad", b"requires_grad", "role", b"role", "shape", b"shape", "storage_alias", b"storage_alias", "storage_offset", b"storage_offset", "strides", b"strides", "subclass", b"subclass"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "distributed", b"distributed", "dtype", b"dtype", "field", b"field", "global_shape", b"global_shape", "is_frozen", b"is_frozen", "is_parameter", b"is_parameter", "live_strides", b"live_strides", "local_offset", b"local_offset", "name", b"name", "nbytes", b"nbytes", "parameter_name", b"parameter_name", "quantisation", b"quantisation", "region", b"region", "region_offset", b"region_offset", "replica_set", b"replica_set", "requires_grad", b"requires_grad", "role", b"role", "shape", b"shape", "storage_alias", b"storage_alias", "storage_offset", b"storage_offset", "strides", b"strides", "subclass", b"subclass"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.loopback import Loopback, make_tree, restore
-from tests.support.optimizer_matrix import MATRIX, VOCABULARY, Model, World, fingerprint, first_difference, make_world
+from tests.support.optimizer_matrix import (
+    MATRIX,
+    VOCABULARY,
+    Model,
+    World,
+    fingerprint,
+    first_difference,
+    make_world,
+)
 
 WORLD_SIZE = 2
 ROWS = {row.name: row for row in MATRIX}
@@ -95,7 +103,9 @@ def case_fsdp2_state_is_sharded(mesh: DeviceMesh) -> None:
     moment = tensors["optimizer.state.model.up.weight.exp_avg"]
     assert moment.subclass.type_name.endswith(":DTensor")
     inner = snapshot.layout.tensors[moment.subclass.components[0].tensor]
-    assert inner.subclass.type_name.endswith("OptimState8bit"), "the sharded moment is not quantised: the test is void"
+    assert inner.subclass.type_name.endswith("OptimState8bit"), (
+        "the sharded moment is not quantised: the test is void"
+    )
 
 
 def case_fsdp2_unsharded_after_evaluation(mesh: DeviceMesh) -> None:
@@ -156,7 +166,9 @@ CASES: dict[str, Callable[[DeviceMesh], None]] = {
 
 
 def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))

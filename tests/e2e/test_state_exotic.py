@@ -29,7 +29,9 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
-def resumes(make: Callable[[int], World], extra: Callable[[World], dict[str, Any]] = lambda world: {}) -> World:
+def resumes(
+    make: Callable[[int], World], extra: Callable[[World], dict[str, Any]] = lambda world: {}
+) -> World:
     """Train, capture, train on; do the same from a fresh world; the two agree to the bit."""
     torch.set_num_threads(1)
     world = make(1)
@@ -96,7 +98,9 @@ def test_reduce_on_plateau() -> None:
         plateau = lr_scheduler.ReduceLROnPlateau(world.optimizers[0], patience=0, threshold=0.5)
         return PlateauWorld(world.model, world.optimizers, [plateau], row)
 
-    assert resumes(make).optimizers[0].param_groups[0]["lr"] < 0.5, "the plateau was never met: the test is void"
+    assert resumes(make).optimizers[0].param_groups[0]["lr"] < 0.5, (
+        "the plateau was never met: the test is void"
+    )
 
 
 class ScaledWorld(World):
@@ -192,7 +196,9 @@ def test_objects_that_tell_their_own_state(copies: bool) -> None:
     snapshot = loopback.capture()
     assert loopback.layouts_built == 1
     names = [tensor.name for tensor in snapshot.layout.tensors]
-    assert "average.shadow.weight" in names and "average.shadow.bias" not in names, "large ones only lie apart"
+    assert "average.shadow.weight" in names and "average.shadow.bias" not in names, (
+        "large ones only lie apart"
+    )
     live = Average(model, 0.0, copies)
     restore(make_tree({"model": model, "average": live}), snapshot)
     assert live.count == 9 and live.shadow["weight"].unique().tolist() == [4.0]

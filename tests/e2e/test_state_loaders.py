@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from snapd_client.errors import CaptureError
+from snapd_client.state.loaders import rng_neutral
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from snapd_client.errors import CaptureError
-from snapd_client.state.loaders import rng_neutral
 from tests.support.loopback import Loopback, Snapshot, make_tree, restore
 
 LENGTH, BATCH = 12, 3
@@ -81,7 +81,11 @@ OPTIONS = [
     pytest.param({"num_workers": 2}, id="workers-2"),
     pytest.param({"num_workers": 2, "persistent_workers": True}, id="workers-2-persistent"),
 ]
-PLACES = [pytest.param(2, id="mid-epoch"), pytest.param(BATCHES, id="last-batch"), pytest.param(-1, id="epoch-end")]
+PLACES = [
+    pytest.param(2, id="mid-epoch"),
+    pytest.param(BATCHES, id="last-batch"),
+    pytest.param(-1, id="epoch-end"),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -211,7 +211,12 @@ class NonParameterKeys(Base):
         super().step()
 
     def update(self, p: nn.Parameter, state: dict[Any, Any], group: dict[str, Any]) -> torch.Tensor:
-        return p.grad * (1 + self.state["ema"]["short"]) * (1 + 1 / self.state["total_step"]) * (1 + sum(self.history))
+        return (
+            p.grad
+            * (1 + self.state["ema"]["short"])
+            * (1 + 1 / self.state["total_step"])
+            * (1 + sum(self.history))
+        )
 
 
 EXOTIC: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {

@@ -209,7 +209,9 @@ def flatten(value: Any, path: str) -> Iterator[tuple[str, object]]:
         yield path, struct.pack("<d", value)
     elif isinstance(value, torch.optim.Optimizer):
         yield from flatten(list(value.state.values()), f"{path}.state")
-        yield from flatten([[*group["params"], group["lr"]] for group in value.param_groups], f"{path}.groups")
+        yield from flatten(
+            [[*group["params"], group["lr"]] for group in value.param_groups], f"{path}.groups"
+        )
     elif hasattr(value, "__dict__") and type(value).__module__ not in ("builtins", "collections"):
         yield from flatten(vars(value), path)
     else:

@@ -40,9 +40,13 @@ def same(one: Any, other: Any, path: str) -> None:
     assert type(one) is type(other), f"{path}: {type(one)} and {type(other)}"
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape, path
-        assert one.contiguous().view(torch.uint8).tolist() == other.contiguous().view(torch.uint8).tolist(), path
+        assert one.contiguous().view(torch.uint8).tolist() == other.contiguous().view(torch.uint8).tolist(), (
+            path
+        )
     elif isinstance(one, np.ndarray):
-        assert one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes(), path
+        assert one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes(), (
+            path
+        )
     elif isinstance(one, float):
         assert struct.pack("<d", one) == struct.pack("<d", other), path
     elif isinstance(one, complex):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from snapd_client.errors import CaptureError
 from snapd_client.state.layout import build_layout
 from snapd_native import ZERO_FILL
+from torch import nn
+
 from tests.support.loopback import CHUNK_BYTES, Loopback, Snapshot, make_tree, restore
 
 
@@ -45,7 +46,11 @@ def test_ranges_by_what_the_bytes_are_for() -> None:
     found = ranges_of(snapshot)
     assert found["frozen"] == ["model.0.weight", "model.0.bias"]
     assert set(found["parameters"]) == {"model.1.weight", "model.1.bias", "model.2.weight", "model.2.bias"}
-    assert set(found["early"]) >= {"model.1.running_mean", "model.1.running_var", "model.1.num_batches_tracked"}
+    assert set(found["early"]) >= {
+        "model.1.running_mean",
+        "model.1.running_var",
+        "model.1.num_batches_tracked",
+    }
     assert "optimizer.state.model.2.weight.step" in found["early"]
     assert len(found["exp_avg"]) == len(found["exp_avg_sq"]) == 4
     names = [entry.name for entry in snapshot.layout.ranges]
@@ -69,9 +74,11 @@ def test_every_range_begins_on_a_chunk_and_every_region_at_64_bytes() -> None:
     assert loopback.layout is not None
     lengths = list(loopback.layout.chunk_nbytes)
     assert lengths[0] == snapshot.layout_nbytes
-    assert covered == dict(enumerate(lengths[1:], 1)), "chunks that belong to no range, or the other way round"
+    assert covered == dict(enumerate(lengths[1:], 1)), (
+        "chunks that belong to no range, or the other way round"
+    )
     by_start = sorted(layout.regions, key=lambda region: region.shard_offset)
-    for region, following in zip(by_start, by_start[1:], strict=False):
+    for region, following in itertools.pairwise(by_start):
         assert region.shard_offset % 64 == 0
         assert region.shard_offset + region.nbytes <= following.shard_offset
 
@@ -99,7 +106,9 @@ def test_equal_state_gives_equal_chunks() -> None:
     _, second = capture({"model": other[0], "optimizer": other[1]})
     assert loopback.layout is not None
     for number, nbytes in enumerate(loopback.layout.chunk_nbytes):
-        if number != loopback.layout.early_values_offset // CHUNK_BYTES:  # holds the wall clock and generators
+        if (
+            number != loopback.layout.early_values_offset // CHUNK_BYTES
+        ):  # holds the wall clock and generators
             assert first.chunk(number, nbytes) == second.chunk(number, nbytes), f"chunk {number}"
 
 
@@ -115,7 +124,12 @@ def test_tied_weights_are_stored_once() -> None:
 
 def test_views_of_one_storage_share_their_bytes() -> None:
     flat = torch.arange(100.0)
-    state = {"whole": flat, "middle": flat[20:40], "matrix": flat[:90].view(9, 10), "apart": torch.arange(3.0)}
+    state = {
+        "whole": flat,
+        "middle": flat[20:40],
+        "matrix": flat[:90].view(9, 10),
+        "apart": torch.arange(3.0),
+    }
     loopback, snapshot = capture(state)
     tensors = {tensor.name: tensor for tensor in snapshot.layout.tensors}
     assert tensors["whole"].region == tensors["middle"].region == tensors["matrix"].region
@@ -163,7 +177,7 @@ def test_strided_tensors_come_back_with_their_values(make: Any) -> None:
 
 
 def test_tensors_of_sparse_spans_are_gathered_early() -> None:
-    loopback, snapshot = capture({"tensor": torch.arange(100000.0)[::1000]})
+    _, snapshot = capture({"tensor": torch.arange(100000.0)[::1000]})
     assert snapshot.layout.regions[0].range_name == "early" and snapshot.layout.regions[0].nbytes == 400
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from snapd_client.errors import IntegrityError, RestoreMismatch
 from snapd_client.state.apply import prepare_restore
+from torch import nn
+
 from tests.support.loopback import Loopback, Snapshot, make_tree, restore
 
 
@@ -144,7 +144,8 @@ def test_a_tie_that_is_gone_is_a_difference() -> None:
     model = make_model()
     model[1].weight = model[0].weight
     snapshot = Loopback(make_tree({"model": model})).capture()
-    with pytest.raises(RestoreMismatch, match=r"model\.1\.weight \(tied to model\.0\.weight in the snapshot, not here\)"):
+    text = r"model\.1\.weight \(tied to model\.0\.weight in the snapshot, not here\)"
+    with pytest.raises(RestoreMismatch, match=text):
         restore(make_tree({"model": make_model()}), snapshot)
 
 
@@ -176,7 +177,10 @@ def test_allow_partial_leaves_reshaped_tensors_and_other_kinds_as_they_are() -> 
     live = wider()
     before = [tensor.clone() for tensor in live["model"].state_dict().values()]
     restore(make_tree(live), snapshot, allow_partial=("model.*",))
-    assert all(torch.equal(one, other) for one, other in zip(before, live["model"].state_dict().values(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(before, live["model"].state_dict().values(), strict=True)
+    )
     assert live["epoch"] == 4
     live = other_optimizer()
     restore(make_tree(live), snapshot, allow_partial=("optimizer",))
@@ -309,7 +313,9 @@ def _break_reference(layout: Any) -> None:
     layout.skeleton.mapping.values[0].mapping.values[2].scalar = 1 << 20
 
 
-@pytest.mark.parametrize("damage", [value for name, value in list(globals().items()) if name.startswith("_break_")])
+@pytest.mark.parametrize(
+    "damage", [value for name, value in list(globals().items()) if name.startswith("_break_")]
+)
 def test_a_malformed_layout_is_refused_before_anything_is_addressed(damage: Any) -> None:
     _, snapshot = saved_world()
     layout = snapshot.layout

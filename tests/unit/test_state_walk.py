@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from snapd_client.errors import CaptureError
 from torch import nn
 
-from snapd_client.errors import CaptureError
 from tests.support.loopback import Loopback, make_tree, restore
 from tests.support.trees import Slotted, Thing
 
@@ -105,9 +105,19 @@ def test_new_values_and_new_addresses_need_no_new_layout(change: Any) -> None:
 
 
 def test_plain_values_in_the_mapping() -> None:
-    state: dict[str, Any] = {"epoch": 3, "best": 0.25, "history": [1, 2], "nested": {"name": "a", "seen": {1, 2}}}
+    state: dict[str, Any] = {
+        "epoch": 3,
+        "best": 0.25,
+        "history": [1, 2],
+        "nested": {"name": "a", "seen": {1, 2}},
+    }
     snapshot = Loopback(make_tree(state)).capture()
-    live: dict[str, Any] = {"epoch": 0, "best": 9.0, "history": [], "nested": {"name": "", "seen": set(), "more": 1}}
+    live: dict[str, Any] = {
+        "epoch": 0,
+        "best": 9.0,
+        "history": [],
+        "nested": {"name": "", "seen": set(), "more": 1},
+    }
     history, nested = live["history"], live["nested"]
     tree = make_tree(live)
     pending = restore(tree, snapshot)
@@ -135,7 +145,9 @@ class Keeper(torch.optim.SGD):
         self.kept = kept
 
 
-@pytest.mark.parametrize("kept", [threading.Lock(), print, nn.Linear(2, 2), torch, lambda: 1, threading.Event()])
+@pytest.mark.parametrize(
+    "kept", [threading.Lock(), print, nn.Linear(2, 2), torch, lambda: 1, threading.Event()]
+)
 def test_functions_locks_and_modules_in_attributes_are_left_where_they_are(kept: Any) -> None:
     model = nn.Linear(2, 2)
     snapshot = Loopback(make_tree({"model": model, "optimizer": Keeper(model, kept)})).capture()
@@ -156,7 +168,9 @@ def test_slotted_objects_are_read_afresh_and_rebuilt() -> None:
     live = nn.Linear(2, 2)
     fresh = Keeper(live, None)
     restore(make_tree({"model": live, "optimizer": fresh}), snapshot)
-    assert isinstance(fresh.kept, Slotted) and fresh.kept.second == 7 and fresh.kept.first.tolist() == [1.0, 1.0]
+    assert (
+        isinstance(fresh.kept, Slotted) and fresh.kept.second == 7 and fresh.kept.first.tolist() == [1.0, 1.0]
+    )
 
 
 def test_objects_of_foreign_packages_need_a_voucher() -> None:
@@ -168,7 +182,9 @@ def test_objects_of_foreign_packages_need_a_voucher() -> None:
     make_tree({"model": model, "optimizer": optimizer}).walk()  # an enum member is an atom
     foreign = type("Foreign", (), {"__module__": "somewhere.else"})()
     optimizer.kept = foreign
-    with pytest.raises(CaptureError, match=r"optimizer\.kept.*somewhere\.else:Foreign.*trust=\['somewhere'\]"):
+    with pytest.raises(
+        CaptureError, match=r"optimizer\.kept.*somewhere\.else:Foreign.*trust=\['somewhere'\]"
+    ):
         make_tree({"model": model, "optimizer": optimizer}).walk()
     make_tree({"model": model, "optimizer": optimizer}, trust=["somewhere"]).walk()
     optimizer.kept = fractions.Fraction(1, 3)  # slots, but its class reduces itself

@@ -7,7 +7,6 @@ into host memory of its own, from which `finish` copies.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import defaultdict
 from typing import Any
@@ -149,7 +148,7 @@ class Destinations:
             live, saved = self._live.get(number), self._layout.tensors[number]
             if live is None or live.device.type != "cpu" or list(live.stride()) != list(saved.strides):
                 return None
-            if saved.is_gathered or live.is_conj() or live.is_neg():  # its bytes are not the saved ones
+            if saved.live_strides or live.is_conj() or live.is_neg():  # its bytes are not the saved ones
                 return None
             bases.add(live.data_ptr() - saved.region_offset)
         return bases.pop() if len(bases) == 1 else None
@@ -172,9 +171,9 @@ class Destinations:
             device = torch.device("cpu") if live is not None else self._device(tensors[number])
             if live is not None:
                 self._copies.append((live, host))
-            elif tensors[number].is_gathered:
+            elif tensors[number].live_strides:
                 self._made[number] = torch.empty_strided(
-                    host.shape, tuple(tensors[number].strides), dtype=host.dtype, device=device
+                    host.shape, tuple(tensors[number].live_strides), dtype=host.dtype, device=device
                 )
                 self._copies.append((self._made[number], host))
             elif device.type == "cpu":
@@ -271,10 +270,9 @@ class Destinations:
 def _view(storage: torch.UntypedStorage, saved: pb.Tensor, lowest: int) -> torch.Tensor:
     dtype = dtypes[saved.dtype]
     first = (saved.storage_offset - lowest) // dtype.itemsize
-    shape = torch.Size(saved.shape)
-    strides = torch.empty(shape, device="meta").stride() if saved.is_gathered else tuple(saved.strides)
     with torch.no_grad():
-        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, first, shape, strides)
+        empty = torch.empty(0, dtype=dtype, device=storage.device)
+        return empty.set_(storage, first, tuple(saved.shape), tuple(saved.strides))
 
 
 def _new_storage(nbytes: int, device: torch.device | None = None) -> torch.UntypedStorage:
@@ -305,12 +303,18 @@ def check_bounds(layout: pb.ShardLayout) -> None:
             )
         if is_wrapper:
             continue
-        if len(tensor.strides) != len(tensor.shape) or tensor.region >= len(layout.regions):
+        if (
+            len(tensor.strides) != len(tensor.shape)
+            or len(tensor.live_strides) not in (0, len(tensor.shape))
+            or tensor.region >= len(layout.regions)
+        ):
             raise IntegrityError("a tensor's description is inconsistent", tensor=tensor.name)
         itemsize = dtypes[tensor.dtype].itemsize
         span = span_nbytes(tuple(tensor.shape), tuple(tensor.strides), itemsize)
-        if tensor.is_gathered:
-            span = math.prod(tensor.shape) * itemsize
         fits = tensor.region_offset + span <= layout.regions[tensor.region].nbytes and span <= tensor.nbytes
-        if not fits or min(tensor.strides, default=0) < 0 or tensor.storage_offset % itemsize:
+        if (
+            not fits
+            or min((*tensor.strides, *tensor.live_strides), default=0) < 0
+            or tensor.storage_offset % itemsize
+        ):
             raise IntegrityError("a tensor does not fit its region", tensor=tensor.name, nbytes=span)

@@ -297,13 +297,13 @@ class Matcher:
             self._number()
             for item in value.mapping.values:
                 self.leave(item)
-        elif kind == "opaque" and value.opaque.how == "parameter":
-            for item in value.opaque.fields.mapping.values:
-                self.leave(item)
         elif kind == "opaque":
             self._number()
             if value.opaque.how == "fields":
                 self.leave(value.opaque.fields)
+            elif value.opaque.how == "parameter":
+                for item in value.opaque.fields.mapping.values:
+                    self.leave(item)
             elif value.opaque.fields.WhichOneof("kind") == "mapping":
                 self.leave_parts(value.opaque)
 

@@ -258,6 +258,7 @@ class Parts:
     def _parameter(self, opaque: pb.Opaque, live: object, path: str) -> Builder:
         """An object's own parameter."""
         matcher = self._matcher
+        matcher.take_node()
         fields = _fields(opaque.fields.mapping)
         number, tensor = fields["number"].parameter, fields["tensor"].tensor
         known = matcher.live_parameter(number)

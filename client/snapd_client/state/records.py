@@ -43,7 +43,7 @@ class TensorRecord:
 
     __slots__ = (
         "buffer", "components", "context", "device", "dtype", "is_frozen", "is_gathered", "is_parameter",
-        "name", "nbytes", "place", "requires_grad", "shape", "slot", "spec", "strides", "type_name",
+        "live_strides", "name", "nbytes", "place", "requires_grad", "shape", "slot", "spec", "strides", "type_name",
     )  # fmt: skip
 
     def __init__(self, name: str, tensor: torch.Tensor, place: Place) -> None:
@@ -54,6 +54,7 @@ class TensorRecord:
         self.is_parameter = place.role is Role.PARAMETER
         self.is_frozen = place.is_frozen
         self.is_gathered = False
+        self.live_strides: tuple[int, ...] = ()  # of a gathered tensor
         self.nbytes = 0
         self.buffer = -1
         self.slot = -1  # of an outermost tensor: its number in the program

@@ -86,7 +86,7 @@ def _add_tensor(
         tensor.storage_alias = plan.alias_of[buffer]
         tensor.storage_offset = plan.storage_offset_of[buffer]
         if record.is_gathered:
-            tensor.is_gathered = True
+            tensor.live_strides.extend(record.live_strides)
     elif record.spec is not None:
         _add_distributed(tensor, record)
     else:

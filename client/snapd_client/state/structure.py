@@ -222,9 +222,10 @@ class Structure(Encoder):
     def _write_parameter(self, value: nn.Parameter, out: Value, path: str) -> None:
         """A parameter that is in no module of the mapping, nor in an optimizer of it: an object's own.
 
-        It is no node: later occurrences are references to the parameter, not aliases.
+        Later occurrences are references to the parameter, not aliases of this node.
         """
         number = self.names.adopt(value, path)
+        self.note(_Unnamed())
         out.opaque.type_name, out.opaque.how = type_name(type(value)), "parameter"
         fields = out.opaque.fields.mapping
         fields.type = Mapping.DICT
@@ -284,6 +285,8 @@ class Structure(Encoder):
         span = span_nbytes(record.shape, record.strides, value.itemsize)
         if span > GATHER_RATIO * record.nbytes or value.is_conj() or value.is_neg():
             record.is_gathered = True
+            record.live_strides = record.strides
+            record.strides = torch.empty(record.shape, device="meta").stride()
             span = record.nbytes
         record.nbytes = span
         record.buffer = len(self.record_of)
@@ -310,3 +313,7 @@ class Structure(Encoder):
         else:
             Encoder(self.vouched).encode(value, out, path)
         return out
+
+
+class _Unnamed:
+    """Stands for a node that no alias refers to."""

@@ -115,7 +115,9 @@ class StateTree:
         self._buffer_names: list[str] = []
         self._wrapped: list[tuple[int, int, Any]] = []  # buffer, slot, getter
         self._pointers: list[int] = []
-        self._described: list[torch.Tensor] = []  # buffers whose shapes were compared when they lay at _pointers
+        self._described: list[
+            torch.Tensor
+        ] = []  # buffers whose shapes were compared when they lay at _pointers
         self._parts: list[bytes] = []
         self._produced: list[
             list[tuple[str, int]]
@@ -191,7 +193,15 @@ class StateTree:
         return True
 
     def _make_walk(self, structure: Structure) -> Walk:
-        return Walk(structure, self._buffers, self._outers, self._buffer_names, self._signature, self._parts, self._pointers)
+        return Walk(
+            structure,
+            self._buffers,
+            self._outers,
+            self._buffer_names,
+            self._signature,
+            self._parts,
+            self._pointers,
+        )
 
     def _walk_in_full(self) -> Walk:
         self._names = Names(self.state, self.vouched)
