@@ -13,7 +13,7 @@ from snapd.cli.outcome import ExitCode
 from snapd.cli.output import print_json, print_parts, table
 from snapd.units import parse_size
 
-HEADINGS = ("", "CHECK", "FOUND", "WHAT TO DO")
+HEADINGS = ("", "CHECK", "FOUND")
 
 
 def doctor(
@@ -40,14 +40,15 @@ def doctor(
     if as_json:
         print_json([finding_json(finding) for finding in findings])
     else:
-        print_parts(table(HEADINGS, [finding_row(finding) for finding in findings]))
+        print_parts(table(HEADINGS, [row for finding in findings for row in finding_rows(finding)]))
     is_bad = any(finding.verdict is Verdict.BAD for finding in findings)
     return ExitCode.UNUSABLE if is_bad else ExitCode.DONE
 
 
-def finding_row(finding: Finding) -> tuple[str, ...]:
-    """A row under HEADINGS."""
-    return (finding.verdict.value, finding.check, finding.found, finding.hint)
+def finding_rows(finding: Finding) -> list[tuple[str, ...]]:
+    """A row under HEADINGS, and below it what to do, if there is something."""
+    row = (finding.verdict.value, finding.check, finding.found)
+    return [row, ("", "", f"-> {finding.hint}")] if finding.hint else [row]
 
 
 def finding_json(finding: Finding) -> dict[str, object]:

@@ -55,13 +55,20 @@ def summary_row(summary: admin_pb2.SnapshotSummary, now_s: float) -> tuple[str, 
         format_size(summary.nbytes_shared) if summary.nbytes_shared else "",
         format_moment(summary.captured_wall_time_s, now_s),
         parent,
-        "yes" if summary.verified else "",
+        "yes" if is_verified(summary) else "",
         summary.problem,
     )
 
 
+def is_verified(summary: admin_pb2.SnapshotSummary) -> bool:
+    """Whether every chunk was hashed again, and was what it should be."""
+    return summary.verified and not summary.problem
+
+
 def format_state(summary: admin_pb2.SnapshotSummary) -> str:
-    """Whether all ranks have it: "complete", or which ranks do."""
+    """Whether all ranks have it: "complete", or which ranks do; "unusable" once it is proved bad."""
+    if summary.problem:
+        return "unusable"
     if summary.complete:
         return "complete"
     return f"only ranks {format_ranks(summary.ranks_captured)}"
@@ -83,6 +90,6 @@ def summary_json(summary: admin_pb2.SnapshotSummary) -> dict[str, object]:
         "nbytes_shared": summary.nbytes_shared,
         "captured_wall_time_s": summary.captured_wall_time_s,
         "parent": parent,
-        "verified": summary.verified,
+        "verified": is_verified(summary),
         "problem": summary.problem or None,
     }

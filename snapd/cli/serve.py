@@ -12,10 +12,8 @@ import typer
 from snapd.cli.settings import ConfigOption, flags_from, load_settings, with_setting_flags
 from snapd.config import Config, paths
 from snapd.memory.folders import private_folder
-from snapd.units import MIB
 
 LOG_NAME = "daemon.log"
-LOG_BYTES_KEPT = 16 * MIB
 
 
 @with_setting_flags
@@ -49,7 +47,4 @@ def prepare_embedded(config: Config) -> Config:
     os.chdir("/")
     if config.log.file:
         return config
-    log = runtime / LOG_NAME
-    if log.exists() and log.stat().st_size > LOG_BYTES_KEPT:
-        log.replace(runtime / f"{LOG_NAME}.1")
-    return dataclasses.replace(config, log=dataclasses.replace(config.log, file=str(log)))
+    return dataclasses.replace(config, log=dataclasses.replace(config.log, file=str(runtime / LOG_NAME)))

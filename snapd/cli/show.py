@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from snapd_proto import admin_pb2, format_pb2
 
 from snapd.cli.connect import connected
-from snapd.cli.ls import format_state, summary_json
+from snapd.cli.ls import format_state, is_verified, summary_json
 from snapd.cli.options import GenerationOption, JsonOption, RuntimeDirOption, StepOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import facts, format_moment, format_ranks, print_json, print_parts, table
@@ -109,7 +109,7 @@ def snapshot_facts(summary: admin_pb2.SnapshotSummary) -> dict[str, str]:
         "size": format_size(summary.nbytes) + (shared if summary.nbytes_shared else ""),
         "captured": format_moment(summary.captured_wall_time_s, time.time()),
         "resumed from": parent,
-        "verified": "yes, since the daemon started" if summary.verified else "",
+        "verified": "yes, since the daemon started" if is_verified(summary) else "",
         "problem": summary.problem,
     }
 

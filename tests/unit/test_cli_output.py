@@ -68,10 +68,13 @@ def test_a_snapshot_in_a_row_and_in_json() -> None:
         has_parent=True, parent_generation=1, parent_step=4, problem="rank 0 chunk 3: hash differs"
     )
     row = dict(zip(LS_HEADINGS, summary_row(part, 0.0), strict=True))
-    assert row["STATE"] == "only ranks 0,2" and row["PARENT"] == "1/4" and row["SIZE"] == "3 MiB"
+    assert row["STATE"] == "unusable" and row["PARENT"] == "1/4" and row["SIZE"] == "3 MiB"
     assert row["PROBLEM"] == "rank 0 chunk 3: hash differs" and row["VERIFIED"] == ""
     found = summary_json(part)
     assert found["parent"] == {"generation": 1, "step": 4} and found["ranks_captured"] == [0, 2]
+    assert format_state(_summary()) == "only ranks 0,2"
+    bad = _summary(complete=True, verified=True, problem="rank 0 chunk 3: hash differs")
+    assert format_state(bad) == "unusable" and summary_json(bad)["verified"] is False
     whole = _summary(complete=True, verified=True)
     assert format_state(whole) == "complete"
     assert summary_json(whole)["parent"] is None and summary_json(whole)["problem"] is None
