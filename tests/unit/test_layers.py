@@ -7,6 +7,7 @@ adds one says where it belongs.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ def is_below(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
+@functools.cache
 def parsed(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(), filename=str(MODULES[module]))
 

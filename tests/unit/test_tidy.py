@@ -6,6 +6,7 @@ Each ban has homes: the places that are there for just that. A home that no long
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def files(*folders: str, suffix: str = ".py") -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
+@functools.cache
 def tree(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text(), filename=path)
 
