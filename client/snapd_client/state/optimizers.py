@@ -126,7 +126,10 @@ def _write_fields(walk: Structure, fields: dict[Any, Any], out: Value, prefix: s
         walk.key(key, keys.add(), prefix)
         name = key if type(key) is str else walk.key_text(key)
         walk.place = Place(Role.OPTIMIZER, owner=owner, field=name, group=group)
-        walk.encode(value, values.add(), f"{prefix}.{name}", first + index)
+        if isinstance(value, torch.Tensor):
+            walk.on_tensor(value, values.add(), f"{prefix}.{name}", first + index)
+        else:
+            walk.encode(value, values.add(), f"{prefix}.{name}", first + index)
 
 
 def _write_attributes(walk: Structure, optimizer: torch.optim.Optimizer, out: Value, path: str) -> None:

@@ -63,6 +63,20 @@ class TensorRecord:
         self.spec: Any = None  # of a DTensor: mesh, placements, global shape
         self.type_name = ""
 
+    def is_like(self, other: TensorRecord) -> bool:
+        return (
+            self.name == other.name
+            and self.dtype == other.dtype
+            and self.shape == other.shape
+            and self.strides == other.strides
+            and self.device == other.device
+            and self.type_name == other.type_name
+            and self.nbytes == other.nbytes
+            and self.place.group == other.place.group
+            and self.is_frozen == other.is_frozen
+            and self.spec == other.spec
+        )
+
 
 @dataclass(slots=True)
 class ParameterRecord:

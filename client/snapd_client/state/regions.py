@@ -43,32 +43,27 @@ class Plan:
     ]  # buffer -> bytes from the lowest captured byte of the storage (rounded down to 64)
 
 
-@dataclass(slots=True)
-class _Span:
-    buffer: int
-    start: int
-    end: int
-
-
 def plan_regions(walk: Walk, forced_early: set[str]) -> Plan:
     """Group buffers by storage, join those that overlap, choose ranges, sort."""
     records = [walk.structure.records[number] for number in walk.structure.record_of]
-    storages: dict[int, list[_Span]] = {}
-    for index, (buffer, record) in enumerate(zip(walk.buffers, records, strict=True)):
-        start = int(buffer.storage_offset()) * buffer.itemsize
-        spans = storages.setdefault(buffer.untyped_storage()._cdata, [])
-        spans.append(_Span(index, start, start + record.nbytes))
+    storages: dict[int, list[int]] = {}
+    for index, buffer in enumerate(walk.buffers):
+        storages.setdefault(buffer.untyped_storage()._cdata, []).append(index)
+    starts = [int(buffer.storage_offset()) * buffer.itemsize for buffer in walk.buffers]
     is_early = _choose_early(walk, records, forced_early)
     regions: list[RegionPlan] = []
     count = len(records)
     alias_of, storage_offset_of = [0] * count, [0] * count
-    for alias, spans in enumerate(storages.values()):
-        lowest = min(span.start for span in spans) // 64 * 64
-        for span in spans:
-            alias_of[span.buffer] = alias
-            storage_offset_of[span.buffer] = span.start - lowest
-        for cluster in _clusters(spans):
-            regions.append(_region(walk, cluster, records, is_early))
+    for alias, members in enumerate(storages.values()):
+        lowest = min(map(starts.__getitem__, members)) // 64 * 64
+        for index in members:
+            alias_of[index] = alias
+            storage_offset_of[index] = starts[index] - lowest
+        if len(members) == 1:
+            regions.append(_lone_region(members[0], records[members[0]], is_early[members[0]]))
+            continue
+        for cluster in _clusters(members, starts, records):
+            regions.append(_joint_region(cluster, starts, records, is_early))
     regions.sort(key=_order(regions))
     region_of, offset_of = [0] * count, [0] * count
     for number, region in enumerate(regions):
@@ -77,38 +72,42 @@ def plan_regions(walk: Walk, forced_early: set[str]) -> Plan:
     return Plan(regions, region_of, offset_of, alias_of, storage_offset_of)
 
 
-def _clusters(spans: list[_Span]) -> list[list[_Span]]:
-    """Spans that overlap come together; touching ones do not."""
-    if len(spans) == 1:
-        return [spans]
-    clusters: list[list[_Span]] = []
+def _clusters(members: list[int], starts: list[int], records: list[TensorRecord]) -> list[list[int]]:
+    """Buffers that overlap come together; touching ones do not."""
+    clusters: list[list[int]] = []
     end = -1
-    for span in sorted(spans, key=lambda span: (span.start, span.end)):
-        if clusters and span.start < end:
-            clusters[-1].append(span)
+    for index in sorted(members, key=starts.__getitem__):
+        if clusters and starts[index] < end:
+            clusters[-1].append(index)
         else:
-            clusters.append([span])
-            end = span.end
-        end = max(end, span.end)
+            clusters.append([index])
+        end = max(end, starts[index] + records[index].nbytes)
     return clusters
 
 
-def _region(
-    walk: Walk, cluster: list[_Span], records: list[TensorRecord], is_early: list[bool]
+def _lone_region(index: int, record: TensorRecord, early: bool) -> RegionPlan:
+    name = EARLY if early else _range_name(record)
+    frozen = record.is_frozen and not early
+    return RegionPlan(record.name, record.nbytes, [(index, 0)], name, record.place.group, early, frozen)
+
+
+def _joint_region(
+    cluster: list[int], starts: list[int], records: list[TensorRecord], is_early: list[bool]
 ) -> RegionPlan:
-    start, end = cluster[0].start, max(span.end for span in cluster)
+    start = starts[cluster[0]]
     # the tensor that says what the bytes are for: a parameter before what merely looks at it
-    members = sorted(cluster, key=lambda span: (not records[span.buffer].is_parameter, span.buffer))
-    main = records[members[0].buffer]
-    early = any(is_early[span.buffer] for span in cluster)
-    frozen = main.is_frozen and not early
-    groups = {records[span.buffer].place.group for span in cluster} - {0}
+    main = records[min(cluster, key=lambda index: (not records[index].is_parameter, index))]
+    early = any(is_early[index] for index in cluster)
+    group = min({records[index].place.group for index in cluster} - {0}, default=0)
+    is_written = any(records[index].is_parameter and not records[index].is_frozen for index in cluster)
+    frozen = main.is_frozen and not early and not group and not is_written
+    name = PARAMETERS if main.is_frozen and not frozen else _range_name(main)
     return RegionPlan(
         name=main.name,
-        nbytes=end - start,
-        buffers=sorted((span.buffer, span.start - start) for span in cluster),
-        range_name=EARLY if early else _range_name(main),
-        group=min(groups, default=0),
+        nbytes=max(starts[index] + records[index].nbytes for index in cluster) - start,
+        buffers=sorted((index, starts[index] - start) for index in cluster),
+        range_name=EARLY if early else name,
+        group=group,
         is_early=early,
         is_frozen=frozen,
     )

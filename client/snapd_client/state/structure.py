@@ -240,6 +240,10 @@ class Structure(Encoder):
         if record.slot >= 0:
             self.program.see_slot(record.slot, at)
 
+    def outline(self) -> Outline:
+        """What makes two structures the same; holds no tensors."""
+        return Outline(self.skeleton, self.records, self.outer_of)
+
     def seal(self) -> None:
         """The walk is done: forget what was only needed to follow aliases, so that replaced tensors can be
         freed.
@@ -282,13 +286,8 @@ class Structure(Encoder):
             return number
         check_plain(value, path)
         record.nbytes = value.nbytes
-        span = span_nbytes(record.shape, record.strides, value.itemsize)
-        if span > GATHER_RATIO * record.nbytes or value.is_conj() or value.is_neg():
-            record.is_gathered = True
-            record.live_strides = record.strides
-            record.strides = torch.empty(record.shape, device="meta").stride()
-            span = record.nbytes
-        record.nbytes = span
+        if not value.is_contiguous() or value.is_conj() or value.is_neg():
+            _measure(record, value)
         record.buffer = len(self.record_of)
         self.outer_of.append(slot)
         self.paths.append(attributes)
@@ -313,6 +312,36 @@ class Structure(Encoder):
         else:
             Encoder(self.vouched).encode(value, out, path)
         return out
+
+
+class Outline:
+    """Equal for walks that the same layout fits."""
+
+    __slots__ = ("_outer_of", "_records", "_skeleton")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, skeleton: Value, records: list[TensorRecord], outer_of: list[int]) -> None:
+        self._skeleton, self._records, self._outer_of = skeleton, records, outer_of
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Outline)
+            and self._outer_of == other._outer_of
+            and len(self._records) == len(other._records)
+            and all(one.is_like(two) for one, two in zip(self._records, other._records, strict=True))
+            and self._skeleton == other._skeleton
+        )
+
+
+def _measure(record: TensorRecord, value: torch.Tensor) -> None:
+    """How many bytes a strided tensor takes in the shard: its span, or its elements where the holes are large."""
+    span = span_nbytes(record.shape, record.strides, value.itemsize)
+    if span > GATHER_RATIO * record.nbytes or value.is_conj() or value.is_neg():
+        record.is_gathered = True
+        record.live_strides = record.strides
+        record.strides = torch.empty(record.shape, device="meta").stride()
+    else:
+        record.nbytes = span
 
 
 class _Unnamed:

@@ -28,7 +28,7 @@ from .optimizers import optimizer_packages
 from .producers import Producer
 from .program import FIXED
 from .records import Place, Role
-from .structure import Structure
+from .structure import Outline, Structure
 
 _SIGNATURES_KEPT = 8
 _data_ptr = torch.Tensor.data_ptr
@@ -107,7 +107,7 @@ class StateTree:
         self._names = Names(state, self.vouched)
         self.optimizers: list[torch.optim.Optimizer] = list(self._names.optimizers)
         self._structure: Structure | None = None
-        self._signatures: dict[object, int] = {}
+        self._signed: list[tuple[int, Outline]] = []
         self._signature_count = 0
         self._signature = 0
         self._buffers: list[torch.Tensor] = []
@@ -139,7 +139,7 @@ class StateTree:
         """From the next walk on this tensor is captured before `snap.step` returns."""
         self.forced_early.add(name)
         self._structure = None
-        self._signatures.clear()
+        self._signed.clear()
 
     def vouch_for_optimizers(self) -> None:
         """An optimizer's own package may have its objects rebuilt."""
@@ -238,21 +238,13 @@ class StateTree:
 
     def _sign(self, structure: Structure) -> int:
         """A number that is the same for the same structure, among the few seen last."""
-        key = (
-            structure.skeleton.SerializeToString(),
-            tuple(
-                (r.name, r.dtype, r.shape, r.strides, r.device, r.type_name, r.nbytes)
-                for r in structure.records
-            ),
-            tuple(structure.outer_of),
-        )
-        known = self._signatures.pop(key, None)
+        outline = structure.outline()
+        known = next((number for number, other in self._signed if other == outline), None)
         if known is None:
             self._signature_count += 1
             known = self._signature_count
-        self._signatures[key] = known
-        while len(self._signatures) > _SIGNATURES_KEPT:
-            del self._signatures[next(iter(self._signatures))]
+        self._signed = [pair for pair in self._signed if pair[0] != known][-_SIGNATURES_KEPT:]
+        self._signed.append((known, outline))
         return known
 
     # --- buffers ----------------------------------------------------------------------------------
