@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-from google.protobuf.message import DecodeError
 from snapd_native import ControlPage
-from snapd_proto import format_pb2
 
-from snapd.core.ids import Place, SnapshotId
-from snapd.core.lanes import ChunkSource, HandOver, check_hand_over
-from snapd.core.manifest import Chunk, ShardRecord
+from snapd.core.ids import SnapshotId
+from snapd.core.lanes import HandOver, check_hand_over
+from snapd.core.manifest import ShardRecord
 from snapd.core.states import LaneState, LaneStep
 from snapd.errors import CapacityError, RemoteProtocolError, SnapdError
-from snapd.memory.hashing import differing_pairs, hash_digests, hash_frames
-from snapd.memory.segments import SegmentSet
+from snapd.runtime.digesting import Digested, ExpectedLayout, digest_shard
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.session import Session
-
-
-@dataclass(frozen=True, slots=True)
-class Digested:
-    """Chunks with their final places, and the places that the base shard has too."""
-
-    chunks: tuple[Chunk, ...]
-    own: list[Place]
-    shared: list[Place]
-    digest: bytes
 
 
 async def capture_pending(job: Job, session: Session) -> None:
@@ -91,14 +74,15 @@ async def _capture(job: Job, session: Session, lane: int) -> None:
     try:
         point("daemon.hash.before")
         started_s = job.context.environment.monotonic_s()
-        digested = await asyncio.get_running_loop().run_in_executor(
+        digested = await digest_shard(
             job.context.hashing,
-            digest_shard,
             arena.memory,
             sources,
-            own.record if own else None,
-            base.record if base else None,
-            expected_layout(job, session, hand_over.layout_nbytes),
+            own=own.record if own else None,
+            base=base.record if base else None,
+            expected=ExpectedLayout(
+                job.name, session.rank, session.row.world_size, job.chunk_bytes, hand_over.layout_nbytes
+            ),
         )
         point("daemon.hash.after")
         job.context.metrics.hash_seconds.observe(job.context.environment.monotonic_s() - started_s)
@@ -106,97 +90,6 @@ async def _capture(job: Job, session: Session, lane: int) -> None:
             _commit(job, session, lane, hand_over, digested)
     finally:
         arena.pool.release(pinned)
-
-
-def expected_layout(job: Job, session: Session, layout_nbytes: int) -> format_pb2.ShardLayout:
-    """What the layout of this session's shards must say of itself; the early offset carries the layout's
-    size.
-    """
-    return format_pb2.ShardLayout(
-        job=job.name,
-        rank=session.rank,
-        world_size=session.row.world_size,
-        chunk_bytes=job.chunk_bytes,
-        early_values_offset=layout_nbytes,
-    )
-
-
-def digest_shard(
-    memory: SegmentSet,
-    sources: Sequence[ChunkSource],
-    own: ShardRecord | None,
-    base: ShardRecord | None,
-    expected: format_pb2.ShardLayout,
-) -> Digested:
-    """Hash what is new, find what the base has byte for byte at the same index. Runs in a thread.
-
-    Raises:
-        RemoteProtocolError: kind `layout`: the layout does not parse or is another shard's.
-    """
-    fresh = [index for index, source in enumerate(sources) if not source.is_reused]
-    digests = dict(
-        zip(fresh, hash_frames(memory, [(sources[i].place, sources[i].nbytes) for i in fresh]), strict=True)
-    )
-    hits = [
-        index
-        for index in fresh
-        if base is not None
-        and index < len(base.chunks)
-        and base.chunks[index].digest == digests[index]
-        and base.chunks[index].nbytes == sources[index].nbytes
-    ]
-    pairs = (
-        [(base.chunks[i].place, sources[i].place, sources[i].nbytes) for i in hits]
-        if base is not None
-        else []
-    )
-    unequal = differing_pairs(memory, pairs)
-    equal = {index for number, index in enumerate(hits) if number not in unequal}
-    chunks: list[Chunk] = []
-    for index, source in enumerate(sources):
-        if source.is_reused:
-            assert own is not None
-            chunks.append(_shared_chunk(own, index))
-        elif index in equal:
-            assert base is not None
-            chunks.append(_shared_chunk(base, index))
-        else:
-            chunks.append(Chunk(source.nbytes, digests[index], source.place))
-    layout_nbytes = expected.early_values_offset
-    layout_count = -(-layout_nbytes // expected.chunk_bytes)
-    if not all(sources[index].is_reused or index in equal for index in range(layout_count)):
-        _check_layout(memory, chunks[:layout_count], layout_nbytes, expected)
-    shared = [chunk.place for i, chunk in enumerate(chunks) if sources[i].is_reused or i in equal]
-    own_places = [chunk.place for i, chunk in enumerate(chunks) if not (sources[i].is_reused or i in equal)]
-    return Digested(tuple(chunks), own_places, shared, hash_digests([chunk.digest for chunk in chunks]))
-
-
-def _shared_chunk(record: ShardRecord, index: int) -> Chunk:
-    """A chunk of an earlier shard, for a later one: it remembers since when its bytes are stored."""
-    chunk = record.chunks[index]
-    return chunk if chunk.since is not None else replace(chunk, since=record.id)
-
-
-def read_layout(memory: SegmentSet, chunks: Sequence[Chunk], layout_nbytes: int) -> format_pb2.ShardLayout:
-    """Parse the layout at the beginning of a shard; `layout_nbytes` was checked against its bound.
-
-    Raises:
-        DecodeError: it is not one.
-    """
-    data = b"".join(bytes(memory.view(chunk.place, chunk.nbytes)) for chunk in chunks)
-    return format_pb2.ShardLayout.FromString(data[:layout_nbytes])
-
-
-def _check_layout(
-    memory: SegmentSet, chunks: Sequence[Chunk], layout_nbytes: int, expected: format_pb2.ShardLayout
-) -> None:
-    try:
-        layout = read_layout(memory, chunks, layout_nbytes)
-    except DecodeError as error:
-        raise RemoteProtocolError("the layout does not parse", kind="layout") from error
-    for name in ("job", "rank", "world_size", "chunk_bytes"):
-        if getattr(layout, name) != getattr(expected, name):
-            raise RemoteProtocolError("the layout is of another shard", kind="layout", field=name)
 
 
 def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested: Digested) -> None:

@@ -216,7 +216,9 @@ class Job:
         held = [
             facts
             for facts in self.ledger.snapshots.values()
-            if session.rank in facts.shards and not facts.problem and (newest is None or facts.id >= newest.id)
+            if session.rank in facts.shards
+            and not facts.problem
+            and (newest is None or facts.id >= newest.id)
         ]
         return max(0, session.row.slots - len(held) - len(self.arena(session.rank).pool.lanes_of(session.id)))
 

@@ -13,7 +13,7 @@ from snapd.core.manifest import ShardRecord
 from snapd.core.restore import Decision, Outcome, RankReport, RestoreRound, Verdicts, choose
 from snapd.errors import ConflictError, NotFoundError, UnavailableError
 from snapd.memory.hashing import bad_chunks
-from snapd.runtime.capture import read_layout
+from snapd.runtime.digesting import read_layout
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.session import Session
