@@ -37,7 +37,11 @@ class Snapd(System):  # type: ignore[misc]  # the harness is untyped
 
     @classmethod
     def env(cls, workdir: str, shmdir: str) -> dict[str, str]:
-        return {"SNAPD_RUNTIME_DIR": _runtime(workdir), "SNAPD_ARENA_DIR": os.path.join(shmdir, "arena")}
+        return {
+            "SNAPD_RUNTIME_DIR": _runtime(workdir),
+            "SNAPD_ARENA_DIR": os.path.join(shmdir, "arena"),
+            "SNAPD_AUTOSTART": "0",
+        }
 
     @classmethod
     def start_agent(cls, workdir: str, shmdir: str, world: int) -> list[subprocess.Popen[bytes]]:

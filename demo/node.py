@@ -114,15 +114,24 @@ class Asker:
         until = time.monotonic() + timeout_s
         while time.monotonic() < until and process.poll() is None:
             try:
-                self.status(timeout_s=1.0)
-                return
+                if self.status(timeout_s=1.0).pid == process.pid:
+                    return
             except (OSError, grpc.RpcError):
                 time.sleep(0.02)
         raise RuntimeError(f"the daemon does not answer (exit status {process.poll()})")
 
+    def remove(self, job: str, *, timeout_s: float = 30.0) -> int:
+        """Drop a job and its snapshots, attached trainers or not; returns the bytes that came free."""
+        reply = self.admin(timeout_s).RemoveJob(
+            admin_pb2.RemoveJobRequest(job=job, force=True),
+            timeout=timeout_s,
+            metadata=[("snapd-token", self._token)],
+        )
+        return reply.arena_bytes_freed
+
     def newest(self, job: str) -> tuple[int, int] | None:
         """(generation, step) of the newest snapshot that is complete on all ranks, as `status` reports it."""
-        for found in self.status(job).jobs:
+        for found in self.status().jobs:
             if found.job == job and found.has_complete:
                 return found.complete_generation, found.complete_step
         return None
@@ -163,7 +172,8 @@ class Node(Asker):
         return self.runtime / "serve.log"
 
     def env(self) -> dict[str, str]:
-        return {"SNAPD_RUNTIME_DIR": str(self.runtime), "SNAPD_ARENA_DIR": str(self.arena)}
+        folders = {"SNAPD_RUNTIME_DIR": str(self.runtime), "SNAPD_ARENA_DIR": str(self.arena)}
+        return folders | {"SNAPD_AUTOSTART": "0"}  # this daemon is ours to start
 
     def start(self, *, env: Mapping[str, str] | None = None, timeout_s: float = 30.0) -> None:
         """Start the daemon and return once it answers. RuntimeError with the end of its log if not."""
@@ -171,7 +181,8 @@ class Node(Asker):
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "snapd", "serve", *self.options],
                 env={**os.environ, **self.env(), **self.extra_env, **(env or {})},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=self.runtime, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
         try:
             self.wait_until_served(self.process, timeout_s)
@@ -186,6 +197,10 @@ class Node(Asker):
         if self.process is None:
             raise RuntimeError("the daemon was not started")
         return self.process.pid
+
+    def status_of_process(self) -> int | None:
+        """The daemon's exit status, -9 after SIGKILL; None while it runs."""
+        return None if self.process is None else self.process.poll()
 
     # ---- ends
 

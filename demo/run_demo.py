@@ -115,9 +115,9 @@ def demo(args: argparse.Namespace) -> None:
     if found.difference:
         raise DemoFailed(f"NOT equal: {found.difference}")
     say(
-        f"\nEQUAL TO THE BIT: {found.losses} losses and {found.tensors} tensors (parameters, optimizer, RNG, loader) "
-        f"of {RANKS} ranks, after SIGKILL in step {kill.step} and a restart from step {run.start}."
+        f"\nEQUAL TO THE BIT: {found.losses} losses, {found.tensors} tensors (parameters, moments, RNG, data)"
     )
+    say(f"of {RANKS} ranks, after SIGKILL in step {kill.step} and a restart from step {run.start}.")
 
 
 def interrupted_by_signal(number: int, frame: object) -> None:

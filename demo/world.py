@@ -202,7 +202,7 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
             try:
-                reply = self._node.status(self._job)
+                reply = self._node.status()
             except (OSError, grpc.RpcError):
                 continue
             for job in reply.jobs:

@@ -28,8 +28,8 @@ class Observer:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observer")
         self.newest: dict[str, tuple[int, int]] = {}
-        self.captured: dict[tuple[str, int], tuple[int, int]] = {}  # (job, rank) -> (generation, step)
         self.errors: list[str] = []
+        self._removed: set[str] = set()
         self.report_count = 0
 
     def __enter__(self) -> Self:
@@ -43,6 +43,10 @@ class Observer:
         self._thread.join()
         self._asker.forget()
 
+    def forget(self, job: str) -> None:
+        """The job is about to be removed: what is said of it from now on is not judged."""
+        self._removed.add(job)
+
     def reported(self, job: str) -> tuple[int, int]:
         """The newest (generation, step) that was reported as complete; (0, 0) before any."""
         return self.newest.get(job, (0, 0))
@@ -55,7 +59,8 @@ class Observer:
                 continue
             self.report_count += 1
             for job in reply.jobs:
-                self._note(job)
+                if job.job not in self._removed:
+                    self._note(job)
 
     def _note(self, job: object) -> None:
         name = job.job  # type: ignore[attr-defined]

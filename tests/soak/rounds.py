@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from scene import Scene, Wrong
+from scene import START_S, Scene, Wrong
 from worlds import World, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,7 @@ class Random:
     def next_job(self) -> None:
         """A new job once this one is near its end."""
         if self.scene.observer.reported(self.job)[1] > self.scene.steps * 2 // 3:
+            self.scene.remove(self.job)
             self.job = self.scene.new_job()
             self.ranks = self.chance.choice((1, 2))
 
@@ -147,7 +148,7 @@ class Random:
                 raise Wrong(f"a trainer fell:\n{world.tail()}\n{scene.node.tail()}")
             return scene.observer.reported(world.job) > before or _ended_well(world)
 
-        wait_until(lives, 60.0, f"new snapshots after {before}; {world.tail()}\n{scene.node.tail()}")
+        wait_until(lives, START_S, f"new snapshots after {before}", world.tail, scene.node.tail)
 
     def zombie(self, steps_meanwhile: int = 20) -> str:
         """A whole world is stopped, a new one goes on, and the old one wakes up and goes on writing."""
@@ -162,7 +163,9 @@ class Random:
             start = scene.check_restored(new, before)
             scene.wait_reported_beyond(self.job, before)
         at_wake = old.step()
-        wait_until(lambda: old.step() > at_wake + 5 or not old.is_whole, 60.0, "steps of the zombie")
+        wait_until(
+            lambda: old.step() > at_wake + 5 or not old.is_whole, START_S, "steps of the zombie", old.tail
+        )
         scene.reach_step(new, min(start + steps_meanwhile, scene.steps))
         scene.end(new)
         _finish(scene, self.job, self.ranks)  # while the zombie still writes
@@ -194,11 +197,8 @@ def client_point(
         scene.check_restored(world, before)
         scene.wait_reported_beyond(job, before)
     else:
-        wait_until(
-            lambda: rank.status is not None,
-            60.0,
-            f"point {point} was not reached {count} times; {world.tail()}",
-        )
+        what = f"the {count}th passage of point {point}"
+        wait_until(lambda: rank.status is not None, START_S, what, world.tail, scene.node.tail)
         if rank.status != -signal.SIGKILL:
             raise Wrong(
                 f"point {point} did not fire: status {rank.status}\n{world.tail()}\n{scene.node.tail()}"
@@ -206,6 +206,7 @@ def client_point(
     scene.phases[f"point {point}"] += 1
     scene.end(world)
     _finish(scene, job, ranks)
+    scene.remove(job)
 
 
 def _wait_stopped(pid: int, point: str) -> None:
@@ -213,7 +214,7 @@ def _wait_stopped(pid: int, point: str) -> None:
         text = Path(f"/proc/{pid}/stat").read_text()
         return text[text.rindex(")") + 2] == "T"
 
-    wait_until(is_stopped, 60.0, f"point {point}: the process did not stop")
+    wait_until(is_stopped, START_S, f"point {point}: the process did not stop")
 
 
 def daemon_point(scene: Scene, point: str, *, count: int, ranks: int = 1) -> None:
@@ -223,28 +224,44 @@ def daemon_point(scene: Scene, point: str, *, count: int, ranks: int = 1) -> Non
         world = _warm(scene, job, ranks)
         scene.end(world)
     scene.node.stop()
-    scene.node.start(env={"SNAPD_FAULT_POINTS": f"{point}:{count}=kill"})
-    process = scene.node.process
-    assert process is not None
-    before = scene.observer.reported(job)
-    rollback_at = before[1] + 12 if "rollback" in point else 0
-    world = scene.start(job, ranks=ranks, rollback_at=rollback_at)
-    wait_until(
-        lambda: process.poll() is not None,
-        60.0,
-        f"point {point} was not reached {count} times; {world.tail()}",
-    )
-    if process.returncode != -signal.SIGKILL:
-        raise Wrong(
-            f"point {point} did not fire: the daemon's status is {process.returncode}\n{scene.node.tail()}"
-        )
+    worlds: list[World] = []
+    if _starts_armed(scene, f"{point}:{count}=kill"):
+        if "fence" in point:  # an older generation is there to be fenced
+            worlds.append(_warm(scene, job, ranks))
+        worlds.append(_until_daemon_dies(scene, job, f"{point}:{count}", ranks))
     scene.phases[f"point {point}"] += 1
     before = scene.observer.reported(job)
-    scene.node.forget()
     scene.node.start()
-    _outlive(scene, world, before)
-    scene.end(world)
+    if len(worlds) == 1:
+        _outlive(scene, worlds[0], before)
+    for world in reversed(worlds):
+        scene.end(world)
     _finish(scene, job, ranks)
+    scene.remove(job)
+
+
+def _starts_armed(scene: Scene, points: str) -> bool:
+    """Start the daemon; False: the point was reached while it took up what it had found, and it died."""
+    try:
+        scene.node.start(env={"SNAPD_FAULT_POINTS": points})
+    except RuntimeError:
+        if scene.node.status_of_process() != -signal.SIGKILL:
+            raise
+        return False
+    return True
+
+
+def _until_daemon_dies(scene: Scene, job: str, point: str, ranks: int) -> World:
+    """Start a world and wait for the armed daemon's death."""
+    node = scene.node
+    step = scene.observer.reported(job)[1]
+    world = scene.start(job, ranks=ranks, rollback_at=step + 12 if "rollback" in point else 0)
+    what = f"the daemon's death at {point}"
+    wait_until(lambda: node.status_of_process() is not None, START_S, what, world.tail, node.tail)
+    if node.status_of_process() != -signal.SIGKILL:
+        raise Wrong(f"point {point} did not fire: status {node.status_of_process()}\n{node.tail()}")
+    node.forget()
+    return world
 
 
 def _outlive(scene: Scene, world: World, before: tuple[int, int]) -> None:
@@ -260,4 +277,4 @@ def _outlive(scene: Scene, world: World, before: tuple[int, int]) -> None:
             return True
         return scene.observer.reported(world.job) > before or _ended_well(world)
 
-    wait_until(is_settled, 60.0, f"snapshots after the daemon's return; {world.tail()}\n{scene.node.tail()}")
+    wait_until(is_settled, START_S, "snapshots after the daemon's return", world.tail, scene.node.tail)

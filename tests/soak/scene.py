@@ -17,7 +17,7 @@ from node import Node
 from observer import Observer
 from worlds import Nursery, World, wait_until
 
-START_S = 60.0
+START_S = 30.0
 PREFIX = "snapd-soak"
 
 
@@ -89,7 +89,7 @@ class Scene:
                 raise Wrong(f"a rank failed before it had restored:\n{world.tail()}\n{self.node.tail()}")
             return all(rank.events("restored") for rank in world.ranks)
 
-        wait_until(is_restored, START_S, f"restore of {world.job}; {world.tail()}\n{self.node.tail()}")
+        wait_until(is_restored, START_S, f"restore of {world.job}", world.tail, self.node.tail)
 
     def wait_reported_beyond(self, job: str, before: tuple[int, int], timeout_s: float = START_S) -> None:
         """New snapshots are complete again: the system lives."""
@@ -97,6 +97,7 @@ class Scene:
             lambda: self.observer.reported(job) > before,
             timeout_s,
             f"a snapshot of {job} newer than {before}",
+            self.node.tail,
         )
 
     # ---- what the kill hit
@@ -139,13 +140,18 @@ class Scene:
                 raise Wrong(f"the run ended before step {step}:\n{world.tail()}\n{self.node.tail()}")
             return world.step() >= step
 
-        wait_until(is_there, timeout_s, f"step {step} of {world.job}; {world.tail()}\n{self.node.tail()}")
+        wait_until(is_there, timeout_s, f"step {step} of {world.job}", world.tail, self.node.tail)
 
     def end(self, world: World) -> None:
         """Kill what is left of a world and judge what it logged."""
         world.kill()
         world.wait_gone()
         self.check_log(world)
+
+    def remove(self, job: str) -> None:
+        """The job is done with: its memory comes free."""
+        self.observer.forget(job)
+        self.node.remove(job)
 
     def restart_daemon(self) -> None:
         self.node.kill()

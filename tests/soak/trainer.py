@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer imports it, for half a second in every trainer
 import torch.distributed as dist
 import torch.distributed.tensor
 import xxhash

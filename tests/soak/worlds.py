@@ -28,11 +28,12 @@ class Hang(AssertionError):
     """Something did not happen in time."""
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, *tails: Callable[[], str]) -> None:
+    """Return once it is so; Hang says what was waited for, with what the `tails` (logs) say then."""
     until = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > until:
-            raise Hang(f"not within {timeout_s:.0f} s: {what}")
+            raise Hang("\n".join([f"not within {timeout_s:.0f} s: {what}", *(tail() for tail in tails)]))
         time.sleep(0.004)
 
 
