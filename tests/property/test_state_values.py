@@ -6,6 +6,7 @@ import math
 import random
 import struct
 from collections import OrderedDict, defaultdict, deque, namedtuple
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -31,6 +32,7 @@ numpy_scalars = st.sampled_from(
 atoms = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-(2**200), 2**200), floats, st.complex_numbers(), texts,
     st.binary(max_size=8), st.sampled_from(list(Shade)), st.sampled_from([torch.bfloat16, torch.float8_e4m3fn]),
+    st.datetimes(), st.timedeltas(), st.fractions(), st.decimals(allow_nan=False), st.uuids(), st.just(Path("/a b")),
     st.sampled_from([torch.device("cpu"), torch.device("cuda:3")]), numpy_scalars, st.just(torch.Size([2, 3])),
     st.sampled_from([torch.strided, torch.channels_last, Ellipsis, NotImplemented, slice(1, None, 2), range(3)]),
 )  # fmt: skip

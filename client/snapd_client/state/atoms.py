@@ -1,4 +1,4 @@
-"""Values without parts: numbers, text, bytes, and the small immutable types of torch, numpy and enum.
+"""Values without parts: numbers, text, bytes, and small immutable types of torch, numpy and the standard library.
 
 Every function here is exact: integers of any size, floats by their bits (NaN payloads, signed zero), text as
 UTF-8 with lone surrogates kept.
@@ -6,7 +6,12 @@ UTF-8 with lone surrogates kept.
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import enum
+import fractions
+import pathlib
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +82,16 @@ ATOM_WRITERS: dict[type, Callable[[Any, Value], None]] = {
     torch.memory_format: _named("torch:memory_format", lambda value: str(value).removeprefix("torch.")),
     type(NotImplemented): _named("builtins:NotImplemented", lambda value: ""),
     type(Ellipsis): _named("builtins:Ellipsis", lambda value: ""),
+    datetime.datetime: _named("datetime:datetime", datetime.datetime.isoformat),
+    datetime.date: _named("datetime:date", datetime.date.isoformat),
+    datetime.timedelta: _named(
+        "datetime:timedelta", lambda value: f"{value.days},{value.seconds},{value.microseconds}"
+    ),
+    decimal.Decimal: _named("decimal:Decimal", str),
+    fractions.Fraction: _named("fractions:Fraction", str),
+    uuid.UUID: _named("uuid:UUID", str),
+    pathlib.PosixPath: _named("pathlib:PosixPath", str),
+    pathlib.PurePosixPath: _named("pathlib:PurePosixPath", str),
     slice: _named("builtins:slice", lambda value: f"{value.start},{value.stop},{value.step}"),
     range: _named("builtins:range", lambda value: f"{value.start},{value.stop},{value.step}"),
 }
@@ -146,6 +161,14 @@ _NAMED_READERS: dict[str, Callable[[str], object]] = {
     "torch:memory_format": lambda text: getattr(torch, text),
     "builtins:NotImplemented": lambda text: NotImplemented,
     "builtins:Ellipsis": lambda text: Ellipsis,
+    "datetime:datetime": datetime.datetime.fromisoformat,
+    "datetime:date": datetime.date.fromisoformat,
+    "datetime:timedelta": lambda text: datetime.timedelta(*map(int, text.split(","))),
+    "decimal:Decimal": decimal.Decimal,
+    "fractions:Fraction": fractions.Fraction,
+    "uuid:UUID": uuid.UUID,
+    "pathlib:PosixPath": pathlib.PosixPath,
+    "pathlib:PurePosixPath": pathlib.PurePosixPath,
     "builtins:slice": _read_range(slice),
     "builtins:range": _read_range(range),
     "builtins:str": lambda text: bytes.fromhex(text).decode("utf-8", "surrogatepass"),

@@ -41,6 +41,10 @@ class Destinations:
         self._bases: dict[int, int] = {}
         self._kept: list[torch.Tensor | torch.UntypedStorage] = []
         self._plain = [i for i, tensor in enumerate(layout.tensors) if not tensor.HasField("subclass")]
+        self._parameter_of: dict[str, int] = {}
+        for number, tensor in enumerate(layout.tensors):
+            if tensor.is_parameter:
+                self._parameter_of.setdefault(tensor.parameter_name, number)
         check_bounds(layout)
 
     # --- claiming ---------------------------------------------------------------------------------
@@ -189,10 +193,8 @@ class Destinations:
         device = torch.device(saved.device)
         if device.type == "cpu":
             return device
-        for number, tensor in enumerate(self._layout.tensors):
-            if tensor.parameter_name == saved.parameter_name and tensor.is_parameter and number in self._live:
-                return self._live[number].device
-        return device
+        owner = self._owner(saved)
+        return device if owner is None else owner.device
 
     # --- afterwards -------------------------------------------------------------------------------
     def tensor(self, number: int) -> torch.Tensor:
@@ -226,10 +228,7 @@ class Destinations:
 
     def _owner(self, saved: pb.Tensor) -> torch.Tensor | None:
         """The live parameter that a tensor of optimizer state belongs to."""
-        for number, tensor in enumerate(self._layout.tensors):
-            if tensor.is_parameter and tensor.parameter_name == saved.parameter_name and number in self._live:
-                return self._live[number]
-        return None
+        return self._live.get(self._parameter_of.get(saved.parameter_name, -1))
 
     def plan(self) -> tuple[PlanArrays, array[int], list[tuple[int, int]]]:
         """The copies (from chunks to destinations), the destinations' addresses, and the pieces of each

@@ -43,6 +43,24 @@ def is_skipped(value: object) -> bool:
     return any(f"{cls.__module__}:{cls.__qualname__}" in _SKIPPED_NAMES for cls in type(value).__mro__)
 
 
+# Of these classes only the named fields are state; to ask a GradScaler for its state_dict would wait for the GPU.
+_CHOSEN_FIELDS: dict[str, tuple[str, ...]] = {
+    "torch.amp.grad_scaler:GradScaler": (
+        "_enabled", "_init_scale", "_scale", "_growth_factor", "_backoff_factor", "_growth_interval",
+        "_init_growth_tracker", "_growth_tracker",
+    ),
+}  # fmt: skip
+
+
+def chosen_fields(value: object) -> dict[str, Any] | None:
+    """The state of an object whose class is known here; None for all others."""
+    for cls in type(value).__mro__:
+        names = _CHOSEN_FIELDS.get(f"{cls.__module__}:{cls.__qualname__}")
+        if names is not None:
+            return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return None
+
+
 def slot_names(cls: type) -> list[str]:
     names: list[str] = []
     for base in cls.__mro__:
@@ -57,6 +75,9 @@ def fields_of(value: object) -> dict[Any, Any] | None:
     None if it has neither, or if its class says itself how it is reduced (C extensions, containers): then
     its fields are not all of it.
     """
+    chosen = chosen_fields(value)
+    if chosen is not None:
+        return chosen
     cls = type(value)
     is_plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
     if not is_plain or isinstance(value, dict | list | set | tuple):

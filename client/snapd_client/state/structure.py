@@ -24,7 +24,7 @@ from .atoms import atom_writer, write_text
 from .classes import package_of, type_name
 from .encode import Encoder, inner_state, is_flat, is_leaf
 from .names import Names
-from .objects import fields_of, is_skipped
+from .objects import chosen_fields, fields_of, is_skipped
 from .optimizers import write_optimizer
 from .producers import Producer, producer_for
 from .program import FIXED, Program
@@ -114,6 +114,8 @@ class Structure(Encoder):
             self._write_module(value, out, path)
         elif inner_state(value) is not None:
             self.rewritten.append(self.keep_aside(value, out, FIXED))
+        elif chosen_fields(value) is not None:
+            self._write_fields(value, out, path)
         elif self.is_entry and (producer := producer_for(value, path)) is not None:
             self.note(value)
             out.opaque.type_name, out.opaque.how = type_name(type(value)), producer.how

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from snapd_proto.format_pb2 import EarlyValues, Value
 from snapd_proto.format_pb2 import Mapping as MappingValue
-from torch import nn
 
 from ..errors import CaptureError
 from . import rng
@@ -145,18 +144,6 @@ class StateTree:
         """An optimizer's own package may have its objects rebuilt."""
         for optimizer in self.optimizers:
             self.vouched.add(*optimizer_packages(optimizer))
-
-    @property
-    def names(self) -> Names:
-        return self._names
-
-    def modules(self) -> list[nn.Module]:
-        return [item for item in self.state_items() if isinstance(item, nn.Module)]
-
-    def state_items(self) -> list[object]:
-        from .names import entries
-
-        return [item for _, item in entries(self.state, "")]
 
     # --- walking ----------------------------------------------------------------------------------
     def walk(self) -> Walk:
