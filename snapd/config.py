@@ -175,7 +175,7 @@ class MetricsConfig:
     address: str = _setting(
         "127.0.0.1", "text", "Address to listen on; others than loopback show the metrics to others."
     )
-    port: int = _setting(0, "port", "0: not served.", low=0, high=65535)
+    port: int = _setting(0, "port", "Port of the metrics; 0: not served, and nothing listens.", low=0, high=65535)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
