@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,6 @@ from systems.base import System
 
 JOB = "bench"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-
-
-def _runtime(workdir: str) -> str:
-    """A short folder (a socket's path has at most 107 bytes) that harness and trainers derive alike."""
-    return os.path.join(tempfile.gettempdir(), "snapd-" + os.path.basename(os.path.dirname(workdir)))
 
 
 class Snapd(System):  # type: ignore[misc]  # the harness is untyped
@@ -38,7 +32,7 @@ class Snapd(System):  # type: ignore[misc]  # the harness is untyped
     @classmethod
     def env(cls, workdir: str, shmdir: str) -> dict[str, str]:
         return {
-            "SNAPD_RUNTIME_DIR": _runtime(workdir),
+            "SNAPD_RUNTIME_DIR": os.path.join(shmdir, "run"),  # a short path, for the sockets
             "SNAPD_ARENA_DIR": os.path.join(shmdir, "arena"),
             "SNAPD_AUTOSTART": "0",
         }
@@ -47,8 +41,8 @@ class Snapd(System):  # type: ignore[misc]  # the harness is untyped
     def start_agent(cls, workdir: str, shmdir: str, world: int) -> list[subprocess.Popen[bytes]]:
         from node import Asker
 
-        runtime = Path(_runtime(workdir))
-        for folder in (runtime, Path(shmdir) / "arena"):
+        runtime, arena = Path(shmdir) / "run", Path(shmdir) / "arena"
+        for folder in (runtime, arena):
             folder.mkdir(mode=0o700)
         with open(os.path.join(workdir, "daemon.log"), "wb") as log:
             daemon = subprocess.Popen(

@@ -31,6 +31,10 @@ def _timeline(axes: Axes, run: RunLog, kill: Kill, watch: Watch) -> None:
                     fontsize=6,
                     color="white",
                 )
+        last = max((e["t"] for e in run.events if e["rank"] == rank and e["t"] <= kill.t), default=kill.t)
+        axes.barh(
+            rank, kill.t - last, left=last - zero, height=0.55, color=LOST, hatch="///", edgecolor="white"
+        )
         for event in run.of("restored", rank):
             if event["t"] > kill.t:
                 left = event["t"] - event["seconds"] - zero
@@ -49,9 +53,7 @@ def _timeline(axes: Axes, run: RunLog, kill: Kill, watch: Watch) -> None:
     )
     axes.set_ylim(-0.5, run.ranks + 0.8)
     axes.set_xlabel("seconds since the ranks were first started")
-    axes.set_title(
-        "steps (blue), steps done again (grey), restore (orange), snapshots complete (green)", fontsize=9
-    )
+    axes.set_title("steps (blue), lost work (grey), restore (orange), snapshots complete (green)", fontsize=9)
 
 
 def _losses(axes: Axes, reference: RunLog, run: RunLog, kill: Kill) -> None:

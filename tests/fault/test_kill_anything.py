@@ -49,7 +49,7 @@ def test_daemon_killed_at_point(scene: Scene, point: str) -> None:
 
 def test_ranks_killed_at_random_moments(scene: Scene) -> None:
     rounds = Random(scene, seed=1)
-    phases = {rounds.kill_all() for _ in range(4)} | {rounds.kill_one(), rounds.kill_all(at_start=True)}
+    phases = {rounds.kill_all() for _ in range(4)} | {rounds.kill_one(), rounds.kill_all(during="restore")}
     assert len(phases) >= 2, "the moments were not random"
 
 

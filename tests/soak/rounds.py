@@ -72,21 +72,26 @@ class Random:
             self.job = self.scene.new_job()
             self.ranks = self.chance.choice((1, 2))
 
-    def kill_all(self, *, at_start: bool = False) -> str:
-        """Every rank at one moment."""
-        return self._kill_ranks(at_start, everyone=True)
+    def kill_all(self, *, during: str = "training") -> str:
+        """Every rank at one moment of its start, its restore, or its training."""
+        return self._kill_ranks(during, everyone=True)
 
-    def kill_one(self, *, at_start: bool = False) -> str:
+    def kill_one(self, *, during: str = "training") -> str:
         """One rank; the others are ended as a launcher would, a moment later."""
-        return self._kill_ranks(at_start, everyone=False)
+        return self._kill_ranks(during, everyone=False)
 
-    def _kill_ranks(self, at_start: bool, everyone: bool) -> str:
+    def _kill_ranks(self, during: str, everyone: bool) -> str:
         scene, chance = self.scene, self.chance
         self.next_job()
         before = scene.observer.reported(self.job)
         world = scene.start(self.job, ranks=self.ranks)
-        if at_start:
+        if during == "start":
             time.sleep(chance.random() * 0.6)
+        elif during == "restore":
+            wait_until(
+                lambda: "starting" not in {r.beat()[1] for r in world.ranks}, START_S, "a restore", world.tail
+            )
+            time.sleep(chance.random() * 0.02)
         else:
             scene.check_restored(world, before)
             time.sleep(chance.random() * 0.4)

@@ -36,15 +36,17 @@ def all_points(scene: Scene, times: int) -> None:
                     client_point(scene, point, count=count, ranks=1 + turn % 2, victim=turn % 2)
                 else:
                     daemon_point(scene, point, count=count, ranks=1 + turn % 2)
+            if side == "client":
+                client_point(scene, point, count=1, action="stop")
             say(f"{point}: killed {times} times")
 
 
 def one_moment(rounds: Random, turn: int) -> str:
     kinds = (
-        rounds.kill_all, rounds.kill_one, rounds.kill_daemon, rounds.kill_all,
-        lambda: rounds.kill_all(at_start=True), lambda: rounds.stop_and_continue("one"),
-        rounds.kill_all, lambda: rounds.kill_one(at_start=True), rounds.kill_daemon,
-        lambda: rounds.stop_and_continue("daemon"), lambda: rounds.stop_and_continue("all"), rounds.zombie,
+        rounds.kill_all, rounds.kill_one, rounds.kill_daemon, lambda: rounds.kill_all(during="restore"),
+        lambda: rounds.kill_all(during="start"), lambda: rounds.stop_and_continue("one"), rounds.kill_all,
+        lambda: rounds.kill_one(during="restore"), rounds.kill_daemon, lambda: rounds.stop_and_continue("daemon"),
+        lambda: rounds.stop_and_continue("all"), rounds.zombie,
     )  # fmt: skip
     return kinds[turn % len(kinds)]()
 
