@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from snapd_client.errors import IntegrityError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.loopback import Loopback, make_tree, restore
+from tests.support.loopback import Loopback, Snapshot, make_tree, restore
 from tests.support.optimizer_matrix import (
     MATRIX,
     VOCABULARY,
@@ -145,6 +146,55 @@ def case_ddp_replica_set(mesh: DeviceMesh) -> None:
         wanted = [0, 1] if tensor.role in ("parameter", "optimizer") else []
         assert list(tensor.replica_set.ranks) == wanted, tensor.name
         assert not tensor.name.startswith("model.") or tensor.name.startswith("model.module.")
+
+
+def _exchange(snapshot: Snapshot) -> dict[int, Snapshot]:
+    """Every rank's shard on every rank, as they lie in one node's arena."""
+    found: list[Snapshot | None] = [None] * WORLD_SIZE
+    dist.all_gather_object(found, snapshot)
+    return {rank: shard for rank, shard in enumerate(found) if shard is not None and rank != dist.get_rank()}
+
+
+def _replicated_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (WORLD_SIZE, 1), mesh_dim_names=("replicate", "shard"))
+
+
+def _hybrid(model: Model) -> nn.Module:
+    return _sharded(_replicated_mesh())(model)
+
+
+def case_replicas_share_out_their_bytes(mesh: DeviceMesh) -> None:
+    for name in DISTRIBUTED:
+        for wrap in (DistributedDataParallel, _hybrid):
+            _replicas_share_out(name, wrap)
+
+
+def _replicas_share_out(name: str, wrap: Callable[[Model], nn.Module]) -> None:
+    options = {"rank": dist.get_rank(), "world_size": WORLD_SIZE}
+    world = make_world(ROWS[name], seed=1, wrap=wrap)
+    world.train(3)
+    tree = make_tree(world.state(), **options)
+    whole = Loopback(tree)
+    whole.capture()
+    shared = Loopback(tree, node_ranks=range(WORLD_SIZE))
+    snapshot = shared.capture(3)
+    assert whole.layout is not None and shared.layout is not None
+    assert shared.layout.state_nbytes < 0.65 * whole.layout.state_nbytes, "hardly anything was shared out"
+    others = _exchange(snapshot)
+    world.losses.clear()
+    world.train(2)
+    expected = fingerprint(world)
+    resumed = make_world(ROWS[name], seed=2, wrap=wrap)
+    restore(make_tree(resumed.state(), **options), snapshot, others=others)
+    resumed.train(2)
+    difference = first_difference(expected, fingerprint(resumed))
+    assert difference == "", (name, difference)
+    try:
+        restore(tree, snapshot)
+    except IntegrityError as error:
+        assert "lie in another one" in str(error)
+    else:
+        raise AssertionError("half a shard was taken for a whole one")
 
 
 def case_gradients(mesh: DeviceMesh) -> None:

@@ -44,6 +44,9 @@ hashables = st.one_of(
 def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(
         st.lists(inner, max_size=4),
+        st.lists(floats, min_size=64, max_size=66),
+        st.lists(st.integers(-(2**64), 2**64), min_size=64, max_size=66),
+        st.lists(st.integers(0, 9), min_size=64, max_size=66),
         st.lists(inner, max_size=4).map(tuple),
         st.dictionaries(hashables, inner, max_size=4),
         st.dictionaries(hashables, inner, max_size=3).map(OrderedDict),

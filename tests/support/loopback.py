@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +43,10 @@ class Snapshot:
 class Loopback:
     """Captures of one tree; the layout is kept while it fits, as the client does."""
 
-    def __init__(self, tree: StateTree, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self.tree, self.chunk_bytes = tree, chunk_bytes
+    def __init__(
+        self, tree: StateTree, chunk_bytes: int = CHUNK_BYTES, node_ranks: Sequence[int] = ()
+    ) -> None:
+        self.tree, self.chunk_bytes, self.node_ranks = tree, chunk_bytes, node_ranks
         self.layout: Layout | None = None
         self.layouts_built = 0
         self._signature: object = None
@@ -53,7 +56,7 @@ class Loopback:
             binding = self.layout.bind(walk)
             if binding is not None:
                 return self.layout, binding
-        layout = build_layout(self.tree, walk, chunk_bytes=self.chunk_bytes)
+        layout = build_layout(self.tree, walk, chunk_bytes=self.chunk_bytes, node_ranks=self.node_ranks)
         binding = layout.bind(walk)
         assert binding is not None
         self.layout, self._signature = layout, walk.signature
@@ -79,11 +82,22 @@ class Loopback:
         return Snapshot(data, self.chunk_bytes, len(layout.serialized), start, len(early))
 
 
-def restore(tree: StateTree, snapshot: Snapshot, *, allow_partial: tuple[str, ...] = ()) -> PendingRestore:
+def restore(
+    tree: StateTree,
+    snapshot: Snapshot,
+    *,
+    allow_partial: tuple[str, ...] = (),
+    others: Mapping[int, Snapshot] | None = None,
+) -> PendingRestore:
     """Chunk by chunk, as the client does."""
-    pending = prepare_restore(tree, snapshot.layout, snapshot.early, allow_partial=allow_partial)
+    shards = {tree.rank: snapshot, **(others or {})}
+    layouts = {rank: shard.layout for rank, shard in shards.items() if rank != tree.rank}
+    pending = prepare_restore(
+        tree, snapshot.layout, snapshot.early, allow_partial=allow_partial, others=layouts
+    )
     plan = CopyPlan(*pending.plan)
-    bases = _chunk_addresses(snapshot.data, snapshot.chunk_bytes)
+    addresses = {rank: _chunk_addresses(shard.data, shard.chunk_bytes) for rank, shard in shards.items()}
+    bases = array("Q", [addresses[rank][chunk] for rank, chunk in pending.sources])
     for first, count in pending.pieces_of_chunk:
         if count:
             plan.run(bases, pending.destinations, first, count)

@@ -8,7 +8,7 @@ objects with `load_state_dict`, then the loaders, and the global generators last
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from snapd_proto import format_pb2 as pb
 
@@ -26,25 +26,22 @@ __all__ = ["PendingRestore", "prepare_restore"]
 class PendingRestore:
     """A restore whose bytes are still to come.
 
-    `plan`: copies from chunks (source: chunk number) to `destinations` (addresses, held alive by this
-    object); `pieces_of_chunk[c]`: the first piece of chunk c and their count; `report`: what allow_partial
-    let pass.
+    `plan`: copies from chunks to `destinations` (addresses, held alive by this object), sorted by chunk.
+    `sources[i]`: (rank, chunk of its shard) of chunk i: first all of this rank's own shard, then those of other
+    ranks that keep bytes for it. `pieces_of_chunk[i]`: the first piece of chunk i and their count.
+    `report`: what allow_partial let pass.
     """
 
     def __init__(
         self, tree: StateTree, matcher: Matcher, parts: Parts, root: Builder, generators: int
     ) -> None:
-        self._tree, self._matcher, self._parts, self._root, self._generators = (
-            tree,
-            matcher,
-            parts,
-            root,
-            generators,
-        )
-        self.plan: PlanArrays
-        self.destinations: array[int]
-        self.pieces_of_chunk: list[tuple[int, int]]
-        self.plan, self.destinations, self.pieces_of_chunk = matcher.destinations.plan()
+        self._tree, self._matcher, self._parts = tree, matcher, parts
+        self._root, self._generators = root, generators
+        planned = matcher.destinations.plan()
+        self.plan: PlanArrays = planned.arrays
+        self.destinations: array[int] = planned.destinations
+        self.sources: list[tuple[int, int]] = planned.sources
+        self.pieces_of_chunk: list[tuple[int, int]] = planned.pieces_of_source
         self.report = list(matcher.differences.report)
         self.values: dict[str, object] = {}
         self._is_finished = False
@@ -65,11 +62,17 @@ class PendingRestore:
 
 
 def prepare_restore(
-    tree: StateTree, layout: pb.ShardLayout, early: pb.EarlyValues, *, allow_partial: Sequence[str] = ()
+    tree: StateTree,
+    layout: pb.ShardLayout,
+    early: pb.EarlyValues,
+    *,
+    allow_partial: Sequence[str] = (),
+    others: Mapping[int, pb.ShardLayout] | None = None,
 ) -> PendingRestore:
     """Compare a snapshot with the live state and choose where each byte goes. Nothing live is changed.
 
     Args:
+        others: layouts of other ranks' shards, where replicas share out their bytes (rank -> layout).
         allow_partial: patterns (fnmatch) of names that may be missing, extra or reshaped; they are left as
             they are.
     Raises:
@@ -79,7 +82,7 @@ def prepare_restore(
     names = Names(tree.state, tree.vouched)
     tree.vouch_for_optimizers()
     differences = Differences(allow_partial)
-    matcher = Matcher(layout, early, names, differences, tree.vouched)
+    matcher = Matcher(layout, early, names, differences, tree.vouched, others)
     parts = Parts(matcher)
     saved = {
         key.text: value

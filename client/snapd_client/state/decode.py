@@ -6,6 +6,7 @@ Nodes are numbered as `encode` did. Nothing is imported, no constructor of a use
 from __future__ import annotations
 
 import random
+from array import array
 from collections import OrderedDict, deque
 from collections import defaultdict as DefaultDict
 from collections.abc import Callable
@@ -162,6 +163,8 @@ def new_source(opaque: Opaque, fields: dict[Any, Any]) -> object:
             return sources.read_tensor(fields)
         if opaque.how == "array":
             return sources.read_array(fields)
+        if opaque.how == "packed":
+            return array({"d": "d", "q": "q"}[fields["typecode"]], fields["raw"]).tolist()
         if opaque.how == "torch_generator":
             generator = torch.Generator(device=str(fields["device"]))
             sources.set_torch_generator(generator, fields)

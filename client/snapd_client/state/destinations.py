@@ -7,8 +7,8 @@ into host memory of its own, from which `finish` copies.
 
 from __future__ import annotations
 
-from array import array
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,8 @@ from .classes import Vouched, find_class, type_name
 from .decode import Decoder
 from .encode import encode_plain
 from .meshes import new_dtensor, spec_difference
-from .pieces import PlanArrays, empty_plan
 from .tensors import component, component_names, dtypes, span_nbytes, subclass_context
-
-TENSOR_DIMS_MAX = 64
+from .transfers import Elsewhere, RestorePlan, check_bounds, plan_copies
 
 
 class Destinations:
@@ -31,8 +29,11 @@ class Destinations:
     `allocate` on.
     """
 
-    def __init__(self, layout: pb.ShardLayout, vouched: Vouched) -> None:
+    def __init__(
+        self, layout: pb.ShardLayout, vouched: Vouched, others: Mapping[int, pb.ShardLayout] | None = None
+    ) -> None:
         self._layout, self._vouched = layout, vouched
+        self._elsewhere = Elsewhere(layout, others or {})
         self._live: dict[int, torch.Tensor] = {}
         self._claimed: set[int] = set()
         self._made: dict[int, torch.Tensor] = {}
@@ -230,30 +231,9 @@ class Destinations:
         """The live parameter that a tensor of optimizer state belongs to."""
         return self._live.get(self._parameter_of.get(saved.parameter_name, -1))
 
-    def plan(self) -> tuple[PlanArrays, array[int], list[tuple[int, int]]]:
-        """The copies (from chunks to destinations), the destinations' addresses, and the pieces of each
-        chunk.
-        """
-        size = self._layout.chunk_bytes
-        chunk_count = max((-(-(r.shard_offset + r.nbytes) // size) for r in self._layout.ranges), default=0)
-        plan, addresses = empty_plan(), array("Q")
-        pieces = [[0, 0] for _ in range(chunk_count)]
-        for region in sorted(self._bases, key=lambda region: self._layout.regions[region].shard_offset):
-            saved = self._layout.regions[region]
-            addresses.append(self._bases[region])
-            at, offset = saved.shard_offset, 0
-            while offset < saved.nbytes:
-                chunk, start = divmod(at, size)
-                count = min(saved.nbytes - offset, size - start)
-                if pieces[chunk][1] == 0:
-                    pieces[chunk][0] = len(plan.nbytes)
-                pieces[chunk][1] += 1
-                for column, value in zip(
-                    plan, (chunk, start, len(addresses) - 1, offset, count, 0), strict=True
-                ):
-                    column.append(value)
-                at, offset = at + count, offset + count
-        return plan, addresses, [(first, count) for first, count in pieces]
+    def plan(self) -> RestorePlan:
+        """The copies from chunks to destinations, sorted by chunk."""
+        return plan_copies(self._layout, self._bases, self._elsewhere)
 
     def finish(self) -> None:
         """All bytes have arrived: copy what could not be written directly, and tell the version counters."""
@@ -276,44 +256,3 @@ def _view(storage: torch.UntypedStorage, saved: pb.Tensor, lowest: int) -> torch
 
 def _new_storage(nbytes: int, device: torch.device | None = None) -> torch.UntypedStorage:
     return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
-
-
-def check_bounds(layout: pb.ShardLayout) -> None:
-    """Refuse a layout whose numbers do not fit together, before anything is allocated or addressed.
-
-    Raises:
-        IntegrityError: names the tensor.
-    """
-    end = max((r.shard_offset + r.nbytes for r in layout.ranges), default=0)
-    if not layout.chunk_bytes or layout.chunk_bytes % 64:
-        raise IntegrityError("the layout's chunk size is impossible", chunk_bytes=layout.chunk_bytes)
-    for region in layout.regions:
-        if region.shard_offset + region.nbytes > end:
-            raise IntegrityError("a region lies beyond the shard's end", offset=region.shard_offset)
-    for number, tensor in enumerate(layout.tensors):
-        is_wrapper = tensor.HasField("subclass")
-        if any(
-            part.tensor <= number or part.tensor >= len(layout.tensors) for part in tensor.subclass.components
-        ):
-            raise IntegrityError("a tensor's components do not follow it", tensor=tensor.name)
-        if tensor.dtype not in dtypes or len(tensor.shape) > TENSOR_DIMS_MAX:
-            raise IntegrityError(
-                "a tensor's dtype or shape is unknown here", tensor=tensor.name, dtype=tensor.dtype
-            )
-        if is_wrapper:
-            continue
-        if (
-            len(tensor.strides) != len(tensor.shape)
-            or len(tensor.live_strides) not in (0, len(tensor.shape))
-            or tensor.region >= len(layout.regions)
-        ):
-            raise IntegrityError("a tensor's description is inconsistent", tensor=tensor.name)
-        itemsize = dtypes[tensor.dtype].itemsize
-        span = span_nbytes(tuple(tensor.shape), tuple(tensor.strides), itemsize)
-        fits = tensor.region_offset + span <= layout.regions[tensor.region].nbytes and span <= tensor.nbytes
-        if (
-            not fits
-            or min((*tensor.strides, *tensor.live_strides), default=0) < 0
-            or tensor.storage_offset % itemsize
-        ):
-            raise IntegrityError("a tensor does not fit its region", tensor=tensor.name, nbytes=span)

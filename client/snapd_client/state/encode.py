@@ -8,6 +8,7 @@ that are not atoms), so that a second occurrence of the same object is written a
 from __future__ import annotations
 
 import random
+from array import array
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,6 +25,7 @@ from .program import FIXED
 
 # protobuf refuses messages nested deeper than 100; each container takes two levels
 _DEPTH_MAX = 90
+PACKED_MIN = 64  # a list of numbers from this length on is written as one run of bytes
 _SEQUENCES: dict[type, Sequence.Type.ValueType] = {
     list: Sequence.LIST, tuple: Sequence.TUPLE, set: Sequence.SET, frozenset: Sequence.FROZENSET,
     deque: Sequence.DEQUE, torch.Size: Sequence.SIZE,
@@ -52,6 +54,19 @@ def is_flat(value: object) -> bool:
     if cls is list or cls is set or cls is deque:
         return all(map(is_leaf, value))  # type: ignore[call-overload]
     return cls is bytearray
+
+
+def packed_fields(value: list[Any]) -> dict[str, object] | None:
+    """A long list of only floats, or only small integers, as one run of bytes; None if it is not one."""
+    kinds = set(map(type, value))
+    if kinds == {float}:
+        return {"typecode": "d", "raw": array("d", value).tobytes()}
+    if kinds == {int}:
+        try:
+            return {"typecode": "q", "raw": array("q", value).tobytes()}
+        except OverflowError:
+            return None
+    return None
 
 
 def inner_state(value: object) -> tuple[str, Callable[[Any], dict[str, object]]] | None:
@@ -145,6 +160,10 @@ class Encoder:
 
     # --- containers -------------------------------------------------------------------------------
     def on_sequence(self, value: Any, out: Value, path: str, at: int) -> None:
+        packed = packed_fields(value) if type(value) is list and len(value) >= PACKED_MIN else None
+        if packed is not None:
+            self.opaque(value, out, "packed", packed, path)
+            return
         self.note(value)
         sequence = out.sequence
         if type(value) is bytearray:

@@ -56,7 +56,11 @@ class Binding:
         names = []
         for buffer, name in enumerate(walk.names):
             region = layout.region_of[buffer]
-            if layout.is_early[region] or layout.region_group[region] not in groups:
+            if (
+                layout.is_early[region]
+                or layout.is_elsewhere[region]
+                or layout.region_group[region] not in groups
+            ):
                 continue
             is_moved = pointers[buffer] != self.pointers[buffer] or buffer in reshaped
             if is_moved or now[buffer] != self.versions[buffer]:
@@ -75,12 +79,15 @@ class Layout:
         self.serialized = serialized
         self.chunk_nbytes = pieces.chunk_nbytes
         self.early_values_offset, self.early_values_capacity = values_at, capacity
-        self.state_nbytes = sum(region.nbytes for region in plan.regions)
+        self.state_nbytes = sum(region.nbytes for region in plan.regions if region.holder is None)
         self.lazy, self.early = pieces.lazy, pieces.early
         self.region_names = [region.name for region in plan.regions]
         self.region_group = array("B", [region.group for region in plan.regions])
         self.is_early = [region.is_early for region in plan.regions]
-        self.unchanging_regions = [number for number, region in enumerate(plan.regions) if region.is_frozen]
+        self.is_elsewhere = [region.holder is not None for region in plan.regions]
+        self.unchanging_regions = [
+            number for number, region in enumerate(plan.regions) if region.is_frozen and region.holder is None
+        ]
         self.unchanging_chunks = pieces.unchanging_chunks
         self.region_of = plan.region_of
         self._first = [region.buffers[0][0] for region in plan.regions]
@@ -114,15 +121,19 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def build_layout(tree: StateTree, walk: Walk, *, chunk_bytes: int) -> Layout:
+def build_layout(tree: StateTree, walk: Walk, *, chunk_bytes: int, node_ranks: Sequence[int] = ()) -> Layout:
     """A layout for this walk.
 
+    Args:
+        node_ranks: ranks of this node, this one included, that share out the bytes which they hold alike (DDP, HSDP);
+            each shard then has a part of them, and `prepare_restore` needs the layouts of the others. All these ranks
+            must pass the same. Empty: the shard is complete.
     Raises:
         CaptureError: `chunk_bytes` is no positive multiple of 64.
     """
     if chunk_bytes < _ALIGN or chunk_bytes % _ALIGN:
         raise CaptureError("the chunk size is no positive multiple of 64", chunk_bytes=chunk_bytes)
-    plan = plan_regions(walk, tree.forced_early)
+    plan = plan_regions(walk, tree.forced_early, rank=tree.rank, node_ranks=node_ranks)
     values_nbytes = len(walk.encode_early(2**63, 2**63))
     capacity = -(-(values_nbytes + values_nbytes // 4 + _VALUES_SPARE) // _ALIGN) * _ALIGN
     layout_chunks = 1

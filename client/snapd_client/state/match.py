@@ -67,10 +67,11 @@ class Matcher:
         names: Names,
         differences: Differences,
         vouched: Vouched,
+        others: AbstractMapping[int, pb.ShardLayout] | None = None,
     ) -> None:
         self.layout, self.early = layout, early
         self.names, self.differences, self.vouched = names, differences, vouched
-        self.destinations = Destinations(layout, vouched)
+        self.destinations = Destinations(layout, vouched, others)
         self.ways: dict[str, Callable[[pb.Opaque, object, str], Builder]] = {"fields": self._fields}
         self.parameter_tensors: dict[int, int] = {}  # a parameter that has no live counterpart -> its tensor
         self._made_parameters: dict[int, nn.Parameter] = {}

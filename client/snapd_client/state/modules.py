@@ -58,19 +58,20 @@ def managed_parameters(records: list[Any]) -> Managed:
 def bind(root: nn.Module, managed: Managed) -> BoundModule:
     """Walk the module tree once."""
     bound = BoundModule()
-    replicas: list[tuple[str, tuple[int, ...]]] = []
+    replicas: list[tuple[str, tuple[int, ...], set[str]]] = []
     for prefix, module in root.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(module, nn.parallel.DistributedDataParallel):
             ranks = tuple(torch.distributed.get_process_group_ranks(module.process_group))
-            replicas.append((dot, ranks))
+            apart = {f"{dot}module.{name}" for name in module.parameters_to_ignore}
+            replicas.append((dot, ranks, apart))
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             kept = managed.get((id(module), name), parameter)
             bound.parameters.append((dot + name, kept))
-            for start, ranks in replicas:
-                if dot.startswith(start):
+            for start, ranks, apart in replicas:
+                if dot.startswith(start) and dot + name not in apart:
                     bound.replica_ranks[id(kept)] = ranks
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -51,6 +51,9 @@ class Pieces:
         name, at = EARLY, layout_chunks * chunk_bytes
         start, at = at, at + values_capacity
         for number, region in enumerate(plan.regions):
+            if region.holder is not None:
+                self.region_offset.append(0)
+                continue
             if region.range_name != name:
                 at = self._close(name, start, at)
                 name, start = region.range_name, at

@@ -42,7 +42,7 @@ class TensorRecord:
     """One tensor of the tree, plain or a wrapper. `buffer` is its index in Walk.buffers, -1 for a wrapper."""
 
     __slots__ = (
-        "buffer", "components", "context", "device", "dtype", "is_frozen", "is_gathered", "is_parameter",
+        "around", "buffer", "components", "context", "device", "dtype", "is_frozen", "is_gathered", "is_parameter",
         "live_strides", "name", "nbytes", "place", "requires_grad", "shape", "slot", "spec", "strides", "type_name",
     )  # fmt: skip
 
@@ -61,6 +61,7 @@ class TensorRecord:
         self.components: list[tuple[str, int]] = []
         self.context: object = None  # of a subclass: what __tensor_flatten__ says beside the attributes
         self.spec: Any = None  # of a DTensor: mesh, placements, global shape
+        self.around: Any = None  # of a component: the spec of the DTensor around it
         self.type_name = ""
 
     def is_like(self, other: TensorRecord) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .records import Role, TensorRecord
+from .replicas import Replicas, share_out
 from .tree import Walk
 
 SMALL_BYTES = 16  # a tensor up to this size that is no parameter (a step counter) is taken early
@@ -28,6 +29,7 @@ class RegionPlan:
     group: int
     is_early: bool
     is_frozen: bool
+    holder: int | None = None  # another rank of the node whose shard has these bytes
 
 
 @dataclass(slots=True)
@@ -38,13 +40,16 @@ class Plan:
     region_of: list[int]  # buffer -> region
     offset_of: list[int]  # buffer -> offset of its first element in the region
     alias_of: list[int]  # buffer -> number of its storage
-    storage_offset_of: list[
-        int
-    ]  # buffer -> bytes from the lowest captured byte of the storage (rounded down to 64)
+    storage_offset_of: list[int]  # buffer -> bytes from the lowest captured byte of its storage (down to 64)
 
 
-def plan_regions(walk: Walk, forced_early: set[str]) -> Plan:
-    """Group buffers by storage, join those that overlap, choose ranges, sort."""
+def plan_regions(
+    walk: Walk, forced_early: set[str], *, rank: int = 0, node_ranks: Sequence[int] = ()
+) -> Plan:
+    """Group buffers by storage, join those that overlap, choose ranges, sort.
+
+    `node_ranks`: the ranks that share out what they hold alike; none: this rank keeps everything.
+    """
     records = [walk.structure.records[number] for number in walk.structure.record_of]
     storages: dict[int, list[int]] = {}
     for index, buffer in enumerate(walk.buffers):
@@ -64,6 +69,8 @@ def plan_regions(walk: Walk, forced_early: set[str]) -> Plan:
             continue
         for cluster in _clusters(members, starts, records):
             regions.append(_joint_region(cluster, starts, records, is_early))
+    if node_ranks:
+        _share(regions, walk, records, rank, node_ranks)
     regions.sort(key=_order(regions))
     region_of, offset_of = [0] * count, [0] * count
     for number, region in enumerate(regions):
@@ -111,6 +118,22 @@ def _joint_region(
         is_early=early,
         is_frozen=frozen,
     )
+
+
+def _share(
+    regions: list[RegionPlan], walk: Walk, records: list[TensorRecord], rank: int, node_ranks: Sequence[int]
+) -> None:
+    """Leave to other ranks of the node what they keep. Whether a region is early here plays no part."""
+    replicas = Replicas(walk.structure.parameters)
+    ranks_of: dict[str, tuple[int, ...]] = {}
+    for region in regions:
+        sets = {replicas.ranks(records[index]) for index, _ in region.buffers}
+        ranks_of[region.name] = sets.pop() if len(sets) == 1 else ()
+    holders = share_out({region.name: region.nbytes for region in regions}, ranks_of, node_ranks)
+    for region in regions:
+        holder = holders.get(region.name, rank)
+        if holder != rank:
+            region.holder = holder
 
 
 def _range_name(record: TensorRecord) -> str:

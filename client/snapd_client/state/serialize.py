@@ -12,6 +12,7 @@ from .encode import encode_plain
 from .pieces import Pieces
 from .records import TensorRecord
 from .regions import Plan
+from .replicas import Replicas
 from .tensors import dtype_names
 from .tree import StateTree, Walk
 
@@ -39,8 +40,9 @@ def serialize_layout(tree: StateTree, walk: Walk, plan: Plan, pieces: Pieces, ca
             nbytes=region.nbytes,
             when=1 if region.is_early else 2,
             range_name=region.range_name,
+            held_by_rank_plus_one=0 if region.holder is None else region.holder + 1,
         )
-    replicas = {record.name: record.replica_ranks for record in structure.parameters}
+    replicas = Replicas(structure.parameters)
     devices: dict[torch.device, str] = {}
     for record in structure.records:
         _add_tensor(message.tensors, record, plan, devices, replicas, tree)
@@ -58,7 +60,7 @@ def _add_tensor(
     record: TensorRecord,
     plan: Plan,
     devices: dict[torch.device, str],
-    replicas: dict[str, tuple[int, ...]],
+    replicas: Replicas,
     tree: StateTree,
 ) -> None:
     place = record.place
@@ -91,8 +93,8 @@ def _add_tensor(
         _add_distributed(tensor, record)
     else:
         _add_subclass(tensor, record, tree)
-    ranks = replicas.get(place.owner)
-    if ranks and place.role.value in ("parameter", "optimizer"):
+    ranks = replicas.ranks(record)
+    if ranks:
         tensor.replica_set.ranks.extend(ranks)
 
 
@@ -125,15 +127,3 @@ def _add_distributed(tensor: pb.Tensor, record: TensorRecord) -> None:
     distributed.placements.extend(str(placement) for placement in spec.placements)
     distributed.mesh_coordinate.extend(mesh.get_coordinate() or ())
     distributed.mesh_ranks.extend(mesh.mesh.flatten().tolist())
-    replicated = [dim for dim, placement in enumerate(spec.placements) if placement.is_replicate()]
-    if replicated and record.place.owner != "":
-        tensor.replica_set.ranks.extend(_replica_ranks(mesh, replicated))
-
-
-def _replica_ranks(mesh: Any, dims: list[int]) -> list[int]:
-    """Ranks that hold the same bytes: those that differ from this one in replicated mesh dimensions only."""
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return []
-    index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
-    return sorted(mesh.mesh[index].flatten().tolist())

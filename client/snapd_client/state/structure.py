@@ -261,17 +261,24 @@ class Structure(Encoder):
             return known
         self._kept.append(value)
         slot = self.program.add_slot(value)
-        number = self._record(value, path, place, slot, ())
+        number = self._record(value, path, place, slot)
         self.records[number].slot = slot
         self._number_of[id(value)] = number
         return number
 
     def _record(
-        self, value: torch.Tensor, path: str, place: Place, slot: int, attributes: tuple[str, ...]
+        self,
+        value: torch.Tensor,
+        path: str,
+        place: Place,
+        slot: int,
+        attributes: tuple[str, ...] = (),
+        around: Any = None,
     ) -> int:
         if torch.nn.parameter.is_lazy(value):
             raise CaptureError(f"{path} is not initialised yet (a lazy module): run one forward pass first")
         record = TensorRecord(self._unique(path), value, place)
+        record.around = around
         number = len(self.records)
         self.records.append(record)
         names = component_names(value)
@@ -283,7 +290,8 @@ class Structure(Encoder):
                 record.context = subclass_context(value)
             for name in names:
                 inner = component(value, name)
-                part = self._record(inner, f"{path}.{name}", place, slot, (*attributes, name))
+                within = record.spec or around
+                part = self._record(inner, f"{path}.{name}", place, slot, (*attributes, name), within)
                 record.components.append((name, part))
             return number
         check_plain(value, path)
