@@ -178,6 +178,10 @@ class Index:
         with self._transaction() as connection:
             connection.execute("INSERT INTO segments VALUES (?, ?, ?)", (rank, number, nbytes))
 
+    def remove_segments(self, rank: int) -> None:
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM segments WHERE rank = ?", (rank,))
+
     # sessions
 
     def sessions(self) -> list[SessionRow]:

@@ -109,17 +109,24 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 step=facts.id.step,
             )
 
-        work = asyncio.ensure_future(verify(job, facts.id, count))
+        bad: list[tuple[int, int, str]] = []
+
+        async def check() -> None:
+            bad.extend(await verify(job, facts.id, count))
+            job.settle()
+
+        work = self.node.context.keep(check())  # it ends by itself if the caller goes away
         while not work.done():
             await asyncio.wait([work], timeout=PROGRESS_INTERVAL_S)
             if not work.done():
                 yield progress(is_finished=False)
+        failure = work.exception()
+        if isinstance(failure, SnapdError):
+            await refuse(context, failure)
         last = progress(is_finished=True)
         last.bad_chunks.extend(
-            trainer_pb2.BadChunk(rank=rank, chunk_index=index, what=what)
-            for rank, index, what in work.result()
+            trainer_pb2.BadChunk(rank=rank, chunk_index=index, what=what) for rank, index, what in bad
         )
-        job.settle()
         yield last
 
     @told

@@ -116,7 +116,7 @@ def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested
     arena.pool.settle(session.key(lane), digested.own)
     arena.pool.hold(digested.shared)
     job.ledger.add(record, session_id=session.id, sequence=hand_over.sequence, is_verified=True)
-    _tell_places(session.page, lane, hand_over, digested)
+    tell_places(session.page, lane, record)
     captured = session.page.load("captured_step_plus_one")
     session.page.store("captured_step_plus_one", max(captured, hand_over.step + 1))
     point("daemon.captured.after")
@@ -142,16 +142,14 @@ def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested
     )
 
 
-def _tell_places(page: ControlPage, lane: int, hand_over: HandOver, digested: Digested) -> None:
+def tell_places(page: ControlPage, lane: int, record: ShardRecord) -> None:
     """Put the final places into the lane's table: the trainer names them for chunks that did not change."""
-    places = [chunk.place for chunk in digested.chunks]
-    page.write_entries(
-        lane,
-        [place.segment for place in places],
-        [place.frame for place in places],
-        hand_over.nbytes,
-        hand_over.flags,
-    )
+    segments, frames, nbytes, flags = page.read_entries(lane)
+    if len(nbytes) != len(record.chunks):
+        return  # not what was recorded: the trainer has written to a lane that it had handed over
+    places = record.places
+    segments, frames = [place.segment for place in places], [place.frame for place in places]
+    page.write_entries(lane, segments, frames, nbytes, flags)
 
 
 def _refuse(job: Job, session: Session, lane: int, error: SnapdError) -> None:

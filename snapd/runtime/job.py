@@ -165,6 +165,23 @@ class Job:
                 reason=reason,
             )
         self.ledger.forget_passed(closed_below=closed_below)
+        self._release_ranks_that_are_gone()
+
+    def _release_ranks_that_are_gone(self) -> None:
+        """A smaller world has a complete snapshot of its own: the segments of ranks beyond it are of no use."""
+        newest = self.ledger.newest_complete()
+        used = {session.rank for session in self.live_sessions()}
+        for rank, arena in list(self.arenas.items()):
+            if newest is None or rank < newest.world_size or rank in used or arena.growing.locked():
+                continue
+            if arena.pool.free_count < arena.pool.total_count:
+                continue
+            self.index.remove_segments(rank)
+            del self.arenas[rank]
+            for segment in arena.memory.segments.values():
+                segment.path.unlink(missing_ok=True)
+            self.context.metrics.arena_bytes.dec(arena.memory.nbytes)
+            self.context.log.info("arena.released", job=self.name, rank=rank, nbytes=arena.memory.nbytes)
 
     def _shard_is_gone(self, rank: int, shard: ShardFacts) -> None:
         """A session's newest shard was dropped: its page says so."""

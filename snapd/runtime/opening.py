@@ -127,7 +127,7 @@ def _is_unanswered(session: Session, peer: Peer) -> bool:
 
 
 def _choose_chunk_bytes(context: Context, job: Job, opening: Opening) -> None:
-    if job.chunk_bytes:
+    if job.chunk_bytes and (job.arena_bytes or any(True for _ in job.live_sessions())):
         return
     chunk_bytes, reason = choose_chunk_bytes(
         opening.state_bytes_estimate,

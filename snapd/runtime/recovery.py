@@ -15,11 +15,13 @@ from snapd.coordination.base import Coordination
 from snapd.core.frames import FramePool
 from snapd.core.ids import Place
 from snapd.core.ledger import SnapshotFacts
+from snapd.core.manifest import ShardRecord
 from snapd.core.states import LaneState, LaneStep, SessionEvent, SessionState
 from snapd.errors import IntegrityError, InvariantViolated, JobUnusable
 from snapd.memory.folders import JobFolder
 from snapd.memory.index import KEEP_FILES_HINT, Index, SessionRow
 from snapd.memory.segments import Segment
+from snapd.runtime.capture import tell_places
 from snapd.runtime.context import Context
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Process
@@ -139,7 +141,7 @@ def _load_session(job: Job, row: SessionRow, find_process: ProcessFinder) -> Ses
 def _claim_lanes(job: Job, session: Session) -> None:
     """What the page says was granted: each frame must be free, or part of this lane's recorded shard."""
     pool, page = job.arena(session.rank).pool, session.page
-    recorded = _recorded_sequences(job, session)
+    recorded = _recorded_shards(job, session)
     for lane in range(page.lane_count):
         state = session.lane_state(lane)
         if state is None:
@@ -147,7 +149,9 @@ def _claim_lanes(job: Job, session: Session) -> None:
             raise IntegrityError(f"control page {name}: bad state of lane {lane}", kind="page")
         if state is LaneState.FREE:
             continue
-        if state is LaneState.COMPLETE and page.lane_load(lane, "sequence") in recorded:
+        record = recorded.get(page.lane_load(lane, "sequence")) if state is LaneState.COMPLETE else None
+        if record is not None:
+            tell_places(page, lane, record)
             session.move_lane(lane, LaneState.COMPLETE, LaneStep.FINISH)
             continue
         _claim(pool, session, lane)
@@ -170,9 +174,10 @@ def _claim(pool: FramePool, session: Session, lane: int) -> None:
     )
 
 
-def _recorded_sequences(job: Job, session: Session) -> set[int]:
+def _recorded_shards(job: Job, session: Session) -> dict[int, ShardRecord]:
+    """The session's captured shards, by the sequence of their lanes."""
     return {
-        shard.sequence
+        shard.sequence: shard.record
         for facts in job.ledger.snapshots.values()
         for shard in facts.shards.values()
         if shard.session_id == session.id

@@ -11,7 +11,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.ledger import ShardFacts, SnapshotFacts
 from snapd.core.manifest import ShardRecord
 from snapd.core.restore import Decision, Outcome, RankReport, RestoreRound, Verdicts, choose
-from snapd.errors import ConflictError, NotFoundError, UnavailableError
+from snapd.errors import ConflictError, FencedError, NotFoundError, UnavailableError
 from snapd.memory.hashing import bad_chunks
 from snapd.runtime.digesting import read_layout
 from snapd.runtime.faultpoints import point
@@ -88,7 +88,9 @@ async def verify(
     """Hash every chunk of a snapshot again; mark it verified or unusable. Returns the bad ones: (rank, index,
     what).
     """
-    facts = job.ledger.snapshots[snapshot]
+    facts = job.ledger.snapshots.get(snapshot)
+    if facts is None:
+        raise NotFoundError(f"snapshot {snapshot} has been dropped meanwhile", kind="snapshot", job=job.name)
     job.ledger.hold(snapshot)
     bad: list[tuple[int, int, str]] = []
     try:
@@ -199,10 +201,13 @@ async def finish_restore(job: Job, session: Session, number: int, report: RankRe
     round_.report(session.rank, report)
     job.changes.notify()
 
-    def is_answered() -> bool:
-        return round_.settle(lost_ranks=_lost_ranks(job, generation)) is not None
+    def is_over() -> bool:
+        is_answered = round_.settle(lost_ranks=_lost_ranks(job, generation)) is not None
+        return is_answered or job.is_removed or not session.is_served
 
-    await job.changes.wait_until(is_answered, job.context.settings.restore_finish_s)
+    await job.changes.wait_until(is_over, job.context.settings.restore_finish_s)
+    if round_.answer is None and (job.is_removed or not session.is_served):
+        raise FencedError("the restore was overtaken by a newer generation", kind="stale_generation")
     answer = round_.settle(is_late=True)
     assert answer is not None
     async with job.planning:
@@ -254,4 +259,5 @@ def release_rounds(job: Job, *, below: int) -> None:
             and round_.decision.chosen is not None
         ):
             job.ledger.unhold(round_.decision.chosen)
+        round_.is_concluded = True
         del job.rounds[key]

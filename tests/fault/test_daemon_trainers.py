@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -366,3 +367,64 @@ def test_the_widened_interval_outlives_the_daemon(daemon: DaemonProcess) -> None
     trainer.skip(10_000)
     wait_for(lambda: trainer.word("interval_steps") == 20, "it is widened further, not begun anew")
     trainer.disconnect()
+
+
+def test_a_smaller_world_releases_what_the_larger_had(daemon: DaemonProcess) -> None:
+    larger = [daemon.trainer_process(), daemon.trainer_process()]
+    for rank, trainer in enumerate(larger):
+        trainer.do("open", job="a", rank=rank, world_size=2, state_bytes_estimate=STATE)
+        trainer.do("capture", step=1)
+    for trainer in larger:
+        trainer.kill()
+    alone = daemon.trainer()
+    alone.open(job="a", incarnation="two", state_bytes_estimate=STATE, fresh=True)
+    assert daemon.job("a").arena_bytes == 4 * STATE
+    alone.capture(1)
+    alone.wait_complete(1)
+    wait_for(lambda: daemon.job("a").arena_bytes == 2 * STATE, "rank 1's segments are released")
+    daemon.restart()
+    alone.reconnect()
+    alone.capture(2)
+    assert daemon.job("a").arena_bytes == 2 * STATE
+    alone.disconnect()
+
+
+def test_a_restore_that_is_overtaken_ends_at_once(daemon: DaemonProcess) -> None:
+    first = [daemon.trainer(), daemon.trainer()]
+    for rank, trainer in enumerate(first):
+        trainer.open(job="a", rank=rank, world_size=2, state_bytes_estimate=STATE)
+        trainer.capture(1)
+    second = daemon.trainer()
+    second.open(job="a", rank=0, world_size=2, incarnation="two", state_bytes_estimate=STATE)
+    assert second.plan().step == 1
+    third = daemon.trainer()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(second.finish)
+        wait_for(lambda: not waiting.done(), "rank 0 waits for rank 1")
+        third.open(job="a", rank=0, world_size=2, incarnation="three", state_bytes_estimate=STATE)
+        with pytest.raises(Refused) as refused:
+            waiting.result(timeout=10)
+    assert refused.value.kind == "stale_generation"
+    assert third.plan().step == 1
+    for trainer in (*first, second, third):
+        trainer.disconnect()
+
+
+def test_a_trainer_in_another_pid_namespace_lives_as_long_as_its_connection() -> None:
+    with daemon_folders() as daemon:
+        probe = subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False)
+        if probe.returncode != 0:
+            pytest.skip("no new pid namespace can be made here")
+        daemon.start(prefix=["unshare", "--pid", "--fork", "--kill-child"])
+        trainer = daemon.trainer_process()
+        trainer.do("open", job="a", state_bytes_estimate=STATE)
+        trainer.do("capture", step=1)
+        trainer.do("open_lane", step=2)
+        assert [(s.pid, s.state) for s in daemon.job("a").sessions] == [(0, "attached")]
+        second = daemon.trainer()
+        second.open(job="a", incarnation="two", state_bytes_estimate=STATE)
+        assert second.restore() == 1
+        assert sum(s.chunks_set_aside for s in daemon.job("a").sessions) == 6
+        trainer.kill()
+        wait_for(lambda: chunks_free_again_of_fenced(daemon), "its end is the end of its connection")
+        second.disconnect()

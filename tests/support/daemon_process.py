@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,12 @@ class DaemonProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.trainers: list[TrainerProcess] = []
 
-    def start(self, *, is_waiting: bool = True, **settings: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, *, is_waiting: bool = True, prefix: Sequence[str] = (), **settings: str
+    ) -> subprocess.Popen[bytes]:
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _RUN], env={**self.env, **settings}, stderr=log, stdout=log
+                [*prefix, sys.executable, "-c", _RUN], env={**self.env, **settings}, stderr=log, stdout=log
             )
         if is_waiting:
             wait_for(self.is_answering, "the daemon answers")
