@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 
 import typer
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.text import Text
 
 from snapd.cli.options import JsonOption
 from snapd.cli.outcome import ExitCode, reports_errors
-from snapd.cli.output import print_json, print_parts, table
+from snapd.cli.output import print_json, print_parts
 from snapd.cli.settings import ConfigOption, load_settings
 from snapd.config import Explained, Loaded, env_name, explain, fields_of
-
-HEADINGS = ("SETTING", "VALUE", "FROM", "DEFAULT", "BOUND", "WHAT IT TRADES")
 
 app = typer.Typer(no_args_is_help=True, help="Show the settings and where they come from.")
 
@@ -33,15 +34,19 @@ def explain_settings(as_json: JsonOption = False, config: ConfigOption = None) -
     if as_json:
         print_json([setting_json(row) for row in rows])
     else:
-        print_parts(table(HEADINGS, [setting_row(row) for row in rows]))
+        print_parts(*(part for row in rows for part in setting_parts(row)))
     return ExitCode.DONE
 
 
-def setting_row(setting: Explained) -> tuple[str, ...]:
-    """A row under HEADINGS."""
+def setting_parts(setting: Explained) -> list[RenderableType]:
+    """A setting: name and value, where it comes from, its bound; below, what it trades."""
     value = setting.value or '""'
-    default = "" if setting.source == "default" else setting.default
-    return (setting.path, value, setting.source, default, setting.bound, setting.doc)
+    origin = "the default" if setting.source == "default" else f"from {setting.source}"
+    facts = [origin, setting.bound]
+    if setting.source != "default":
+        facts.append(f"default {setting.default or 'empty'}")
+    head = Text.assemble((setting.path, "bold"), f" = {value}  ({'; '.join(fact for fact in facts if fact)})")
+    return [head, Padding(Text(setting.doc), (0, 0, 0, 4))]
 
 
 def setting_json(setting: Explained) -> dict[str, object]:

@@ -40,7 +40,9 @@ def doctor(
     if as_json:
         print_json([finding_json(finding) for finding in findings])
     else:
-        print_parts(table(HEADINGS, [row for finding in findings for row in finding_rows(finding)]))
+        print_parts(
+            table(HEADINGS, [row for finding in findings for row in finding_rows(finding)], text=HEADINGS[2:])
+        )
     is_bad = any(finding.verdict is Verdict.BAD for finding in findings)
     return ExitCode.UNUSABLE if is_bad else ExitCode.DONE
 

@@ -16,10 +16,10 @@ from snapd.errors import NotFoundError
 from snapd.units import format_size
 
 HEADINGS = (
-    "JOB", "GENERATION", "STEP", "STATE", "RANKS", "SIZE", "SHARED", "CAPTURED", "PARENT", "VERIFIED",
+    "JOB", "GEN", "STEP", "STATE", "RANKS", "SIZE", "SHARED", "CAPTURED", "PARENT", "VERIFIED",
     "PROBLEM",
 )  # fmt: skip
-RIGHT = ("GENERATION", "STEP", "RANKS", "SIZE", "SHARED")
+RIGHT = ("GEN", "STEP", "RANKS", "SIZE", "SHARED")
 
 
 def ls(

@@ -12,25 +12,29 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH_IN_A_PIPE = 400  # lines for grep and awk are not wrapped
+_WIDTH_UNWRAPPED = 1000
 
 
 def console() -> Console:
     """Where tables go."""
-    return Console(width=None if sys.stdout.isatty() else _WIDTH_IN_A_PIPE, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_UNWRAPPED, highlight=False)
 
 
 def print_parts(*parts: RenderableType) -> None:
-    """Tables and lines on stdout; in a pipe without the blanks that pad them."""
-    target = console()
-    if target.is_terminal:
-        for part in parts:
+    """Tables and lines on stdout, without the blanks that pad them.
+
+    Only columns of text are wrapped to the terminal; a table of names and numbers keeps its lines, however long.
+    """
+    terminal = console()
+    wide = Console(width=_WIDTH_UNWRAPPED, highlight=False, force_terminal=terminal.is_terminal)
+    for part in parts:
+        keeps_lines = isinstance(part, str) or (
+            isinstance(part, Table) and all(c.no_wrap for c in part.columns)
+        )
+        target = wide if keeps_lines else terminal
+        with target.capture() as captured:
             target.print(part)
-        return
-    with target.capture() as captured:
-        for part in parts:
-            target.print(part)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def print_json(document: object) -> None:
@@ -43,14 +47,25 @@ def print_json_line(document: object) -> None:
     print(json.dumps(document), flush=True)
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    """A plain table; columns in `right` are aligned to the right, columns without any text left out."""
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    text: Sequence[str] = (),
+) -> Table:
+    """A plain table without the columns that hold nothing.
+
+    Args:
+        right: headings of columns that are aligned to the right.
+        text: headings of columns that may be wrapped.
+    """
     shown = [i for i in range(len(headings)) if i == 0 or any(row[i] for row in rows)]
     result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i in shown:
-        is_right = headings[i] in right
+        name = headings[i]
         result.add_column(
-            headings[i], justify="right" if is_right else "left", no_wrap=is_right, overflow="fold"
+            name, justify="right" if name in right else "left", no_wrap=name not in text, overflow="fold"
         )
     for row in rows:
         result.add_row(*(Text(row[i]) for i in shown))

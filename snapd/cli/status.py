@@ -15,13 +15,13 @@ from snapd.cli.output import facts, format_age, print_json, print_parts, table
 from snapd.errors import NotFoundError
 from snapd.units import format_size
 
-JOB_HEADINGS = ("JOB", "GENERATION", "COMPLETE", "ARENA", "IN USE", "TRAINERS", "PROBLEM")
+JOB_HEADINGS = ("JOB", "GEN", "COMPLETE", "ARENA", "IN USE", "TRAINERS", "PROBLEM")
 SESSION_HEADINGS = (
-    "JOB", "RANK", "GENERATION", "PID", "STATE", "CAPTURED", "CHUNKS", "SET ASIDE", "SKIPPED", "DISCARDED",
+    "JOB", "RANK", "GEN", "PID", "STATE", "CAPTURED", "CHUNKS", "SET ASIDE", "SKIPPED", "DISCARDED",
     "WINDOW",
 )  # fmt: skip
 RIGHT = (
-    "GENERATION", "ARENA", "IN USE", "TRAINERS", "RANK", "PID", "CAPTURED", "CHUNKS", "SET ASIDE", "SKIPPED",
+    "GEN", "ARENA", "IN USE", "TRAINERS", "RANK", "PID", "CAPTURED", "CHUNKS", "SET ASIDE", "SKIPPED",
     "DISCARDED", "WINDOW",
 )  # fmt: skip
 

@@ -1,7 +1,9 @@
 """Which tensors of a shard go into its exported file, under which names and in which form. Pure."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from snapd_proto import format_pb2
@@ -9,7 +11,7 @@ from snapd_proto import format_pb2
 from snapd.export.dtypes import StoredType, stored_type
 from snapd.export.safetensors_file import Entry
 from snapd.export.shard_bytes import bad_shard
-from snapd.export.shard_view import exported_names, holder_rank, itemsize
+from snapd.export.shard_view import exported_names, has_bytes, holder_rank, itemsize
 from snapd.export.strides import is_row_major
 
 
@@ -54,17 +56,35 @@ class Contents:
         return sum(tensor.nbytes for tensor in self.stored)
 
 
-def contents_of(layout: format_pb2.ShardLayout) -> Contents:
+@dataclass(frozen=True)
+class _Holder:
+    """Another rank's layout, with its tensors by name."""
+
+    layout: format_pb2.ShardLayout
+    tensors: Mapping[str, format_pb2.Tensor]
+
+    @staticmethod
+    def of(layout: format_pb2.ShardLayout) -> _Holder:
+        return _Holder(layout, {tensor.name: tensor for tensor in layout.tensors if has_bytes(tensor)})
+
+
+def contents_of(
+    layout: format_pb2.ShardLayout, layouts: Mapping[int, format_pb2.ShardLayout] | None = None
+) -> Contents:
     """Choose names and forms for all tensors of a checked layout.
 
     Tensors that are the same view of the same bytes are stored once. Elements of larger size come first in
     the file, so that each tensor is aligned to its element; within a size the order is that of the shard.
 
+    Args:
+        layouts: of the ranks that keep bytes for this one (replicas of one node share the work), by rank.
     Raises:
-        IntegrityError: a tensor's span does not fit its element type.
+        IntegrityError: a tensor's span does not fit its element type, or the rank that should keep its bytes
+            does not have it.
     """
+    others = {rank: _Holder.of(other) for rank, other in (layouts or {}).items() if rank != layout.rank}
     names = exported_names(layout)
-    candidates = [_stored_tensor(layout, number, name) for number, name in names.items()]
+    candidates = [_stored_tensor(layout, number, name, others) for number, name in names.items()]
     aliases: dict[str, str] = {}
     kept: list[StoredTensor] = []
     first_of: dict[tuple[object, object], str] = {}
@@ -81,7 +101,12 @@ def contents_of(layout: format_pb2.ShardLayout) -> Contents:
     return Contents(stored=kept, aliases=aliases, overlapping=_overlapping(kept), names=names)
 
 
-def _stored_tensor(layout: format_pb2.ShardLayout, number: int, name: str) -> StoredTensor:
+def _stored_tensor(
+    layout: format_pb2.ShardLayout,
+    number: int,
+    name: str,
+    others: Mapping[int, _Holder],
+) -> StoredTensor:
     tensor = layout.tensors[number]
     form = stored_type(tensor.dtype)
     size = itemsize(tensor)
@@ -90,17 +115,37 @@ def _stored_tensor(layout: format_pb2.ShardLayout, number: int, name: str) -> St
             what = f"layout: tensor {tensor.name!r}: {size} bytes per element of type {tensor.dtype}"
             raise bad_shard(layout.rank, None, what)
         form = StoredType(name="U8", itemsize=size, is_exact=False)
-    region = layout.regions[tensor.region] if tensor.nbytes else format_pb2.Region()
+    rank, shard_offset = _place(layout, tensor, others) if tensor.nbytes else (layout.rank, 0)
     return StoredTensor(
         number=number,
         name=name,
         stored_type=form,
         shape=list(tensor.shape),
         strides=list(tensor.strides),
-        holder_rank=holder_rank(layout, tensor) if tensor.nbytes else layout.rank,
-        shard_offset=region.shard_offset + tensor.region_offset,
+        holder_rank=rank,
+        shard_offset=shard_offset,
         span_nbytes=tensor.nbytes,
     )
+
+
+def _place(
+    layout: format_pb2.ShardLayout, tensor: format_pb2.Tensor, others: Mapping[int, _Holder]
+) -> tuple[int, int]:
+    """(rank, offset in its shard) of the tensor's first byte. Another rank has it under the same name."""
+    rank = holder_rank(layout, tensor)
+    if rank == layout.rank:
+        return rank, layout.regions[tensor.region].shard_offset + tensor.region_offset
+    theirs = others[rank].tensors.get(tensor.name) if rank in others else None
+    if theirs is not None:
+        region = others[rank].layout.regions[theirs.region]
+        if _form(theirs) == _form(tensor) and not region.held_by_rank_plus_one:
+            return rank, region.shard_offset + theirs.region_offset
+    what = f"layout: the bytes of {tensor.name!r} should lie in the shard of rank {rank}, but do not"
+    raise bad_shard(layout.rank, None, what)
+
+
+def _form(tensor: format_pb2.Tensor) -> tuple[str, list[int], list[int]]:
+    return tensor.dtype, list(tensor.shape), list(tensor.strides)
 
 
 def _overlapping(tensors: Iterable[StoredTensor]) -> list[list[str]]:

@@ -63,7 +63,11 @@ def check_target(target: Path) -> None:
 
 def export_nbytes(views: Mapping[int, ShardView], ranks: Sequence[int]) -> int:
     """Tensor bytes that exporting these ranks writes, for a progress bar and a look at the free space."""
-    return sum(contents_of(views[rank].layout).nbytes for rank in ranks)
+    return sum(_contents(views, rank).nbytes for rank in ranks)
+
+
+def _contents(views: Mapping[int, ShardView], rank: int) -> Contents:
+    return contents_of(views[rank].layout, {other: view.layout for other, view in views.items()})
 
 
 def write_directory(
@@ -91,7 +95,7 @@ def write_directory(
         files: list[ExportedFile] = []
         tensor_count = nbytes = 0
         for rank in sorted(ranks):
-            contents = contents_of(views[rank].layout)
+            contents = _contents(views, rank)
             files += _write_rank(working, views, rank, contents, progress)
             tensor_count += len(contents.stored)
             nbytes += contents.nbytes

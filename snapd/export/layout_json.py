@@ -85,6 +85,8 @@ def _tensor_json(
     """One tensor; the components of a wrapper are nested in it."""
     tensor = layout.tensors[number]
     result: dict[str, Json] = {"dtype": tensor.dtype, "shape": [*tensor.shape], "strides": [*tensor.strides]}
+    if tensor.live_strides:  # the trainer's; it is stored without its holes
+        result["live_strides"] = [*tensor.live_strides]
     result.update(_box_json(tensor))
     for flag in ("requires_grad", "is_parameter", "is_frozen"):
         if getattr(tensor, flag):

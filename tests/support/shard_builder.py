@@ -57,13 +57,12 @@ class ShardBuilder:
         self._data.append(data)
         return len(self.layout.regions) - 1
 
-    def remote_region(self, holder: int, shard_offset: int, nbytes: int) -> int:
-        """A region whose bytes another rank's shard holds."""
+    def remote_region(self, holder: int, nbytes: int) -> int:
+        """A region whose bytes another rank's shard holds, in tensors of the same names."""
         self.layout.regions.add(
             nbytes=nbytes,
             range_name="parameters",
             held_by_rank_plus_one=holder + 1,
-            shard_offset=shard_offset,
         )
         self._data.append(b"")
         return len(self.layout.regions) - 1

@@ -175,18 +175,27 @@ def test_components_of_subclasses_go_by_name_and_attribute(tmp_path: Path) -> No
     assert set(rest["tensors"]) == {"exp_avg", "weight"}
 
 
-def test_bytes_that_another_rank_holds_are_fetched_there(tmp_path: Path) -> None:
+def test_bytes_that_another_rank_holds_are_fetched_there_by_name(tmp_path: Path) -> None:
     weight = torch.randn(64, 64)
     holder = ShardBuilder(rank=0, world_size=2)
-    number = holder.plain("w", "float32", [64, 64], _raw(weight))
-    built = holder.build()
+    holder.plain("other", "float32", [100], bytes(400))
+    holder.plain("w", "float32", [64, 64], _raw(weight))
     other = ShardBuilder(rank=1, world_size=2)
-    at = built.layout.regions[built.layout.tensors[number].region].shard_offset
-    other.tensor("w", "float32", [64, 64], other.remote_region(0, at, 16384), nbytes=16384)
-    target = _export(tmp_path, built, other.build(), ranks=[1])
+    other.tensor("w", "float32", [64, 64], other.remote_region(0, 16384), nbytes=16384)
+    target = _export(tmp_path, holder.build(), other.build(), ranks=[1])
     found, _ = _load(target, rank=1)
     assert torch.equal(found["w"], weight)
     assert not (target / "rank-00000.json").exists()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("w", [32, 128]), ("v", [64, 64])])
+def test_a_holder_that_has_it_otherwise_is_refused(tmp_path: Path, name: str, shape: list[int]) -> None:
+    holder = ShardBuilder(rank=0, world_size=2)
+    holder.plain(name, "float32", shape, bytes(16384))
+    other = ShardBuilder(rank=1, world_size=2)
+    other.tensor("w", "float32", [64, 64], other.remote_region(0, 16384), nbytes=16384)
+    with pytest.raises(IntegrityError, match="'w' should lie in the shard of rank 0"):
+        _export(tmp_path, holder.build(), other.build(), ranks=[1])
 
 
 def test_snapshot_json_names_every_file_with_its_hash(tmp_path: Path) -> None:
