@@ -20,12 +20,18 @@ STATE = 6 << 16
 PLAN = trainer_pb2.PlanRestoreReply
 
 
-@pytest.fixture
-def daemon() -> Iterator[DaemonProcess]:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[DaemonProcess]:
     with daemon_folders() as found:
         found.start()
         yield found
         assert found.stop() == 0, found.log_file.read_text()[-3000:]
+
+
+@pytest.fixture
+def daemon(shared: DaemonProcess) -> Iterator[DaemonProcess]:
+    yield shared
+    shared.clear()
 
 
 def one_snapshot(daemon: DaemonProcess, job: str = "a", steps: int = 1) -> None:
@@ -220,6 +226,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("name", ["handshake.sock", "snapd.sock"])
 def test_garbage_on_a_socket_ends_that_connection_only(daemon: DaemonProcess, name: str) -> None:
+    daemon.restart()  # it says each thing once in its life
     trainer = daemon.trainer()
     trainer.open(job="a", state_bytes_estimate=STATE)
     for garbage in GARBAGE * 3:

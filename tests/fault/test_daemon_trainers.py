@@ -17,12 +17,18 @@ from tests.support.fake_trainer import Refused
 STATE = 6 << 16
 
 
-@pytest.fixture
-def daemon() -> Iterator[DaemonProcess]:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[DaemonProcess]:
     with daemon_folders() as found:
         found.start()
         yield found
         assert found.stop() == 0, found.log_file.read_text()[-3000:]
+
+
+@pytest.fixture
+def daemon(shared: DaemonProcess) -> Iterator[DaemonProcess]:
+    yield shared
+    shared.clear()
 
 
 def chunks_free_again(daemon: DaemonProcess, job: str) -> bool:

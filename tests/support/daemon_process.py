@@ -101,10 +101,12 @@ class DaemonProcess:
         }
         self.process: subprocess.Popen[bytes] | None = None
         self.trainers: list[TrainerProcess] = []
+        self.has_other_settings = False
 
     def start(
         self, *, is_waiting: bool = True, prefix: Sequence[str] = (), **settings: str
     ) -> subprocess.Popen[bytes]:
+        self.has_other_settings = bool(settings or prefix)
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "-c", _RUN], env={**self.env, **settings}, stderr=log, stdout=log
@@ -134,6 +136,20 @@ class DaemonProcess:
         """kill -9, then a new one."""
         self.kill()
         self.start(**settings)
+
+    def clear(self) -> None:
+        """Between tests that share a daemon: no trainers, no jobs, an empty log, the settings that it began with."""
+        assert self.process is not None
+        for trainer in self.trainers:
+            trainer.kill()
+        self.trainers.clear()
+        if self.process.poll() is not None or self.has_other_settings:
+            if self.process.poll() is None:
+                self.kill()
+            self.start()
+        for job in self.status().jobs:
+            self.admin("RemoveJob", admin_pb2.RemoveJobRequest(job=job.job, force=True))
+        os.truncate(self.log_file, 0)
 
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""
