@@ -97,7 +97,9 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
     asyncio.get_running_loop().set_exception_handler(lambda _, context: _unhandled(context, log, fatal))
     settings = node_settings(config)
     with (
-        ThreadPoolExecutor(settings.hash_threads, thread_name_prefix="snapd-hash") as hashing,
+        ThreadPoolExecutor(
+            settings.hash_threads, thread_name_prefix="snapd-hash", initializer=_preempt_nobody
+        ) as hashing,
         ThreadPoolExecutor(1, thread_name_prefix="snapd-back") as blocking,
     ):
         context = Context(
@@ -122,6 +124,12 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
         log.error("daemon.failed", exception=error, reason=str(error))
     log.info("daemon.stopped", pid=os.getpid())
     return EXIT_BUG if failures else EXIT_OK
+
+
+def _preempt_nobody() -> None:
+    """Waking this thread takes no core from a training thread (docs/adr/0003); its share stays that of any other."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _unhandled(context: dict[str, Any], log: EventLog, fatal: Callable[[BaseException], None]) -> None:
