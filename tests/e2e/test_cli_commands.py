@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -272,6 +273,43 @@ def test_a_snapshot_is_kept_while_a_command_reads_it(commands: Commands) -> None
 
 
 # --- the daemon itself ------------------------------------------------------------------------------------------
+def test_a_broken_job_is_named_and_the_rest_is_served(commands: Commands) -> None:
+    _capture(commands, 5).disconnect()
+    _capture(commands, 6, job="other").disconnect()
+    commands.daemon.kill()
+    index = commands.daemon.arena / "jobs" / "job" / "index.db"
+    index.with_name("index.db-wal").unlink(missing_ok=True)
+    index.write_bytes(index.read_bytes()[:1000])
+    commands.daemon.start()
+    problems = {job["job"]: job["problem"] for job in commands.json("status")["jobs"]}
+    assert problems["other"] is None and "index of job 'job'" in problems["job"]
+    assert "index of job 'job'" in commands.run("show", "job", code=3)
+    assert [snapshot["job"] for snapshot in commands.json("ls")] == ["other"]
+    daemon = next(check for check in commands.json("doctor", code=3) if check["check"] == "daemon")
+    assert daemon["verdict"] == "BAD" and "index of job 'job'" in daemon["found"]
+    commands.run("verify", "other")
+    assert "job_unusable" in commands.run("rm", "job", code=3)
+    commands.run("rm", "job", "--force")
+    assert [job["job"] for job in commands.json("status")["jobs"]] == ["other"]
+
+
+def test_top_refreshes_on_a_terminal_until_it_is_interrupted(commands: Commands) -> None:
+    _capture(commands, 5)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "snapd", "top"]
+    top = subprocess.Popen(
+        command, env={**commands.daemon.env, "TERM": "xterm"}, cwd=ROOT, stdin=theirs, stdout=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    while shown.count(b"step 5") < 2:  # the second screen
+        shown += os.read(ours, 65536)
+    assert b"attached" in shown
+    top.send_signal(signal.SIGINT)
+    assert top.wait(20) == 0
+    os.close(ours)
+
+
 def test_nobody_there_is_unreachable(tmp_path: Path) -> None:
     for name in ("status", "ls", "verify", "top"):
         result = CliRunner().invoke(app, [name, "--runtime-dir", str(tmp_path / "none")])
