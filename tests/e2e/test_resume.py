@@ -25,7 +25,6 @@ RUNNER = [str(ROOT / "tests" / "support" / "resume_runner.py")]
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
     with Node(prefix="snapd-test-resume") as node:
-        node.start()
         yield node
 
 
