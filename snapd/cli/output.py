@@ -26,15 +26,19 @@ def print_parts(*parts: RenderableType) -> None:
     Only columns of text are wrapped to the terminal; a table of names and numbers keeps its lines, however long.
     """
     terminal = console()
-    wide = Console(width=_WIDTH_UNWRAPPED, highlight=False, force_terminal=terminal.is_terminal)
     for part in parts:
         keeps_lines = isinstance(part, str) or (
-            isinstance(part, Table) and all(c.no_wrap for c in part.columns)
+            isinstance(part, Table) and all(column.no_wrap for column in part.columns)
         )
-        target = wide if keeps_lines else terminal
-        with target.capture() as captured:
-            target.print(part)
-        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        print(rendered(part, width=_WIDTH_UNWRAPPED if keeps_lines else terminal.width))
+
+
+def rendered(part: RenderableType, *, width: int = _WIDTH_UNWRAPPED) -> str:
+    """A table or line as text, with the terminal's styles if stdout is one, without the blanks that pad it."""
+    target = Console(width=width, highlight=False, force_terminal=sys.stdout.isatty())
+    with target.capture() as captured:
+        target.print(part)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def print_json(document: object) -> None:

@@ -6,13 +6,13 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Group
 from rich.live import Live
+from rich.text import Text
 
 from snapd.cli.connect import connected
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
-from snapd.cli.output import console, print_json_line, print_parts
+from snapd.cli.output import console, print_json_line, print_parts, rendered
 from snapd.cli.status import status_json, status_tables
 from snapd.rpc.local_client import LocalClient
 
@@ -35,8 +35,10 @@ def top(
     return ExitCode.DONE
 
 
-def _screen(client: LocalClient) -> Group:
-    return Group(*status_tables(client.status()))
+def _screen(client: LocalClient) -> Text:
+    """The status; what does not fit into the terminal is cut off, not wrapped."""
+    lines = "\n".join(map(rendered, status_tables(client.status())))
+    return Text.from_ansi(lines, no_wrap=True, overflow="crop")
 
 
 def _show_live(client: LocalClient) -> None:

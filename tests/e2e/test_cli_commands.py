@@ -294,7 +294,7 @@ def test_a_broken_job_is_named_and_the_rest_is_served(commands: Commands) -> Non
 
 
 def test_top_refreshes_on_a_terminal_until_it_is_interrupted(commands: Commands) -> None:
-    _capture(commands, 5)
+    trainer = _capture(commands, 5)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "snapd", "top"]
     top = subprocess.Popen(
@@ -308,6 +308,7 @@ def test_top_refreshes_on_a_terminal_until_it_is_interrupted(commands: Commands)
     top.send_signal(signal.SIGINT)
     assert top.wait(20) == 0
     os.close(ours)
+    trainer.disconnect()
 
 
 def test_nobody_there_is_unreachable(tmp_path: Path) -> None:
