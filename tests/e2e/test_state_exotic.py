@@ -205,6 +205,79 @@ def test_objects_that_tell_their_own_state(copies: bool) -> None:
     assert live.shadow["bias"].unique().tolist() == [3.0]
 
 
+class Offload(torch.optim.Optimizer):
+    """torchao's CPUOffloadOptimizer: never runs the base's __init__, tells its own state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = [torch.optim.AdamW([p], lr=1e-2) for p in model.parameters()]
+
+    @property
+    def param_groups(self) -> Any:
+        return [group for optimizer in self.inner for group in optimizer.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.inner:
+            optimizer.zero_grad()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.inner:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"offloaded": [optimizer.state_dict() for optimizer in self.inner]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, part in zip(self.inner, state["offloaded"], strict=True):
+            optimizer.load_state_dict(part)
+
+
+def test_a_wrapper_that_tells_its_own_state() -> None:
+    def make(seed: int) -> World:
+        torch.manual_seed(seed)
+        model = nn.Linear(128, 64)
+        return World(model, [Offload(model)], [], Row("offload", Offload))
+
+    def train(world: World) -> Any:
+        for _ in range(3):
+            world.optimizers[0].zero_grad()
+            world.model(torch.randn(4, 128)).square().sum().backward()
+            world.optimizers[0].step()
+        return [bits(p) for p in world.model.parameters()]
+
+    world = make(1)
+    train(world)
+    tree = make_tree(world.state())
+    assert tree.optimizers == [], "it cannot be hooked"
+    snapshot = Loopback(tree).capture()
+    expected = train(world)
+    resumed = make(2)
+    restore(make_tree(resumed.state()), snapshot)
+    assert train(resumed) == expected
+
+
+def test_a_quantised_frozen_base_with_an_adapter() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def make(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        base, adapter = nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 64)
+        quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+        base.requires_grad_(False)
+        return {"base": base, "adapter": adapter, "optimizer": torch.optim.AdamW(adapter.parameters())}
+
+    state = make(1)
+    snapshot = Loopback(make_tree(state)).capture()
+    layout = snapshot.layout
+    weight = next(tensor for tensor in layout.tensors if tensor.name == "base.0.weight")
+    parts = [layout.tensors[part.tensor] for part in weight.subclass.components]
+    assert parts and {layout.regions[part.region].range_name for part in parts} == {"frozen"}
+    live = make(2)
+    restore(make_tree(live), snapshot)
+    assert bits(live["base"][0].weight) == bits(state["base"][0].weight)
+    inputs = torch.randn(2, 64)
+    assert torch.equal(live["base"](inputs), state["base"](inputs))
+
+
 def test_an_optimizer_per_parameter() -> None:
     def many(model: nn.Module) -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW([p], lr=1e-2) for p in model.parameters()]

@@ -192,6 +192,27 @@ class Mkor(Base):
         return p.grad
 
 
+class Kfac(Base):
+    """KFAC implementations: a table keyed by module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters())
+        self.seen: dict[nn.Module, torch.Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(self._note)
+
+    def _note(self, module: nn.Module, inputs: Any) -> None:
+        now = inputs[0].detach().float().square().mean()
+        self.seen[module] = self.seen.get(module, torch.zeros(())) * 0.9 + now
+
+    def update(self, p: nn.Parameter, state: dict[Any, Any], group: dict[str, Any]) -> torch.Tensor:
+        for module, seen in self.seen.items():
+            if module.weight is p:
+                return p.grad / (1 + seen.to(p.dtype))
+        return p.grad
+
+
 class NonParameterKeys(Base):
     """pytorch-optimizer's spam and emonavi: entries in `state` that belong to no parameter; attributes that count."""
 
@@ -227,5 +248,6 @@ EXOTIC: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "shared tables": lambda m: SharedTables(m.parameters()),
     "table by id": lambda m: Magma(torch.optim.AdamW(m.parameters(), lr=1e-2)),
     "lists by module": Mkor,
+    "tables by module": Kfac,
     "keys without parameter": lambda m: NonParameterKeys(m.parameters()),
 }

@@ -217,6 +217,15 @@ def test_an_emptied_storage_is_an_error_not_a_snapshot() -> None:
         make_tree({"model": model, "optimizer": optimizer}).walk()
 
 
+def test_a_tensor_that_moves_to_another_device_is_noticed() -> None:
+    model, optimizer = linear_world()
+    tree = make_tree({"model": model, "optimizer": optimizer})
+    tree.walk()
+    torch.utils.swap_tensors(model[0].weight, nn.Parameter(torch.empty(8, 8, device="meta")))
+    with pytest.raises(CaptureError, match=r"model\.0\.weight is on the meta device"):
+        tree.walk()
+
+
 def test_too_deep_a_tree_is_refused() -> None:
     tree: Any = 1
     for _ in range(60):

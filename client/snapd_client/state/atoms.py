@@ -189,6 +189,11 @@ def read_named(name: str, text: str) -> object:
             if cls is None or not issubclass(cls, enum.Enum):
                 raise IntegrityError("an enum class of the snapshot has not been imported here", type=name)
             return cls(int(text[1:])) if text.startswith("=") else cls.__members__[text]
+        if name == "snapd:class":
+            found = find_class(text)
+            if found is None:
+                raise IntegrityError("a class of the snapshot has not been imported here", type=text)
+            return found
         return _NAMED_READERS[name](text)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise IntegrityError(

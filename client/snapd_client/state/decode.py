@@ -19,7 +19,8 @@ from snapd_proto.format_pb2 import Mapping, Opaque, Sequence, Value
 from ..errors import IntegrityError
 from . import sources
 from .atoms import read_named
-from .classes import find_class
+from .classes import Vouched, find_class
+from .objects import new_instance
 
 _FACTORIES: dict[str, Callable[[], object]] = {
     "builtins:list": list, "builtins:dict": dict, "builtins:set": set, "builtins:tuple": tuple,
@@ -103,8 +104,9 @@ class Decoder:
         self,
         tensor: Callable[[int], object] | None = None,
         parameter: Callable[[int], object] | None = None,
+        vouched: Vouched | None = None,
     ) -> None:
-        self._tensor, self._parameter = tensor, parameter
+        self._tensor, self._parameter, self._vouched = tensor, parameter, vouched
         self._nodes: list[object] = []
 
     def decode(self, value: Value) -> Any:
@@ -151,8 +153,23 @@ class Decoder:
     def _opaque(self, opaque: Opaque) -> object:
         number = len(self._nodes)
         self._nodes.append(None)
+        if opaque.how == "fields":
+            return self._object(opaque, number)
         fields = self._mapping(opaque.fields.mapping)
         self._nodes[number] = made = new_source(opaque, fields)
+        return made
+
+    def _object(self, opaque: Opaque, number: int) -> object:
+        """An object of a class that is vouched for, from its fields."""
+        cls = find_class(opaque.type_name)
+        if cls is None or self._vouched is None or not self._vouched.allows(cls):
+            raise IntegrityError(
+                "an object of the snapshot cannot be made here", type=opaque.type_name,
+                hint="import its module, and vouch for its package with trust=[...]",
+            )  # fmt: skip
+        self._nodes[number] = made = new_instance(cls)
+        for name, value in self._mapping(opaque.fields.mapping).items():
+            object.__setattr__(made, name, value)
         return made
 
 

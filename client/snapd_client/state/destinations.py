@@ -221,7 +221,7 @@ class Destinations:
                 type=saved.subclass.type_name,
                 tensor=saved.name,
             )
-        context = Decoder().decode(saved.subclass.context)
+        context = Decoder(vouched=self._vouched).decode(saved.subclass.context)
         made: torch.Tensor = cls.__tensor_unflatten__(
             parts, context, torch.Size(saved.shape), tuple(saved.strides)
         )

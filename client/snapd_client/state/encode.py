@@ -21,6 +21,7 @@ from ..errors import CaptureError
 from . import sources
 from .atoms import ATOM_WRITERS, atom_writer, is_atom, write_text
 from .classes import Vouched, type_name
+from .objects import fields_of, is_skipped
 from .program import FIXED
 
 # protobuf refuses messages nested deeper than 100; each container takes two levels
@@ -149,8 +150,13 @@ class Encoder:
     def on_object(self, value: object, out: Value, path: str, at: int) -> None:
         """What is neither atom, tensor nor container."""
         inner = inner_state(value)
+        fields = fields_of(value) if inner is None and self.vouched.allows(type(value)) else None
         if inner is not None:
             self.opaque(value, out, inner[0], inner[1](value), path)
+        elif isinstance(value, type):
+            out.named.type_name, out.named.text = "snapd:class", type_name(value)
+        elif fields is not None and not is_skipped(value):
+            self.opaque(value, out, "fields", fields, path)
         else:
             raise CaptureError(
                 f"{path} cannot be captured",

@@ -152,7 +152,7 @@ class Matcher:
 
     def decode(self, number: int) -> Any:
         """A leaf's value, with references to tensors and parameters followed. After `allocate` only."""
-        return Decoder(self.destinations.tensor, self.parameter).decode(self._leaf(number))
+        return Decoder(self.destinations.tensor, self.parameter, self.vouched).decode(self._leaf(number))
 
     def _leaf(self, number: int) -> pb.Value:
         if number >= len(self.early.scalars):
@@ -183,7 +183,10 @@ class Matcher:
         if kind == "named" and value.named.type_name == "snapd:parameter_id":
             live = self.live_parameter(int(value.named.text))
             return ABSENT if live is None else id(live)
-        return Decoder(parameter=self.parameter).decode(value)
+        if kind == "named" and value.named.type_name == "snapd:module":
+            module = self.names.module_of(value.named.text)
+            return ABSENT if module is None else module
+        return Decoder(parameter=self.parameter, vouched=self.vouched).decode(value)
 
     # --- containers -------------------------------------------------------------------------------
     def _number(self) -> int:

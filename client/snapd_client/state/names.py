@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ class Names:
         self.modules: dict[int, BoundModule] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.orphans: set[int] = set()
+        self._roots: list[tuple[str, nn.Module]] = []
         self.managed: Managed = {}
         self.fsdp_records: list[Any] = []
         found = list(entries(state, ""))
@@ -56,7 +58,8 @@ class Names:
             if isinstance(item, nn.Module):
                 self._bind_module(path, item)
         for path, item in found:
-            if isinstance(item, torch.optim.Optimizer):
+            # one that cannot be hooked has no fence
+            if isinstance(item, torch.optim.Optimizer) and hasattr(item, "_optimizer_step_pre_hooks"):
                 self._bind_optimizer(path, item)
         self._fence_groups = self._join_fences()
         for record in self.parameters:
@@ -92,11 +95,31 @@ class Names:
                     self.orphans.add(self._number(parameter, f"{path}.params.{index}"))
         return otherwise
 
+    def module_name(self, module: nn.Module) -> str | None:
+        """The qualified name of a module below one of the mapping; None for others."""
+        return self._module_names.get(id(module))
+
+    def module_of(self, name: str) -> nn.Module | None:
+        return next((module for module, known in self._named_modules if known == name), None)
+
+    @functools.cached_property
+    def _named_modules(self) -> list[tuple[nn.Module, str]]:
+        return [
+            (module, f"{path}.{name}" if name else path)
+            for path, root in self._roots
+            for name, module in root.named_modules()
+        ]
+
+    @functools.cached_property
+    def _module_names(self) -> dict[int, str]:
+        return {id(module): name for module, name in reversed(self._named_modules)}
+
     def adopt(self, parameter: nn.Parameter, name: str) -> int:
         """Number a parameter that is found inside another object."""
         return self._number(parameter, name)
 
     def _bind_module(self, path: str, module: nn.Module) -> None:
+        self._roots.append((path, module))
         records = fsdp_params(module)
         self.fsdp_records.extend(records)
         self.managed.update(managed_parameters(records))

@@ -40,11 +40,14 @@ def optimizer_packages(optimizer: torch.optim.Optimizer) -> set[str]:
     return {package_of(cls) for cls in type(optimizer).__mro__} - {"builtins", "typing", "abc"}
 
 
+def is_structural(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the object keeps its state where an optimizer does; wrappers that never ran its `__init__` do not."""
+    return isinstance(getattr(optimizer, "state", None), dict) and isinstance(optimizer.param_groups, list)
+
+
 def write_optimizer(walk: Structure, optimizer: torch.optim.Optimizer, out: Value, path: str) -> None:
     """Raises CaptureError if the object keeps its state where it cannot be found."""
-    if not isinstance(getattr(optimizer, "state", None), dict) or not isinstance(
-        optimizer.param_groups, list
-    ):
+    if not is_structural(optimizer):
         raise CaptureError(
             f"{path} is an optimizer without `state` and `param_groups` of its own",
             type=type_name(type(optimizer)),

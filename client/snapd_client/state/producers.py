@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..errors import CaptureError
 from .classes import type_name
 from .loaders import LoaderState, is_loader, is_plain_loader
+from .optimizers import is_structural
 
 
 class Producer:
@@ -17,6 +20,13 @@ class Producer:
 
     def __init__(self, how: str, ask: Callable[[], object], path: str) -> None:
         self.how, self.ask, self.path = how, ask, path
+
+
+def tells_its_own_state(optimizer: torch.optim.Optimizer) -> bool:
+    """A wrapper without `state` of its own, whose class says what its state is instead."""
+    base, cls = torch.optim.Optimizer, type(optimizer)
+    overrides = cls.state_dict is not base.state_dict and cls.load_state_dict is not base.load_state_dict
+    return overrides and not is_structural(optimizer)
 
 
 def producer_for(value: Any, path: str) -> Producer | None:

@@ -26,7 +26,7 @@ from .encode import Encoder, inner_state, is_flat, is_leaf
 from .names import Names
 from .objects import chosen_fields, fields_of, is_skipped
 from .optimizers import write_optimizer
-from .producers import Producer, producer_for
+from .producers import Producer, producer_for, tells_its_own_state
 from .program import FIXED, Program
 from .records import NO_OPTIMIZER, ParameterRecord, Place, Role, TensorRecord
 from .tensors import check_plain, component, component_names, span_nbytes, subclass_context
@@ -99,16 +99,20 @@ class Structure(Encoder):
         elif type(key) is int and key in self.names.number_of:
             # a side table of an optimizer keyed by id(parameter); the id means nothing in another process
             out.named.type_name, out.named.text = "snapd:parameter_id", str(self.names.number_of[key])
+        elif isinstance(key, nn.Module) and (name := self.names.module_name(key)) is not None:
+            out.named.type_name, out.named.text = "snapd:module", name
         else:
             super().key(key, out, path)
 
     def key_text(self, key: object) -> str:
+        if isinstance(key, nn.Module):
+            return self.names.module_name(key) or super().key_text(key)
         number = self.names.number_of.get(key if type(key) is int else id(key))
         return super().key_text(key) if number is None else self.parameters[number].name
 
     # --- objects ----------------------------------------------------------------------------------
     def on_object(self, value: object, out: Value, path: str, at: int) -> None:
-        if isinstance(value, torch.optim.Optimizer):
+        if isinstance(value, torch.optim.Optimizer) and not (self.is_entry and tells_its_own_state(value)):
             write_optimizer(self, value, out, path)
         elif self.is_entry and isinstance(value, nn.Module):
             self._write_module(value, out, path)
@@ -165,11 +169,10 @@ class Structure(Encoder):
         places = self._watch_module(root)
         for name, parameter in bound.parameters:
             record = self.parameters[self.names.number_of[id(parameter)]]
-            place = Place(Role.PARAMETER, owner=record.name, group=record.fence_group)
+            is_frozen = not parameter.requires_grad and record.optimizer == NO_OPTIMIZER
+            place = Place(Role.PARAMETER, owner=record.name, group=record.fence_group, is_frozen=is_frozen)
             mapping.keys.add().text = name
-            number = self.tensor(parameter, f"{path}.{name}", place)
-            self.records[number].is_frozen = not parameter.requires_grad and record.optimizer == NO_OPTIMIZER
-            mapping.values.add().tensor = number
+            mapping.values.add().tensor = self.tensor(parameter, f"{path}.{name}", place)
             if self.gradients and parameter.grad is not None:
                 place = Place(Role.GRADIENT, owner=record.name)
                 gradient = self.tensor(parameter.grad, f"{path}.{name}.grad", place)

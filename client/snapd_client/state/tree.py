@@ -31,7 +31,8 @@ from .structure import Outline, Structure
 
 _SIGNATURES_KEPT = 8
 _data_ptr = torch.Tensor.data_ptr
-_size, _stride, _dtype = torch.Tensor.size, torch.Tensor.stride, attrgetter("dtype")
+_size, _stride = torch.Tensor.size, torch.Tensor.stride
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
 class Walk:
@@ -325,8 +326,8 @@ def _may_follow(value: object, old: object) -> bool:
 
 
 def describe(buffers: list[torch.Tensor]) -> tuple[list[Any], ...]:
-    """What may change while a tensor stays the same object: shape, strides, dtype."""
-    return list(map(_size, buffers)), list(map(_stride, buffers)), list(map(_dtype, buffers))
+    """What may change while a tensor stays the same object: shape, strides, dtype, device."""
+    return tuple(list(map(read, buffers)) for read in (_size, _stride, _dtype, _device))
 
 
 def _framed(value: Value) -> bytes:
