@@ -149,7 +149,7 @@ def test_a_tie_that_is_gone_is_a_difference() -> None:
         restore(make_tree({"model": make_model()}), snapshot)
 
 
-def test_allow_partial_lets_new_layers_be() -> None:
+def test_allow_partial_lets_new_layers_be(caplog: pytest.LogCaptureFixture) -> None:
     state, snapshot = saved_world()
     live = two_layers_more()
     before = live["model"][2].weight.clone()
@@ -159,6 +159,7 @@ def test_allow_partial_lets_new_layers_be() -> None:
     assert live["optimizer"].state[live["model"][1].bias]["step"].item() == 2
     assert len(live["optimizer"].param_groups[0]["params"]) == 6, "the new layer fell out of the optimizer"
     assert len(pending.report) == 3 and pending.report[0].startswith("extra: model.2.")
+    assert "restored in part (3 names differ): extra: model.2." in caplog.text
 
 
 def test_allow_partial_leaves_out_what_is_gone() -> None:

@@ -7,6 +7,7 @@ objects with `load_state_dict`, then the loaders, and the global generators last
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,8 @@ from .names import Names
 from .parts import Parts
 from .pieces import PlanArrays
 from .tree import StateTree
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["PendingRestore", "prepare_restore"]
 
@@ -59,6 +62,9 @@ class PendingRestore:
         self._tree.restored_values = dict(self.values)
         absent = rng.restore(self._matcher.decode(self._generators))
         self.report.extend(f"missing: generator of {name}" for name in absent)
+        if self.report:
+            shown = ", ".join(self.report[:10]) + (", ..." if len(self.report) > 10 else "")
+            _log.warning("snapd: restored in part (%d names differ): %s", len(self.report), shown)
 
 
 def prepare_restore(
