@@ -78,6 +78,15 @@ class Capturer:
         groups = {tree.fence_group(number) for number in range(len(tree.optimizers))}
         self._groups = frozenset(groups | {0})
 
+    def warm_up(self) -> None:
+        """Make a layout of what is there at start-up: if nothing joins it is kept, else the next one is made faster.
+
+        Raises:
+            CaptureError: the state holds something that cannot be captured; names it.
+        """
+        plans, _ = self._fit(self._tree.walk())
+        plans.choose(None)
+
     # --- handing over -------------------------------------------------------------------------------------------
     def hand_over(self, step: int, wait_max_s: float) -> Outcome:
         """Take the early part, start the lazy part, and return.

@@ -71,7 +71,7 @@ class IntegrityError(SnapdError):
 class NotRestorable(SnapdError):
     """Snapshots were found, none can be used; `candidates` says why, newest first."""
 
-    kind = "not-restorable"
+    kind = "not_restorable"
 
     def __init__(
         self, message: str, *, candidates: Sequence[str] = (), hint: str = "", **context: object

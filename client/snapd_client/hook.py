@@ -95,6 +95,7 @@ class Snapshotter:
         if interval < 1:
             raise ConfigError("interval counts steps: 1 or more", interval=interval)
         self._interval, self._strict, self._wait_max_s, self._fresh = interval, strict, wait_max_s, fresh
+        self._effective_interval = interval
         self._gradients = gradients
         self._pid = os.getpid()
         self._health = Health()
@@ -117,6 +118,7 @@ class Snapshotter:
             self._tree, self._session, self._engine, self._control, self._health, Audit(audit)
         )
         self._control.start()
+        self._capturer.warm_up()
         for number, optimizer in enumerate(self._tree.optimizers):
             self._hooks.append(
                 optimizer.register_step_pre_hook(self._fence_hook(self._tree.fence_group(number)))
@@ -242,13 +244,11 @@ class Snapshotter:
         return self._last
 
     def _is_due(self, step: int) -> bool:
+        """By the interval that all ranks agreed on; a new one counts from its step on, until then the last one."""
         page = self._session.page
-        interval = self._interval
-        if page is not None:
-            agreed = page.load("interval_steps")
-            if agreed and step >= page.load("interval_from_step"):
-                interval = agreed
-        return step % interval == 0
+        if page is not None and step >= page.load("interval_from_step"):
+            self._effective_interval = page.load("interval_steps") or self._interval
+        return step % self._effective_interval == 0
 
     def _refuse_to_overwrite(self) -> None:
         """The first save without a restore, although the job has snapshots: a mistake that would lose them."""
