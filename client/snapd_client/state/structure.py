@@ -217,7 +217,7 @@ class Structure(Encoder):
         if known is not None:
             out.parameter = known
             return
-        if isinstance(value, nn.Parameter):
+        if type(value) is not torch.Tensor and isinstance(value, nn.Parameter):
             self._write_parameter(value, out, path)
             return
         number = self.tensor(value, path, self.place)
