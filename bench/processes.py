@@ -64,4 +64,7 @@ def run_worker(
 def daemon(*options: str) -> Iterator[Node]:
     """A daemon of the benchmark's own."""
     with Node("snapd-bench", options=options) as node:
-        yield node
+        try:
+            yield node
+        except WorkerFailed as error:
+            raise WorkerFailed(f"{error}; the daemon's log ends with\n{node.tail()}") from None

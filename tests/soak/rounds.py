@@ -16,7 +16,7 @@ _CLIENT_POINT = re.compile(r"""\bpoint\(\s*["'](client\.[a-z0-9_.]+)["']""")
 _DAEMON_POINT = re.compile(r"""["'](daemon\.[a-z0-9_]+\.(?:before|after))["']""")
 _ONCE = (
     "imported", "restore", "rollback", "generation", "reserve", "session", "segment", "plan", "parent",
-    "finish", "daemon.fence",
+    "finish", "daemon.fence", "client.fence",
 )  # fmt: skip
 SETTLE_S = 0.05
 
