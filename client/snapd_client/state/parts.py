@@ -219,8 +219,9 @@ class Parts:
         pairs: list[tuple[Any, Builder]] = []
         for key, saved in zip(mapping.keys, mapping.values, strict=True):
             name = matcher.key(key)
-            if name == "params":
-                matcher.leave(saved)
+            if name == "params" and saved.WhichOneof("kind") == "sequence":
+                # an attribute may be the same list (LBFGS)
+                matcher.set_node(matcher.take_node(), members)
                 pairs.append((name, lambda: members))
             else:
                 pairs.append((name, matcher.match(saved, live.get(name, ABSENT), f"{path}.{name}")))
