@@ -19,13 +19,6 @@ class Role(enum.StrEnum):
     OTHER = "other"
 
 
-class When(enum.IntEnum):
-    """Which part of a capture takes the bytes; the numbers are those of Region.When."""
-
-    EARLY = 1
-    LAZY = 2
-
-
 class Place:
     """Where in the tree the walk is: what the tensors found there are for."""
 

@@ -38,7 +38,7 @@ def serialize_layout(tree: StateTree, walk: Walk, plan: Plan, pieces: Pieces, ca
         add_region(
             shard_offset=offset,
             nbytes=region.nbytes,
-            when=1 if region.is_early else 2,
+            when=pb.Region.EARLY if region.is_early else pb.Region.LAZY,
             range_name=region.range_name,
             held_by_rank_plus_one=0 if region.holder is None else region.holder + 1,
         )
