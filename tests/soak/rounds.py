@@ -16,7 +16,7 @@ _CLIENT_POINT = re.compile(r"""\bpoint\(\s*["'](client\.[a-z0-9_.]+)["']""")
 _DAEMON_POINT = re.compile(r"""["'](daemon\.[a-z0-9_]+\.(?:before|after))["']""")
 _ONCE = (
     "imported", "restore", "rollback", "generation", "reserve", "session", "segment", "plan", "parent",
-    "finish", "daemon.fence", "client.fence",
+    "finish", "daemon.fence",
 )  # fmt: skip
 SETTLE_S = 0.05
 
@@ -84,7 +84,7 @@ class Random:
         scene, chance = self.scene, self.chance
         self.next_job()
         before = scene.observer.reported(self.job)
-        world = scene.start(self.job, ranks=self.ranks)
+        world = scene.start(self.job, ranks=self.ranks, rollback_every=chance.choice((0, 10)))
         if during == "start":
             time.sleep(chance.random() * 0.6)
         elif during == "restore":
@@ -190,10 +190,8 @@ def client_point(
     world = _warm(scene, job, ranks)
     scene.end(world)
     before = scene.observer.reported(job)
-    rollback_at = before[1] + 12 if "rollback" in point else 0
-    world = scene.start(
-        job, ranks=ranks, points={victim: f"{point}:{count}={action}"}, rollback_at=rollback_at
-    )
+    is_hurried = "fence" in point  # passed only where the copy is not over before the fence
+    world = scene.start(job, ranks=ranks, points={victim: f"{point}:{count}={action}"}, is_hurried=is_hurried)
     rank = world.ranks[victim]
     if action == "stop":
         _wait_stopped(rank.pid, point)
@@ -259,8 +257,7 @@ def _starts_armed(scene: Scene, points: str) -> bool:
 def _until_daemon_dies(scene: Scene, job: str, point: str, ranks: int) -> World:
     """Start a world and wait for the armed daemon's death."""
     node = scene.node
-    step = scene.observer.reported(job)[1]
-    world = scene.start(job, ranks=ranks, rollback_at=step + 12 if "rollback" in point else 0)
+    world = scene.start(job, ranks=ranks)
     what = f"the daemon's death at {point}"
     wait_until(lambda: node.status_of_process() is not None, START_S, what, world.tail, node.tail)
     if node.status_of_process() != -signal.SIGKILL:

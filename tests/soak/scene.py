@@ -43,10 +43,22 @@ class Scene:
         return f"soak-{self.job_count}"
 
     def start(
-        self, job: str, *, ranks: int, points: Mapping[int, str] | None = None, rollback_at: int = 0
+        self,
+        job: str,
+        *,
+        ranks: int,
+        points: Mapping[int, str] | None = None,
+        is_hurried: bool = False,
+        rollback_every: int = 0,
     ) -> World:
         return self.nursery.start(
-            job, ranks=ranks, steps=self.steps, env=self.node.env(), points=points, rollback_at=rollback_at
+            job,
+            ranks=ranks,
+            steps=self.steps,
+            env=self.node.env(),
+            points=points,
+            is_hurried=is_hurried,
+            rollback_every=rollback_every,
         )
 
     # ---- judging

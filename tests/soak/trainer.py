@@ -33,7 +33,7 @@ from torch import nn
 
 PHASES = ("starting", "restoring", "computing", "updating", "handing over", "ending")
 _BEAT = struct.Struct("<QQ")
-_WIDTH = 256
+WIDTH = 256
 
 
 class Beat:
@@ -50,26 +50,32 @@ class Beat:
 
 
 class Training:
-    """Two layers, AdamW, all three random generators in use; 8 MB of state at the default width."""
+    """Two layers, AdamW, all three random generators in use; 8 MB of state."""
 
-    def __init__(self, rank: int, world_size: int, width: int = _WIDTH) -> None:
+    def __init__(self, rank: int, world_size: int) -> None:
         self.world_size = world_size
         torch.manual_seed(1)
-        self.model = nn.Sequential(nn.Linear(width, 5 * width), nn.GELU(), nn.Linear(5 * width, width))
+        self.model = nn.Sequential(nn.Linear(WIDTH, 5 * WIDTH), nn.GELU(), nn.Linear(5 * WIDTH, WIDTH))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.width = width
         torch.manual_seed(100 + rank)
         np.random.seed(100 + rank)
         random.seed(100 + rank)
 
     def backward(self) -> None:
         scale = float(np.random.random()) + random.random()
-        x = torch.rand(8, self.width) * scale
+        x = torch.rand(8, WIDTH) * scale
         self.optimizer.zero_grad(set_to_none=True)
         nn.functional.mse_loss(self.model(x), x.roll(1)).backward()
         if self.world_size > 1:
             for parameter in self.model.parameters():
                 dist.all_reduce(parameter.grad)
+
+    def all_agree(self, mine: bool) -> bool:
+        """Whether it is so on every rank."""
+        votes = torch.tensor(int(mine))
+        if self.world_size > 1:
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+        return bool(votes)
 
     def digest(self) -> str:
         """Of everything that a restore has to bring back."""
@@ -109,7 +115,7 @@ def train(order: dict[str, Any]) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{order['store']}", rank=rank, world_size=world_size
         )
-    training = Training(rank, world_size, order["width"])
+    training = Training(rank, world_size)
     start, snap = 0, None
     if order["job"]:
         from snapd_client import Snapshotter
@@ -129,15 +135,27 @@ def train(order: dict[str, Any]) -> None:
         log("step", step=step, digest=training.digest())
         beat.at(step, "handing over")
         if snap is not None:
-            snap.step(step)
-            if step == order["rollback_at"]:
-                log("rolled back", step=snap.rollback(), digest=training.digest())
-                break
+            handle = snap.step(step)
+            if order["is_hurried"]:
+                snap.fence()  # while the copy is under way
+            if order["rollback_every"] and step % order["rollback_every"] == 0:
+                if training.all_agree(handle is not None and handle.is_handed_over):
+                    _roll_back(snap, training, step, log)
     beat.at(order["steps"], "ending")
     if snap is not None:
         log("health", **{k: v for k, v in snap.health().items() if not isinstance(v, list)})
         snap.close()
     log("ended")
+
+
+def _roll_back(snap: Any, training: Training, step: int, log: Log) -> None:
+    """Spoil the state, and get it back in place."""
+    snap.wait("captured", timeout=20)
+    with torch.no_grad():
+        training.model[0].weight.zero_()
+    random.random()
+    found = snap.rollback(step)
+    log("rolled back", step=found, digest=training.digest(), generation=snap.generation)
 
 
 # ---- the nursery

@@ -174,10 +174,17 @@ class Nursery:
         steps: int,
         env: Mapping[str, str],
         points: Mapping[int, str] | None = None,
-        width: int = 256,
-        rollback_at: int = 0,
+        is_hurried: bool = False,
+        rollback_every: int = 0,
     ) -> World:
-        """Start all ranks. `points`: rank -> SNAPD_FAULT_POINTS. An empty job: the reference run."""
+        """Start all ranks. An empty job: the reference run.
+
+        Args:
+            points: rank -> SNAPD_FAULT_POINTS.
+            is_hurried: fence right after each hand-over, while the copy is under way.
+            rollback_every: spoil the state and roll it back in place every so many steps; 0: never.
+        """
+        habits = {"is_hurried": is_hurried, "rollback_every": rollback_every}
         self._worlds += 1
         folder = Path(self._folder.name) / str(self._worlds)
         folder.mkdir()
@@ -193,17 +200,16 @@ class Nursery:
             rank_env = {**env, **{name: str(value) for name, value in numbers.items()}}
             if points and rank in points:
                 rank_env["SNAPD_FAULT_POINTS"] = points[rank]
-            world.ranks.append(self._fork(folder, rank, rank_env, job, steps, width, rollback_at))
+            world.ranks.append(self._fork(folder, rank, rank_env, job, steps, habits))
         return world
 
     def _fork(
-        self, folder: Path, rank: int, env: dict[str, str], job: str, steps: int, width: int, rollback_at: int
+        self, folder: Path, rank: int, env: dict[str, str], job: str, steps: int, habits: dict[str, int]
     ) -> Rank:
         assert self._process.stdin is not None
         self._orders += 1
         order = {
-            "id": self._orders, "env": env, "job": job, "steps": steps, "width": width,
-            "rollback_at": rollback_at,
+            "id": self._orders, "env": env, "job": job, "steps": steps, **habits,
             "beat": str(folder / f"beat-{rank}"), "log": str(folder / f"log-{rank}"),
             "out": str(folder / f"out-{rank}"), "store": str(folder / "store"),
         }  # fmt: skip
@@ -216,9 +222,9 @@ class Nursery:
             self._ranks[pid] = child
         return child
 
-    def reference(self, *, ranks: int, steps: int, width: int = 256) -> list[list[str]]:
+    def reference(self, *, ranks: int, steps: int) -> list[list[str]]:
         """Digests of an uninterrupted run: [rank][step], step 0 is the state before the first update."""
-        world = self.start("", ranks=ranks, steps=steps, env={}, width=width)
+        world = self.start("", ranks=ranks, steps=steps, env={})
         world.wait_gone(timeout_s=60 + steps * 0.1)
         digests = []
         for rank in world.ranks:
