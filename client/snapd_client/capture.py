@@ -21,8 +21,8 @@ from .control import ControlThread
 from .device import DeviceCapture
 from .errors import FencedError, UnavailableError
 from .health import Health
-from .inflight import Inflight
-from .lanes import Base, LaneBook, Placement
+from .inflight import Held, Inflight
+from .lanes import LaneBook, Placement
 from .plans import LayoutPlans
 from .session import Session
 from .stage import DeviceStage
@@ -114,14 +114,15 @@ class Capturer:
             return Outcome.SKIPPED
         placement = self._lanes.places(plans.layout, lane, fresh, base)
         choice = plans.choose(None if base is None else fresh)
+        held = Held(walk, binding)
         inflight = Inflight(
-            step, lane, walk, binding, plans.layout, placement, choice,
+            step, lane, held, plans.layout, placement, choice,
             sample=None, is_full_audit=self._audit is Audit.FULL, groups=self._groups,
         )  # fmt: skip
-        self._take_early(inflight, early, base)
+        self._take_early(inflight, binding, early)
         self._open_lane(page, inflight, len(early), started_ns)
         self._inflight = inflight
-        self._start_transfer(inflight, plans)
+        self._start_transfer(inflight, held, plans)
         self._lanes.note(plans.layout, step, lane)
         faults.point("client.handover.after")
         return Outcome.HANDED_OVER
@@ -150,13 +151,13 @@ class Capturer:
         page.add("skipped_count", 1)
         self._lanes.wake()
 
-    def _take_early(self, inflight: Inflight, early: bytes, base: Base | None) -> None:
+    def _take_early(self, inflight: Inflight, binding: Binding, early: bytes) -> None:
         """What may change as soon as `snap.step` returns, and the samples of what may not."""
         layout, placement, choice = inflight.layout, inflight.placement, inflight.choice
         if placement.flags[0] != native.ENTRY_REUSED:
             self._write(placement, 0, layout.serialized)
         self._write(placement, layout.early_values_offset, early.ljust(layout.early_values_capacity, b"\0"))
-        bases, addresses = inflight.binding.bases, placement.addresses
+        bases, addresses = binding.bases, placement.addresses
         choice.early.run(bases, addresses)
         if self._audit is Audit.SAMPLED:
             inflight.sample = choice.lazy.sample(bases, self._sequence)
@@ -185,21 +186,21 @@ class Capturer:
             raise FencedError("the lane was taken back", lane=lane)
         faults.point("client.open.after")
 
-    def _start_transfer(self, inflight: Inflight, plans: LayoutPlans) -> None:
-        bases, addresses = inflight.binding.bases, inflight.placement.addresses
+    def _start_transfer(self, inflight: Inflight, held: Held, plans: LayoutPlans) -> None:
+        bases, addresses = held.binding.bases, inflight.placement.addresses
         transfer: Transfer
         if self._audit is Audit.FULL:
             transfer = DoneTransfer(inflight.choice.lazy.nbytes)
         else:
             transfer = HostTransfer(self._engine.submit(inflight.choice.lazy, bases, addresses))
         if plans.device.numbers:
-            inflight.device = self._start_device(inflight, plans)
+            inflight.device = self._start_device(inflight, held, plans)
             transfer = JointTransfer(transfer, inflight.device.transfer)
         inflight.transfer = transfer
         for fileno in transfer.filenos():
             self._control.watch(fileno, lambda: self._settle_if_done(inflight))
 
-    def _start_device(self, inflight: Inflight, plans: LayoutPlans) -> DeviceCapture:
+    def _start_device(self, inflight: Inflight, held: Held, plans: LayoutPlans) -> DeviceCapture:
         if self._stage is None:
             self._stage = DeviceStage()
         for mapping in self._session.segments.values():
@@ -208,8 +209,8 @@ class Capturer:
         pieces, regions = [], []
         for arrays, is_early in ((plans.layout.early, True), (plans.layout.lazy, False)):
             pieces += plans.device.pieces(
-                arrays, None if chunks is None else set(chunks), walk=inflight.walk, pointers=inflight.binding.pointers,
-                bases=inflight.binding.bases, placement=inflight.placement, session=self._session, is_early=is_early,
+                arrays, None if chunks is None else set(chunks), walk=held.walk, pointers=held.binding.pointers,
+                bases=held.binding.bases, placement=inflight.placement, session=self._session, is_early=is_early,
             )  # fmt: skip
             regions += [
                 source
@@ -261,8 +262,9 @@ class Capturer:
         if transfer is None:
             self._drop(inflight)
             return
-        transfer.wait()
-        self._settle(inflight)
+        if not inflight.is_settled:
+            transfer.wait()
+            self._settle(inflight)
         self._release()
 
     def _release(self) -> None:

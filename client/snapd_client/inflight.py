@@ -24,14 +24,21 @@ from .transfer import Transfer
 REASON_COUNTER, REASON_SAMPLE, REASON_AUDIT, REASON_ERROR, REASON_CLOSED = 1, 2, 4, 5, 6
 
 
+@dataclass(frozen=True)
+class Held:
+    """What must not be freed while it is copied, and what it was like at the hand-over."""
+
+    walk: Walk
+    binding: Binding
+
+
 @dataclass
 class Inflight:
-    """One capture. Holds every tensor that is being copied until it is settled."""
+    """One capture. `held` keeps every tensor and storage that is being copied, until it is settled."""
 
     step: int
     lane: Lane
-    walk: Walk
-    binding: Binding
+    held: Held | None
     layout: Layout
     placement: Placement
     choice: Choice
@@ -70,15 +77,15 @@ class Inflight:
                 faults.point("client.checked")
                 self._conclude(page, wake_fd)
                 self.is_settled = True
-                self.sample = None  # freed here, not on the training thread
+                self.held = self.sample = None  # freed here, seldom on the training thread
                 self.transfer.close()
             return True
 
     def _compare_counters(self, groups: frozenset[int]) -> None:
         unchecked = groups - self._checked
-        if not unchecked:
+        if not unchecked or self.held is None:
             return
-        changed = self.binding.changed_since(self.walk, set(unchecked))
+        changed = self.held.binding.changed_since(self.held.walk, set(unchecked))
         self._checked |= unchecked
         if changed:
             self.changed.update(changed)
@@ -88,8 +95,8 @@ class Inflight:
         regions: list[int] = []
         if self.sample is not None:
             regions = self.sample.differing(self.placement.addresses)
-        elif self.is_full_audit:
-            regions = self.choice.lazy.differing(self.binding.bases, self.placement.addresses)
+        elif self.is_full_audit and self.held is not None:
+            regions = self.choice.lazy.differing(self.held.binding.bases, self.placement.addresses)
         if self.device is not None:
             regions = [*regions, *self.device.differing()]
         if regions:

@@ -78,9 +78,12 @@ class LaneBook:
 
     def fresh_chunks(self, layout: Layout) -> tuple[list[int], Base | None]:
         """The chunks to copy now, ascending, and the base that the others are taken from."""
+        count = len(layout.chunk_nbytes)
+        if not layout.unchanging_chunks:
+            self.want(count)
+            return list(range(count)), None
         self._learn_base()
         base = self._base
-        count = len(layout.chunk_nbytes)
         self._turn += 1
         if base is None or base.layout is not layout:
             return list(range(count)), None
