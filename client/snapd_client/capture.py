@@ -107,7 +107,8 @@ class Capturer:
         early = walk.encode_early(self._session.generation, step)
         if len(early) > plans.layout.early_values_capacity:
             plans, binding = self._rebuild(walk)
-        fresh, base = self._lanes.fresh_chunks(plans.layout)
+        unchanging = plans.marks(binding)
+        fresh, base = self._lanes.fresh_chunks(plans.layout, unchanging)
         lane = self._lanes.take(len(fresh), wait_max_s)
         if lane is None:
             self._skip(page, step)
@@ -123,7 +124,7 @@ class Capturer:
         self._open_lane(page, inflight, len(early), started_ns)
         self._inflight = inflight
         self._start_transfer(inflight, held, plans)
-        self._lanes.note(plans.layout, step, lane)
+        self._lanes.note(plans.layout, unchanging, step, lane)
         faults.point("client.handover.after")
         return Outcome.HANDED_OVER
 

@@ -25,6 +25,9 @@ RECHECK_TURNS = (
 )
 
 
+Marks = list[tuple[int, int | None]]  # of each tensor that should not change: address, version counter
+
+
 @dataclass
 class Lane:
     """A granted lane: chunk number -> place."""
@@ -39,6 +42,7 @@ class HandedOver:
     """What was written to a lane, until it is known to be captured."""
 
     layout: Layout
+    unchanging: Marks
     generation: int
     step: int
     lane: int
@@ -46,9 +50,10 @@ class HandedOver:
 
 @dataclass
 class Base:
-    """The newest captured shard: where its chunks lie."""
+    """The newest captured shard: where its chunks lie, and what its unchanging tensors were like."""
 
     layout: Layout
+    unchanging: Marks
     segments: list[int]
     frames: list[int]
 
@@ -76,8 +81,11 @@ class LaneBook:
         self._base = None
         self._handed_over.clear()
 
-    def fresh_chunks(self, layout: Layout) -> tuple[list[int], Base | None]:
-        """The chunks to copy now, ascending, and the base that the others are taken from."""
+    def fresh_chunks(self, layout: Layout, unchanging: Marks) -> tuple[list[int], Base | None]:
+        """The chunks to copy now, ascending, and the base that the others are taken from.
+
+        A tensor that should not change and was written or moved since the base makes the whole shard be copied.
+        """
         count = len(layout.chunk_nbytes)
         if not layout.unchanging_chunks:
             self.want(count)
@@ -85,7 +93,7 @@ class LaneBook:
         self._learn_base()
         base = self._base
         self._turn += 1
-        if base is None or base.layout is not layout:
+        if base is None or base.layout is not layout or base.unchanging != unchanging:
             return list(range(count)), None
         self.want(count - len(layout.unchanging_chunks) + len(layout.unchanging_chunks) // RECHECK_TURNS + 1)
         turn = self._turn % RECHECK_TURNS
@@ -100,7 +108,7 @@ class LaneBook:
         for known in reversed(self._handed_over):
             if known.step == captured and known.generation == generation:
                 segments, frames, _, _ = page.read_entries(known.lane)
-                self._base = Base(known.layout, segments, frames)
+                self._base = Base(known.layout, known.unchanging, segments, frames)
                 self._handed_over = [h for h in self._handed_over if h.step > captured]
                 return
 
@@ -170,11 +178,11 @@ class LaneBook:
         addresses = array("Q", [origin[s] + f * size for s, f in zip(segments, frames, strict=True)])
         return Placement(segments, frames, flags, addresses)
 
-    def note(self, layout: Layout, step: int, lane: Lane) -> None:
+    def note(self, layout: Layout, unchanging: Marks, step: int, lane: Lane) -> None:
         """Remember what was handed over; what an earlier use of the lane held is gone."""
         generation = self._page.load("generation")
         self._handed_over = [h for h in self._handed_over if h.lane != lane.index]
-        self._handed_over.append(HandedOver(layout, generation, step, lane.index))
+        self._handed_over.append(HandedOver(layout, unchanging, generation, step, lane.index))
 
 
 @dataclass(frozen=True)

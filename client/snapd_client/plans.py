@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from snapd_native import ZERO_FILL, CopyPlan
 
 from .device import DeviceRegions
-from .state.layout import Layout, PlanArrays
+from .lanes import Marks
+from .state.layout import Binding, Layout, PlanArrays
 from .state.tree import Walk
 
 
@@ -31,7 +32,14 @@ class LayoutPlans:
     def __init__(self, layout: Layout, walk: Walk) -> None:
         self.layout = layout
         self.device = DeviceRegions(layout, walk)
+        unchanging = set(layout.unchanging_regions)
+        self._unchanging = [b for b, region in enumerate(layout.region_of) if region in unchanging]
         self._choices: dict[frozenset[int] | None, Choice] = {}
+
+    def marks(self, binding: Binding) -> Marks:
+        """What the tensors that should not change are like now."""
+        pointers, versions = binding.pointers, binding.versions
+        return [(pointers[buffer], versions[buffer]) for buffer in self._unchanging]
 
     def choose(self, fresh: list[int] | None) -> Choice:
         """Plans for these chunks; None: all of the shard."""

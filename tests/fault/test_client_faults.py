@@ -256,3 +256,56 @@ def test_the_same_step_twice_gives_one_snapshot(node: Node, caplog: pytest.LogCa
     assert any("captured already" in record.getMessage() for record in caplog.records)
     assert loop.snap.wait() == "captured" and loop.snap.health()["committed"] == 1
     loop.snap.close(final=True)
+
+
+class FrozenLoop(Loop):
+    """A frozen base of 8 MB under a small head."""
+
+    def __init__(self, seed: int = 1) -> None:
+        torch.manual_seed(seed)
+        base = torch.nn.Sequential(*[torch.nn.Linear(512, 512, bias=False) for _ in range(8)]).requires_grad_(
+            False
+        )
+        self.model = torch.nn.Sequential(torch.nn.Linear(64, 512), base, torch.nn.Linear(512, 64))
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
+        self.state = {"model": self.model, "optimizer": self.optimizer}
+        self.snap = Snapshotter(self.state, job="frozen", strict=True)
+        self.start = self.step_number = self.snap.restore()
+
+    @property
+    def frozen(self) -> torch.Tensor:
+        return self.model[1][3].weight
+
+    def captured(self) -> int:
+        self.step()
+        assert self.snap.wait() == "captured"
+        return int(str(self.snap.health()["lazy_bytes"]))
+
+
+def test_a_frozen_base_is_not_copied_again(node: Node) -> None:
+    loop = FrozenLoop()
+    first = loop.captured()
+    later = [loop.captured() for _ in range(4)]
+    assert first > 8 << 20 and max(later) < first // 4, (first, later)
+    loop.snap.close()
+    again = FrozenLoop(seed=2)
+    assert again.start == 5 and again.weights() == loop.weights()
+    again.snap.close(final=True)
+
+
+@pytest.mark.parametrize("how", ["in place", "other storage"])
+def test_a_frozen_tensor_that_is_written_after_all_is_copied_again(node: Node, how: str) -> None:
+    """A base into which an adapter is merged: the snapshot that follows holds the merged values."""
+    loop = FrozenLoop()
+    for _ in range(3):
+        loop.captured()
+    with torch.no_grad():
+        if how == "in place":
+            loop.frozen.add_(1.0)
+        else:
+            loop.frozen.data = loop.frozen.data + 1.0
+    loop.captured()
+    loop.snap.close()
+    again = FrozenLoop(seed=2)
+    assert again.start == 4 and again.weights() == loop.weights()
+    again.snap.close(final=True)
