@@ -40,6 +40,8 @@ class ControlThread:
         self._next_attempt = 0.0
         self._delay_s = RECONNECT_FIRST_S
         self._is_given_up = False
+        self._may_populate = False
+        self._populated = 0
         self._thread = threading.Thread(target=self._run, name="snapd-control", daemon=True)
 
     def start(self) -> None:
@@ -56,6 +58,12 @@ class ControlThread:
         if self._tickets.pop(fileno, None) is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(fileno)
+
+    def populate(self) -> None:
+        """Fill the page tables of the arena in the background, from now on. Not while a restore faults its pages in."""
+        if not self._may_populate:
+            self._may_populate = True
+            self.poke()
 
     def poke(self) -> None:
         """Look after connection and segments now. Any thread; never blocks."""
@@ -80,7 +88,6 @@ class ControlThread:
             os.close(self._poke_fd)
 
     def _run(self) -> None:
-        self._session.populate()
         while not self._is_stopping:
             timeout = -1.0
             if not self._session.is_connected and not self._is_given_up:
@@ -109,6 +116,8 @@ class ControlThread:
             if session.is_connected:
                 if session.has_new_segments():
                     session.refresh_segments()
+                if self._may_populate and self._populated < len(session.segments):
+                    self._populated = len(session.segments)
                     session.populate()
             elif not self._is_given_up and time.monotonic() >= self._next_attempt:
                 self._attempt()

@@ -169,9 +169,11 @@ class Snapshotter:
             UnavailableError: the daemon does not answer.
         """
         self._is_started = True
-        return restore_state(
+        restored = restore_state(
             self._restore_context(), step=step, accept_older=accept_older, allow_partial=list(allow_partial)
         )
+        self._control.populate()
+        return restored
 
     def rollback(self, step: int | None = None) -> int:
         """Go back to a snapshot in place, on all ranks, without leaving the process. Returns its step.
@@ -230,6 +232,7 @@ class Snapshotter:
 
     def _hand_over(self, step: int) -> Handle:
         self._notice_accumulation()
+        self._control.populate()
         outcome = self._capturer.hand_over(step, self._wait_max_s)
         if outcome is Outcome.SKIPPED:
             self._health.skipped += 1
