@@ -115,6 +115,7 @@ void add_constants(nb::module_& module) {
   module.attr("LANE_COMPLETE") = static_cast<uint32_t>(LaneState::kComplete);
   module.attr("LANE_DISCARDED") = static_cast<uint32_t>(LaneState::kDiscarded);
   module.attr("ENTRY_REUSED") = kReused;
+  module.attr("REPLICAS_DIFFER") = kReplicasDiffer;
 }
 
 void add_words(nb::class_<PageAccess>& page) {

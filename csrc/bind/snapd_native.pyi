@@ -14,6 +14,7 @@ LANE_OPEN: Final[int]
 LANE_COMPLETE: Final[int]
 LANE_DISCARDED: Final[int]
 ENTRY_REUSED: Final[int]
+REPLICAS_DIFFER: Final[int]  # of the word `replicas_equal_step_plus_one`
 ZERO_FILL: Final[int]  # as a source index: the piece is filled with zeroes
 
 @final

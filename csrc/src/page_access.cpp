@@ -26,6 +26,7 @@ struct Field {
 #define SNAPD_FIELD(type, name) \
   Field { #name, offsetof(type, name), sizeof(type::name) }
 constexpr Field kWords[] = {
+    SNAPD_FIELD(PageHeader, replicas_equal_step_plus_one),
     SNAPD_FIELD(PageHeader, generation),
     SNAPD_FIELD(PageHeader, daemon_instance),
     SNAPD_FIELD(PageHeader, segments_version),
@@ -38,6 +39,8 @@ constexpr Field kWords[] = {
     SNAPD_FIELD(PageHeader, skipped_step_plus_one),
     SNAPD_FIELD(PageHeader, skipped_count),
     SNAPD_FIELD(PageHeader, step_seen_plus_one),
+    SNAPD_FIELD(PageHeader, node_first_rank),
+    SNAPD_FIELD(PageHeader, node_rank_count),
 };
 constexpr Field kLaneFields[] = {
     SNAPD_FIELD(LaneHeader, state),

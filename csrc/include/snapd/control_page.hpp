@@ -43,6 +43,7 @@ struct Entry {
   uint32_t flags;
 };
 inline constexpr uint32_t kReused = 1;
+inline constexpr uint64_t kReplicasDiffer = UINT64_MAX;
 
 struct alignas(64) PageHeader {
   char magic[8];
@@ -53,8 +54,10 @@ struct alignas(64) PageHeader {
   uint64_t session_id;
   uint64_t chunk_bytes;
   uint64_t file_bytes;
-  uint64_t reserved[2];
-  // daemon -> trainer, each written on its own
+  uint64_t reserved;
+  // daemon -> trainer, each written on its own. The first: the newest step at which all replicas of this node were
+  // captured in full, compared and found equal; 0: none yet; kReplicasDiffer: they are not, and sharing out is over
+  uint64_t replicas_equal_step_plus_one;
   alignas(64) uint64_t generation;  // changes on rollback only
   uint64_t daemon_instance;         // who serves this page
   uint64_t segments_version;        // > what the client has: fetch the descriptors again
@@ -68,6 +71,8 @@ struct alignas(64) PageHeader {
   uint64_t skipped_step_plus_one;      // newest step that this rank skipped for want of a lane (abort record)
   uint64_t skipped_count;
   uint64_t step_seen_plus_one;  // newest step passed to snap.step
+  uint64_t node_first_rank;     // the ranks of this node that may share out what they hold alike ...
+  uint64_t node_rank_count;     // ... and how many they are (0: not said)
 };
 
 struct alignas(64) LaneHeader {
