@@ -1,0 +1,1 @@
+"""Erasure codes: one Protocol (base.py), pyeclib behind it."""

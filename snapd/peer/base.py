@@ -1,0 +1,82 @@
+"""What moves bulk bytes between daemons, and what it serves.
+
+Everything here blocks and runs on threads of its own, never on the event loop; sockets receive straight into the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkName:
+    """A chunk of a captured shard, as its record numbers it."""
+
+    job: str
+    generation: int
+    step: int
+    rank: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FragmentName:
+    """A parity fragment: number 0..m-1 of the row with that id."""
+
+    job: str
+    row_id: bytes
+    number: int
+
+
+Name = ChunkName | FragmentName
+
+
+class BulkStore(Protocol):
+    """What a node offers to its peers. Called on the transport's threads."""
+
+    def read(self, name: Name) -> AbstractContextManager[tuple[memoryview, bytes]]:
+        """The bytes and their XXH3-128; they stay where they are until the context ends.
+
+        Raises:
+            NotFoundError: kind `chunk` or `fragment`.
+        """
+
+    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> AbstractContextManager[memoryview]:
+        """Room for a parity fragment. Left without an error, the bytes are checked against `digest` and recorded;
+        with one, the room is free again.
+
+        Raises:
+            CapacityError: no room for parity. IntegrityError: kind `digest`: other bytes arrived.
+        """
+
+
+class PeerLink(Protocol):
+    """One peer, as a client. Thread-safe; reconnects by itself; every call has a deadline."""
+
+    def fetch(self, wanted: Sequence[tuple[Name, memoryview]], *, timeout_s: float) -> list[bytes]:
+        """Receive each into its view (exactly its size), pipelined. Returns the digests that the peer recorded; the
+        caller hashes what arrived.
+
+        Raises:
+            NotFoundError: the peer has not got one of them. UnavailableError (also DeadlineExceeded): it does not
+            answer, or too late. RemoteProtocolError: it sends what it must not (another size, ...).
+        """
+
+    def push(self, name: FragmentName, data: memoryview, digest: bytes, *, timeout_s: float) -> None:
+        """Store a parity fragment at the peer; returns when it has it, checked and recorded.
+
+        Raises:
+            CapacityError: it has no room. UnavailableError, IntegrityError, RemoteProtocolError.
+        """
+
+    def close(self) -> None: ...
+
+
+class Links(Protocol):
+    """Links by node name; follows the membership's addresses."""
+
+    def to(self, node: str) -> PeerLink:
+        """Raise UnavailableError (kind `peer_unknown`) for a node that is no member."""
