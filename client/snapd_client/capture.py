@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import logging
 import time
+from collections.abc import Sequence
 
 import snapd_native as native
 from snapd_native import ControlPage, CopyEngine
@@ -25,10 +26,12 @@ from .inflight import Held, Inflight
 from .lanes import LaneBook, Placement
 from .plans import LayoutPlans
 from .session import Session
+from .sharing import Sharing
 from .stage import DeviceStage
 from .state.layout import Binding, build_layout
 from .state.tree import StateTree, Walk
 from .transfer import DoneTransfer, HostTransfer, JointTransfer, Transfer
+from .world import World
 
 _log = logging.getLogger(__name__)
 
@@ -65,11 +68,13 @@ class Capturer:
         control: ControlThread,
         health: Health,
         audit: Audit,
+        world: World,
     ) -> None:
         self._tree, self._session, self._engine = tree, session, engine
         self._control, self._health, self._audit = control, health, audit
         self._lanes = LaneBook(session, control.poke)
-        self._plans: LayoutPlans | None = None
+        self._plans: LayoutPlans | None = None  # of the full layout
+        self._sharing = Sharing(world)
         self._signature: object = None
         self._inflight: Inflight | None = None
         self._stage: DeviceStage | None = None
@@ -84,12 +89,14 @@ class Capturer:
         Raises:
             CaptureError: the state holds something that cannot be captured; names it.
         """
-        plans, _ = self._fit(self._tree.walk())
+        if self._session.page is not None and self._sharing.is_possible:
+            self._sharing.announce(self._session.page)
+        plans, _ = self._rebuild(self._tree.walk())
         plans.choose(None)
 
     # --- handing over -------------------------------------------------------------------------------------------
-    def hand_over(self, step: int, wait_max_s: float) -> Outcome:
-        """Take the early part, start the lazy part, and return.
+    def hand_over(self, step: int, wait_max_s: float, interval: int) -> Outcome:
+        """Take the early part, start the lazy part, and return. `interval`: steps between captures, on all ranks.
 
         Raises:
             CaptureError: the state holds something that cannot be captured; names it.
@@ -103,12 +110,12 @@ class Capturer:
         self._move_to_early()
         page.store("step_seen_plus_one", step + 1)
         walk = self._tree.walk()
-        plans, binding = self._fit(walk)
+        plans, binding = self._fit(walk, self._sharing.is_due(page, step, interval))
         early = walk.encode_early(self._session.generation, step)
         if len(early) > plans.layout.early_values_capacity:
             plans, binding = self._rebuild(walk)
         unchanging = plans.marks(binding)
-        fresh, base = self._lanes.fresh_chunks(plans.layout, unchanging)
+        fresh, base = self._lanes.fresh_chunks(plans.layout, unchanging, frames_min=self._frames_min())
         lane = self._lanes.take(len(fresh), wait_max_s)
         if lane is None:
             self._skip(page, step)
@@ -125,26 +132,52 @@ class Capturer:
         self._inflight = inflight
         self._start_transfer(inflight, held, plans)
         self._lanes.note(plans.layout, unchanging, step, lane)
+        self._sharing.note(step, is_full=plans is self._plans)
         faults.point("client.handover.after")
         return Outcome.HANDED_OVER
 
-    def _fit(self, walk: Walk) -> tuple[LayoutPlans, Binding]:
+    def _fit(self, walk: Walk, is_shared_out: bool) -> tuple[LayoutPlans, Binding]:
         """Plans whose layout fits the walk: the known ones, unless structure or aliasing changed."""
         plans = self._plans
         if plans is not None and self._signature == walk.signature:
+            if is_shared_out:
+                plans = self._sharing.plans or self._share_out(walk)
             binding = plans.layout.bind(walk)
             if binding is not None:
                 return plans, binding
         return self._rebuild(walk)
 
     def _rebuild(self, walk: Walk) -> tuple[LayoutPlans, Binding]:
-        layout = build_layout(self._tree, walk, chunk_bytes=self._session.chunk_bytes)
-        binding = layout.bind(walk)
+        self._sharing.forget()
+        plans = self._plans = self._make_plans(walk, range(0))
+        self._signature = walk.signature
+        binding = plans.layout.bind(walk)
         if binding is None:
             raise RuntimeError("a layout does not fit the walk that it was made from")
-        self._plans, self._signature = LayoutPlans(layout, walk), walk.signature
+        return plans, binding
+
+    def _share_out(self, walk: Walk) -> LayoutPlans:
+        """The layout without what other ranks of this node keep; it stays beside the full one."""
+        plans = self._sharing.plans = self._make_plans(walk, self._sharing.node_ranks)
+        return plans
+
+    def _make_plans(self, walk: Walk, node_ranks: Sequence[int]) -> LayoutPlans:
         self._health.layouts += 1
-        return self._plans, binding
+        chunk_bytes = self._session.chunk_bytes
+        return LayoutPlans(
+            build_layout(self._tree, walk, chunk_bytes=chunk_bytes, node_ranks=node_ranks), walk
+        )
+
+    def _frames_min(self) -> int:
+        """While captures are shared out lanes stay large enough for a full one: it must not wait for a grant."""
+        if self._sharing.plans is None or self._plans is None:
+            return 0
+        return len(self._plans.layout.chunk_nbytes)
+
+    def replicas(self) -> str:
+        """See Sharing.state."""
+        page = self._session.page
+        return "full" if page is None else self._sharing.state(page)
 
     def _skip(self, page: ControlPage, step: int) -> None:
         """The abort record: this step is taken on no rank."""
@@ -319,6 +352,7 @@ class Capturer:
     def forget_base(self) -> None:
         """Copy everything next time (after a rollback)."""
         self._lanes.forget_base()
+        self._sharing.forget()
 
     def abandon(self) -> None:
         """Give up what is under way without waiting for its copy (the process is about to end)."""

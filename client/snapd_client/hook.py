@@ -116,7 +116,7 @@ class Snapshotter:
         self._engine = CopyEngine(copy_threads)
         self._control = ControlThread(self._session, self._lose)
         self._capturer = Capturer(
-            self._tree, self._session, self._engine, self._control, self._health, Audit(audit)
+            self._tree, self._session, self._engine, self._control, self._health, Audit(audit), self.world
         )
         self._control.start()
         self._capturer.warm_up()
@@ -233,7 +233,7 @@ class Snapshotter:
     def _hand_over(self, step: int) -> Handle:
         self._notice_accumulation()
         self._control.populate()
-        outcome = self._capturer.hand_over(step, self._wait_max_s)
+        outcome = self._capturer.hand_over(step, self._wait_max_s, self._effective_interval)
         if outcome is Outcome.SKIPPED:
             self._health.skipped += 1
             self._warn_once(

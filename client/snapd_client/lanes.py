@@ -81,21 +81,25 @@ class LaneBook:
         self._base = None
         self._handed_over.clear()
 
-    def fresh_chunks(self, layout: Layout, unchanging: Marks) -> tuple[list[int], Base | None]:
+    def fresh_chunks(
+        self, layout: Layout, unchanging: Marks, *, frames_min: int = 0
+    ) -> tuple[list[int], Base | None]:
         """The chunks to copy now, ascending, and the base that the others are taken from.
 
         A tensor that should not change and was written or moved since the base makes the whole shard be copied.
+        `frames_min`: what grants must hold although this capture needs less, because a later one will not.
         """
         count = len(layout.chunk_nbytes)
         if not layout.unchanging_chunks:
-            self.want(count)
+            self.want(max(count, frames_min))
             return list(range(count)), None
         self._learn_base()
         base = self._base
         self._turn += 1
         if base is None or base.layout is not layout or base.unchanging != unchanging:
             return list(range(count)), None
-        self.want(count - len(layout.unchanging_chunks) + len(layout.unchanging_chunks) // RECHECK_TURNS + 1)
+        rechecked = len(layout.unchanging_chunks) // RECHECK_TURNS + 1
+        self.want(max(count - len(layout.unchanging_chunks) + rechecked, frames_min))
         turn = self._turn % RECHECK_TURNS
         kept = {chunk for chunk in layout.unchanging_chunks if chunk % RECHECK_TURNS != turn}
         return [chunk for chunk in range(count) if chunk not in kept], base

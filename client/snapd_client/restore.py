@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import xxhash
@@ -114,15 +115,18 @@ def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> p
 
 def _fill(context: Context, plan: pb.PlanRestoreReply, allow_partial: list[str]) -> None:
     with context.session.shard_memory(context.job, plan.generation, plan.step, plan.shards) as shards:
+        sources = {record.rank: _Source(record, shards) for record in plan.shards}
         record = plan.shards[0]
-        source = _Source(record, shards)
-        layout = format_pb2.ShardLayout.FromString(source.read(0, record.layout_nbytes))
+        own = sources[record.rank]
         early = format_pb2.EarlyValues.FromString(
-            source.read(record.early_values_offset, record.early_values_nbytes)
+            own.read(record.early_values_offset, record.early_values_nbytes)
         )
-        pending = prepare_restore(context.tree, layout, early, allow_partial=allow_partial)
+        others = {rank: source.layout() for rank, source in sources.items() if source is not own}
+        pending = prepare_restore(
+            context.tree, own.layout(), early, allow_partial=allow_partial, others=others
+        )
         faults.point("client.restore.prepared")
-        _copy_verified(pending, source, _threads(context.world))
+        _copy_verified(pending, sources, _threads(context.world))
         faults.point("client.restore.copied")
         pending.finish()
 
@@ -139,7 +143,16 @@ class _Source:
         self.record, self.chunk_bytes = record, record.chunk_bytes
         self._shards = shards
 
+    def layout(self) -> format_pb2.ShardLayout:
+        """Raises BadChunks."""
+        return format_pb2.ShardLayout.FromString(self.read(0, self.record.layout_nbytes))
+
     def address(self, number: int) -> int:
+        """Raises IntegrityError: the shard has no such chunk."""
+        if number >= len(self.record.chunks):
+            raise IntegrityError(
+                "the layout names a chunk that the shard does not have", rank=self.record.rank, chunk=number
+            )
         chunk = self.record.chunks[number]
         return (
             self._shards.mappings[chunk.segment_rank, chunk.segment].address + chunk.frame * self.chunk_bytes
@@ -172,29 +185,31 @@ class _Source:
         return b"".join(parts)
 
 
-def _copy_verified(pending: PendingRestore, source: _Source, threads: int) -> None:
+def _copy_verified(pending: PendingRestore, sources: Mapping[int, _Source], threads: int) -> None:
     """Each chunk is hashed and, while it is in the cache, copied to where its bytes belong.
+
+    `sources`: the shards by rank: this rank's own, and those of ranks that keep bytes for it.
 
     Raises:
         BadChunks: all that were found; the live state is then partly overwritten, and the next round or the error
             that follows says so.
     """
     plan = CopyPlan(*pending.plan)
-    count = len(source.record.chunks)
-    bases = array("Q", [source.address(number) for number in range(count)])
+    bases = array("Q", [sources[rank].address(chunk) for rank, chunk in pending.sources])
     bad: list[tuple[int, int]] = []
 
     def take(number: int) -> None:
         first, pieces = pending.pieces_of_chunk[number]
         if pieces == 0:
             return
-        if not source.is_good(number):
-            bad.append((source.record.rank, number))
+        rank, chunk = pending.sources[number]
+        if not sources[rank].is_good(chunk):
+            bad.append((rank, chunk))
         elif not bad:
             plan.run(bases, pending.destinations, first, pieces)
 
     with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="snapd-restore") as pool:
-        list(pool.map(take, range(count)))
+        list(pool.map(take, range(len(pending.sources))))
     if bad:
         raise BadChunks(sorted(bad))
 

@@ -54,16 +54,17 @@ def share_out(
 ) -> dict[str, int]:
     """Name -> the rank whose shard keeps the bytes, for every name that several ranks of the node hold.
 
-    The largest first, each to the rank with the least so far: the loads differ by one tensor at most. Pure, and the
-    same on all ranks that pass the same names.
+    The largest first, each to the rank with the least so far among those that hold it: their loads differ by one
+    tensor at most. Each set of ranks is shared out by itself: two ranks see the same names of the sets that both are
+    in, and other names of the others (tensor parallelism beside data parallelism), which must play no part. Pure.
     """
     on_node = set(node_ranks)
-    load: dict[int, int] = defaultdict(int)
+    load: dict[tuple[tuple[int, ...], int], int] = defaultdict(int)
     holders: dict[str, int] = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        candidates = sorted(on_node.intersection(ranks_of.get(name, ())))
+        candidates = tuple(sorted(on_node.intersection(ranks_of.get(name, ()))))
         if len(candidates) > 1 and sizes[name] >= SHARED_BYTES_MIN:
-            holder = min(candidates, key=lambda rank: (load[rank], rank))
+            holder = min(candidates, key=lambda rank: (load[candidates, rank], rank))
             holders[name] = holder
-            load[holder] += sizes[name]
+            load[candidates, holder] += sizes[name]
     return holders
