@@ -208,6 +208,10 @@ class ReportRequest(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     UNPROTECTED_BYTES_FIELD_NUMBER: _builtins.int
+    CLOSED_BELOW_FIELD_NUMBER: _builtins.int
+    KEEP_COMPLETE_FIELD_NUMBER: _builtins.int
+    IS_CAPTURING_FIELD_NUMBER: _builtins.int
+    FINAL_RANKS_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     """the newest that this node knows"""
@@ -226,6 +230,12 @@ class ReportRequest(_message.Message):
     interval_steps: _builtins.int
     """as configured"""
     unprotected_bytes: _builtins.int
+    closed_below: _builtins.int
+    """generations below it capture nothing more here"""
+    keep_complete: _builtins.int
+    """complete snapshots that the slots have room for"""
+    is_capturing: _builtins.bool
+    """a trainer of `generation` has asked for room"""
     @_builtins.property
     def sender(self) -> Global___Sender: ...
     @_builtins.property
@@ -235,8 +245,8 @@ class ReportRequest(_message.Message):
     @_builtins.property
     def passed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Passed]: ...
     @_builtins.property
-    def parts_done(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]:
-        """snapshots of which this node holds all parity that the plan gives it, under sender.epoch"""
+    def parts_done(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartDone]:
+        """under sender.epoch"""
 
     @_builtins.property
     def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotProblem]:
@@ -245,6 +255,10 @@ class ReportRequest(_message.Message):
     @_builtins.property
     def served_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """with a live session of `generation`"""
+
+    @_builtins.property
+    def final_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """closed for good"""
 
     def __init__(
         self,
@@ -258,7 +272,7 @@ class ReportRequest(_message.Message):
         passed: _abc.Iterable[Global___Passed] | None = ...,
         newest_step_seen: _builtins.int = ...,
         aborts: _builtins.int = ...,
-        parts_done: _abc.Iterable[Global___SnapshotKey] | None = ...,
+        parts_done: _abc.Iterable[Global___PartDone] | None = ...,
         trouble: _builtins.str = ...,
         problems: _abc.Iterable[Global___SnapshotProblem] | None = ...,
         known_orders: _builtins.int = ...,
@@ -267,14 +281,45 @@ class ReportRequest(_message.Message):
         world_size: _builtins.int = ...,
         interval_steps: _builtins.int = ...,
         unprotected_bytes: _builtins.int = ...,
+        closed_below: _builtins.int = ...,
+        keep_complete: _builtins.int = ...,
+        is_capturing: _builtins.bool = ...,
+        final_ranks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "job", b"job", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
+
+@_typing.final
+class PartDone(_message.Message):
+    """This node holds all parity and records that the row plan gives it. `plan`: the identity of the plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    step: _builtins.int
+    plan: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        plan: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "plan", b"plan", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartDone: _TypeAlias = PartDone  # noqa: Y015
 
 @_typing.final
 class SnapshotProblem(_message.Message):
@@ -317,7 +362,9 @@ class Orders(_message.Message):
     INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     INTERVAL_FROM_STEP_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    INCOMPLETE_FIELD_NUMBER: _builtins.int
+    TARGET_GROUPS_FIELD_NUMBER: _builtins.int
+    INTERVAL_FACTOR_FIELD_NUMBER: _builtins.int
+    IS_FINAL_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """grows with every change"""
     generation: _builtins.int
@@ -325,6 +372,9 @@ class Orders(_message.Message):
     """0: as configured"""
     interval_from_step: _builtins.int
     reason: _builtins.str
+    interval_factor: _builtins.int
+    is_final: _builtins.bool
+    """all ranks have closed the job for good: it may be removed"""
     @_builtins.property
     def complete(self) -> Global___SnapshotKey:
         """absent: none"""
@@ -342,7 +392,9 @@ class Orders(_message.Message):
     @_builtins.property
     def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotProblem]: ...
     @_builtins.property
-    def incomplete(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotKey]: ...
+    def target_groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """whose nodes take part"""
+
     def __init__(
         self,
         *,
@@ -356,11 +408,13 @@ class Orders(_message.Message):
         interval_steps: _builtins.int = ...,
         interval_from_step: _builtins.int = ...,
         reason: _builtins.str = ...,
-        incomplete: _abc.Iterable[Global___SnapshotKey] | None = ...,
+        target_groups: _abc.Iterable[_builtins.int] | None = ...,
+        interval_factor: _builtins.int = ...,
+        is_final: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "protected", b"protected", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "generation", b"generation", "incomplete", b"incomplete", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "number", b"number", "problems", b"problems", "protected", b"protected", "reason", b"reason", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -839,19 +839,23 @@ class LastReply(_message.Message):
     FOUND_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    REPLICA_DIFFERENCE_FIELD_NUMBER: _builtins.int
     found: _builtins.bool
     generation: _builtins.int
     step: _builtins.int
+    replica_difference: _builtins.str
+    """why nothing is shared out any more; empty: no difference was found"""
     def __init__(
         self,
         *,
         found: _builtins.bool = ...,
         generation: _builtins.int = ...,
         step: _builtins.int = ...,
+        replica_difference: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "generation", b"generation", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "generation", b"generation", "replica_difference", b"replica_difference", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,6 +22,7 @@ class Outcome(enum.Enum):
     ABSENT = "absent"
     UNUSABLE = "unusable"
     WORLD_SIZE_DIFFERS = "world_size_differs"
+    UNREACHABLE = "unreachable"  # a node that does not answer may hold a newer one
 
 
 @dataclass(frozen=True, slots=True)

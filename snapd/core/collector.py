@@ -1,0 +1,338 @@
+"""One job seen across its nodes: from what each node reports to what all of them are told.
+
+The collector keeps nothing that it could not be told again: a new one starts from the recorded newest snapshots and
+from the nodes' next reports. Promises: the newest complete snapshot, the one that is being protected (the target) and
+the newest protected one are never among those that may be dropped; `protected` moves only when every node of every
+group that holds a shard has said, under the table's epoch and for the same row plan, that its part is done.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from snapd.core.cluster import Group, GroupTable
+from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval, after_abort, after_complete
+
+REASONS_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A shard whose bytes a node has."""
+
+    id: SnapshotId
+    rank: int
+    world_size: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone:
+    """A node holds all that the row plan gives it. `plan`: the plan's identity; members with different ones have not
+    planned the same rows.
+    """
+
+    id: SnapshotId
+    plan: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """All that one node says of a job; a later one (instance, serial) replaces it whole.
+
+    `passed`: rank -> newest step of `generation` that it captures no more. `served`: its ranks with a live session of
+    `generation`. `closed_below`: generations below it capture nothing more on this node. `keep_complete`: complete
+    snapshots that its slots have room for. `is_capturing`: a trainer of `generation` has asked for room.
+    """
+
+    node: str
+    instance: int
+    serial: int
+    epoch: int
+    generation: int
+    world_size: int
+    held: tuple[Held, ...] = ()
+    passed: Mapping[int, int] = field(default_factory=dict)
+    served: tuple[int, ...] = ()
+    closed_below: int = 0
+    keep_complete: int = 1
+    is_capturing: bool = False
+    newest_step_seen: int = -1
+    interval_steps: int = 1
+    aborts: int = 0
+    done: tuple[PartDone, ...] = ()
+    problems: tuple[tuple[SnapshotId, str], ...] = ()
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What every node is told. `target_groups`: whose nodes take part in protecting the target. `drop`: may go, with
+    the reason. `number` grows with every change.
+    """
+
+    number: int = 0
+    generation: int = 0
+    complete: SnapshotId | None = None
+    target: SnapshotId | None = None
+    protected: SnapshotId | None = None
+    target_groups: tuple[int, ...] = ()
+    drop: tuple[tuple[SnapshotId, str], ...] = ()
+    problems: tuple[tuple[SnapshotId, str], ...] = ()
+    interval: Interval = field(default_factory=Interval)
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Collector:
+    """Mutable and single-threaded; knows no clock. `recorded_*`: what coordination remembers of earlier collectors."""
+
+    interval_factor_max: int
+    recorded_complete: SnapshotId | None = None
+    recorded_protected: SnapshotId | None = None
+    reports: dict[str, NodeReport] = field(default_factory=dict)
+    orders: Orders = field(default_factory=Orders)
+    _aborts: dict[tuple[str, int], int] = field(default_factory=dict)
+    _problems: dict[SnapshotId, str] = field(default_factory=dict)
+    _interval: Interval = field(default_factory=Interval)
+    _target: SnapshotId | None = None
+
+    def __post_init__(self) -> None:
+        self.orders = Orders(complete=self.recorded_complete, protected=self.recorded_protected)
+
+    def take(self, report: NodeReport) -> bool:
+        """Take up a node's report; False for one that a newer one overtook. `settle` follows, for several at once."""
+        known = self.reports.get(report.node)
+        if known is not None and known.instance == report.instance and report.serial <= known.serial:
+            return False
+        self.reports[report.node] = report
+        self._note_interval(report)
+        return True
+
+    def forget(self, node: str) -> None:
+        """The node is lost for good, or came back with an empty arena: what it held is gone."""
+        self.reports.pop(node, None)
+
+    # what the reports say together
+
+    @property
+    def generation(self) -> int:
+        return max((report.generation for report in self.reports.values()), default=0)
+
+    def holders(self) -> dict[SnapshotId, dict[int, set[str]]]:
+        """snapshot -> rank -> nodes that have the shard's bytes."""
+        found: dict[SnapshotId, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for report in self.reports.values():
+            for held in report.held:
+                found[held.id][held.rank].add(report.node)
+        return found
+
+    def world_sizes(self) -> dict[SnapshotId, int]:
+        return {held.id: held.world_size for report in self.reports.values() for held in report.held}
+
+    def settle(self, table: GroupTable | None) -> Orders:
+        """Recompute the orders; a new number when they differ."""
+        holders, world_sizes = self.holders(), self.world_sizes()
+        for report in self.reports.values():
+            for snapshot, problem in report.problems:
+                self._problems.setdefault(snapshot, problem)
+        whole = sorted(
+            snapshot
+            for snapshot, ranks in holders.items()
+            if len(ranks) == world_sizes[snapshot] and snapshot not in self._problems
+        )
+        complete = self._newest_complete(whole)
+        protected, target, reason = self._protection(whole, holders, complete, table)
+        self._target = target
+        kept = self._kept(whole, complete, target, protected)
+        drop = tuple(self._droppable(holders, world_sizes, kept, complete))
+        present = set(holders) | {s for s in (complete, protected) if s is not None}
+        self._problems = {s: text for s, text in self._problems.items() if s in present}
+        new = Orders(
+            number=self.orders.number,
+            generation=self.generation,
+            complete=complete,
+            target=target,
+            protected=protected,
+            target_groups=tuple(sorted(self.groups_of(holders[target], table))) if target and table else (),
+            drop=drop,
+            problems=tuple(sorted(self._problems.items())),
+            interval=self._interval,
+            reason=reason,
+        )
+        if new != self.orders:
+            self.orders = replace(new, number=self.orders.number + 1)
+        return self.orders
+
+    def _newest_complete(self, whole: list[SnapshotId]) -> SnapshotId | None:
+        """Once complete, remembered until a newer one is or it is proved bad: a holder may only be out of reach."""
+        before = self.orders.complete
+        if before is not None and before in self._problems:
+            before = None
+        newest = whole[-1] if whole else None
+        if newest is not None and (before is None or newest > before):
+            self._interval, _ = after_complete(self._interval, newest_step_seen=self._newest_step_seen())
+            return newest
+        return before
+
+    # protection
+
+    def _protection(
+        self,
+        whole: list[SnapshotId],
+        holders: Mapping[SnapshotId, Mapping[int, set[str]]],
+        complete: SnapshotId | None,
+        table: GroupTable | None,
+    ) -> tuple[SnapshotId | None, SnapshotId | None, str]:
+        """(newest protected, target, why)."""
+        protected = self.orders.protected
+        if protected is not None and protected in self._problems:
+            protected = None
+        if table is None or not whole:
+            return protected, None, "no group table" if table is None else "nothing is complete"
+        done = [s for s in whole if self.missing_parts(s, holders[s], table) == ""]
+        if done and (protected is None or done[-1] > protected):
+            protected = done[-1]
+        newest = whole[-1]
+        if newest in done:
+            return protected, None, "the newest complete snapshot is protected"
+        obstacle = self._obstacle(holders[newest], table)
+        if obstacle:
+            return protected, None, obstacle
+        current = self._target
+        if (
+            current is not None
+            and current in whole
+            and current not in done
+            and self._still_worth(current, newest)
+        ):
+            return protected, current, "being protected"
+        if protected is not None and newest < protected:
+            return protected, None, "a newer snapshot is protected"
+        return protected, newest, "the newest complete snapshot"
+
+    def _still_worth(self, target: SnapshotId, newest: SnapshotId) -> bool:
+        """A target of the same generation is finished before a newer one is taken up."""
+        return target.generation == newest.generation or newest < target
+
+    def groups_of(self, ranks: Mapping[int, set[str]], table: GroupTable) -> dict[int, Group]:
+        """The groups that hold shards of a snapshot, by number."""
+        nodes = {node for held in ranks.values() for node in held}
+        found = (table.group_of(node) for node in nodes)
+        return {group.number: group for group in found if group is not None}
+
+    def _obstacle(self, ranks: Mapping[int, set[str]], table: GroupTable) -> str:
+        """Why a snapshot cannot be protected by this table at all; empty if it can."""
+        for rank, nodes in sorted(ranks.items()):
+            groups = [table.group_of(node) for node in sorted(nodes)]
+            if not any(group is not None and group.code is not None for group in groups):
+                return f"rank {rank}'s node {min(nodes)} is in no group that could protect it"
+        return ""
+
+    def missing_parts(self, snapshot: SnapshotId, ranks: Mapping[int, set[str]], table: GroupTable) -> str:
+        """Whose part of a snapshot's protection is missing under this table, in words; empty: protected."""
+        obstacle = self._obstacle(ranks, table)
+        if obstacle:
+            return obstacle
+        waiting: list[str] = []
+        for _, group in sorted(self.groups_of(ranks, table).items()):
+            if group.code is None:
+                continue  # a holder outside every code; _obstacle saw that each of its shards has another
+            plans = {node: self._plan_of(node, snapshot, table.epoch) for node in group.nodes}
+            absent = [node for node, plan in plans.items() if plan is None]
+            if absent:
+                waiting.extend(absent)
+            elif len(set(plans.values())) > 1:
+                waiting.append(f"group {group.number} (its nodes planned different rows)")
+        listed = ", ".join(waiting[:REASONS_SHOWN])
+        return (
+            f"waiting for {listed}" + (" and others" if len(waiting) > REASONS_SHOWN else "")
+            if waiting
+            else ""
+        )
+
+    def _plan_of(self, node: str, snapshot: SnapshotId, epoch: int) -> bytes | None:
+        report = self.reports.get(node)
+        if report is None or report.epoch != epoch:
+            return None
+        return next((part.plan for part in report.done if part.id == snapshot), None)
+
+    # what may go
+
+    def _kept(
+        self,
+        whole: list[SnapshotId],
+        complete: SnapshotId | None,
+        target: SnapshotId | None,
+        protected: SnapshotId | None,
+    ) -> set[SnapshotId]:
+        kept = {snapshot for snapshot in (complete, target, protected) if snapshot is not None}
+        room = min((report.keep_complete for report in self.reports.values() if report.served), default=None)
+        if room is None or not self._is_capturing():
+            return kept | set(whole)  # nobody needs the room, and a restore may want to choose
+        for snapshot in reversed(whole):
+            if len(kept) >= room:
+                break
+            kept.add(snapshot)
+        return kept
+
+    def _is_capturing(self) -> bool:
+        return any(
+            report.is_capturing and report.generation == self.generation for report in self.reports.values()
+        )
+
+    def _droppable(
+        self,
+        holders: Mapping[SnapshotId, Mapping[int, set[str]]],
+        world_sizes: Mapping[SnapshotId, int],
+        kept: set[SnapshotId],
+        complete: SnapshotId | None,
+    ) -> Iterable[tuple[SnapshotId, str]]:
+        for snapshot in sorted(holders):
+            if snapshot in kept:
+                continue
+            if complete is not None and snapshot < complete:
+                yield snapshot, f"{complete} is complete"
+                continue
+            missing = [rank for rank in range(world_sizes[snapshot]) if rank not in holders[snapshot]]
+            late = [rank for rank in missing if self._has_passed(snapshot, rank)]
+            if late:
+                listed = ", ".join(str(rank) for rank in late[:REASONS_SHOWN])
+                yield snapshot, f"ranks {listed} went on without it"
+
+    def _has_passed(self, snapshot: SnapshotId, rank: int) -> bool:
+        """No node will capture this shard any more. A rank that nobody reports on may only be out of reach."""
+        for report in self.reports.values():
+            if rank in report.passed and report.generation == snapshot.generation:
+                return report.passed[rank] >= snapshot.step
+        if snapshot.generation >= self.generation or not self._world_is_served():
+            return False
+        return all(report.closed_below > snapshot.generation for report in self.reports.values())
+
+    def _world_is_served(self) -> bool:
+        """Every rank of the current generation has a session somewhere, and captures: older worlds are over."""
+        current = [report for report in self.reports.values() if report.generation == self.generation]
+        world_size = max((report.world_size for report in current), default=0)
+        served = {rank for report in current for rank in report.served}
+        return world_size > 0 and len(served) == world_size and self._is_capturing()
+
+    # the interval
+
+    def _newest_step_seen(self) -> int:
+        return max((report.newest_step_seen for report in self.reports.values()), default=-1)
+
+    def _note_interval(self, report: NodeReport) -> None:
+        if report.generation > self.orders.generation and report.served:
+            self._interval = Interval(configured=max(1, report.interval_steps))
+        key = (report.node, report.instance)
+        before = self._aborts.get(key, 0)
+        self._aborts[key] = max(before, report.aborts)
+        if report.aborts > before and report.generation == self.generation:
+            self._interval, _ = after_abort(
+                self._interval,
+                newest_step_seen=self._newest_step_seen(),
+                factor_max=self.interval_factor_max,
+            )

@@ -1,0 +1,273 @@
+"""Which snapshot a world of many nodes restores: from what the nodes hold to one choice, with sources for every shard.
+
+Pure. A shard has a source when a living node has its bytes, or when in every row that covers it at least k fragments
+are there (data on living nodes, parity, and absent data fragments, which are zeros). Absent, proved bad and out of reach
+are three answers; an older snapshot is taken only when no node that is merely out of reach could make a newer one whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from snapd.core.cluster import Code
+from snapd.core.collector import Held
+from snapd.core.ids import SnapshotId
+from snapd.core.restore import Decision, Outcome, Verdict
+from snapd.core.rows import Row
+
+SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRows:
+    """What a node has of the protection of one snapshot: whose rows, which parity, which shards' records."""
+
+    id: SnapshotId
+    group: int
+    epoch: int
+    nodes: tuple[str, ...]
+    code: Code
+    row_ids: frozenset[bytes]
+    record_ranks: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """All that one node holds of a job."""
+
+    node: str
+    held: tuple[Held, ...] = ()
+    rows: tuple[HeldRows, ...] = ()
+    problems: tuple[tuple[SnapshotId, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowSet:
+    """The rows that a group planned for a snapshot, recomputed from the records that survive."""
+
+    id: SnapshotId
+    group: int
+    epoch: int
+    nodes: tuple[str, ...]
+    code: Code
+    rows: tuple[Row, ...]
+    record_nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one shard comes from: whole on `nodes`, else decoded from `row_set`."""
+
+    rank: int
+    nodes: tuple[str, ...]
+    row_set: RowSet | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A decision (as on one machine) and the sources of the chosen snapshot. `unreachable`: whom it waits for."""
+
+    decision: Decision
+    sources: tuple[Source, ...] = ()
+    unreachable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What is known when a choice is made. `newest_known`: the newest snapshot that was recorded as complete, and its
+    world size where that is known. `unreachable`: members that may live and did not answer.
+    """
+
+    inventories: Sequence[Inventory]
+    row_sets: Sequence[RowSet] = ()
+    unreachable: Collection[str] = ()
+    newest_known: SnapshotId | None = None
+    world_size: int
+    step: int | None = None
+    accept_older: bool = False
+
+
+@dataclass(slots=True)
+class _Facts:
+    world_size: int
+    nodes_of: dict[int, set[str]] = field(default_factory=dict)
+
+
+def gaps(inventories: Iterable[Inventory]) -> dict[SnapshotId, list[int]]:
+    """Snapshots of which some shards are whole on no node: the ranks whose rows have to be looked at."""
+    facts = _facts(inventories)
+    return {
+        snapshot: missing
+        for snapshot, known in facts.items()
+        if (missing := [rank for rank in range(known.world_size) if rank not in known.nodes_of])
+    }
+
+
+def choose_among_nodes(situation: Situation) -> Choice:
+    """The newest snapshot with a source for every shard.
+
+    Outcomes: as `restore.choose`, and UNREACHABLE when a member that did not answer may hold what makes a newer
+    snapshot whole (unless `accept_older`).
+    """
+    facts = _facts(situation.inventories)
+    problems = {s: text for inventory in situation.inventories for s, text in inventory.problems}
+    candidates = set(facts) | ({situation.newest_known} if situation.newest_known is not None else set())
+    verdicts: list[Verdict] = []
+    chosen: SnapshotId | None = None
+    sources: tuple[Source, ...] = ()
+    doubtful: SnapshotId | None = None
+    for snapshot in sorted(candidates, reverse=True):
+        if chosen is not None:
+            verdicts.append(Verdict(snapshot, "older", f"{chosen} is newer"))
+            continue
+        if situation.step is not None and snapshot.step != situation.step:
+            verdicts.append(Verdict(snapshot, "other step", f"step {situation.step} was asked for"))
+            continue
+        if snapshot in problems:
+            verdicts.append(Verdict(snapshot, "unusable", problems[snapshot]))
+            continue
+        found, lacking = _sources(snapshot, facts.get(snapshot), situation)
+        if not lacking:
+            chosen, sources = snapshot, found
+            verdicts.append(Verdict(snapshot, "chosen", _how(found)))
+        else:
+            verdicts.append(Verdict(snapshot, "incomplete", lacking))
+            doubtful = doubtful or snapshot
+    return _decide(situation, chosen, sources, doubtful, verdicts, facts)
+
+
+def _decide(
+    situation: Situation,
+    chosen: SnapshotId | None,
+    sources: tuple[Source, ...],
+    doubtful: SnapshotId | None,
+    verdicts: list[Verdict],
+    facts: Mapping[SnapshotId, _Facts],
+) -> Choice:
+    unreachable = tuple(sorted(situation.unreachable))
+    if unreachable and doubtful is not None and not situation.accept_older:
+        reason = f"{_listed(unreachable)} did not answer and may hold what {doubtful} lacks"
+        return Choice(Decision(Outcome.UNREACHABLE, chosen, tuple(verdicts), reason), (), unreachable)
+    if unreachable and chosen is None:
+        reason = f"{_listed(unreachable)} did not answer, and no other node holds a whole snapshot"
+        return Choice(Decision(Outcome.UNREACHABLE, None, tuple(verdicts), reason), (), unreachable)
+    if chosen is None:
+        return Choice(_nothing(verdicts, situation.step))
+    world_size = facts[chosen].world_size
+    if world_size != situation.world_size:
+        reason = f"{chosen} was captured by {world_size} ranks, this world has {situation.world_size}"
+        return Choice(Decision(Outcome.WORLD_SIZE_DIFFERS, chosen, tuple(verdicts), reason))
+    reason = "the newest snapshot with a source for every shard"
+    passed_over = [verdict for verdict in verdicts if verdict.verdict in ("incomplete", "unusable")]
+    if passed_over:
+        reason += "; not " + "; not ".join(f"{v.id}: {v.reason}" for v in passed_over[:SHOWN])
+    return Choice(Decision(Outcome.FOUND, chosen, tuple(verdicts), reason), sources)
+
+
+def _nothing(verdicts: list[Verdict], step: int | None) -> Decision:
+    """Absent, or found and of no use."""
+    known = [verdict for verdict in verdicts if verdict.verdict in ("incomplete", "unusable")]
+    if known:
+        listed = "; ".join(f"{verdict.id}: {verdict.reason}" for verdict in known[:SHOWN])
+        is_bad = any(verdict.verdict == "unusable" for verdict in known)
+        outcome = Outcome.UNUSABLE if is_bad or _was_complete(known) else Outcome.ABSENT
+        return Decision(outcome, None, tuple(verdicts), f"no snapshot can be made whole: {listed}")
+    if step is not None and verdicts:
+        held = ", ".join(str(verdict.id) for verdict in verdicts[:SHOWN])
+        return Decision(Outcome.ABSENT, None, tuple(verdicts), f"no snapshot of step {step}; there is {held}")
+    return Decision(Outcome.ABSENT, None, tuple(verdicts), "the job has no snapshot")
+
+
+def _was_complete(verdicts: Iterable[Verdict]) -> bool:
+    """Shards were lost, not only never captured: to begin anew has to be asked for."""
+    return any("lost" in verdict.reason for verdict in verdicts)
+
+
+def _facts(inventories: Iterable[Inventory]) -> dict[SnapshotId, _Facts]:
+    found: dict[SnapshotId, _Facts] = {}
+    for inventory in inventories:
+        for held in inventory.held:
+            known = found.setdefault(held.id, _Facts(held.world_size))
+            known.nodes_of.setdefault(held.rank, set()).add(inventory.node)
+    return found
+
+
+def _sources(
+    snapshot: SnapshotId, facts: _Facts | None, situation: Situation
+) -> tuple[tuple[Source, ...], str]:
+    """(a source for each rank, "") or ((), what is lacking)."""
+    if facts is None:
+        return (), "it was complete; its nodes are lost"
+    sources: list[Source] = []
+    lacking: list[str] = []
+    row_sets = [row_set for row_set in situation.row_sets if row_set.id == snapshot]
+    was_complete = situation.newest_known is not None and snapshot <= situation.newest_known
+    for rank in range(facts.world_size):
+        nodes = facts.nodes_of.get(rank)
+        if nodes:
+            sources.append(Source(rank, tuple(sorted(nodes))))
+            continue
+        source, why = _decodable(rank, row_sets, situation.inventories)
+        if source is not None:
+            sources.append(source)
+        else:
+            missing = (
+                "its node is lost" if was_complete or row_sets else "it was captured nowhere that answers"
+            )
+            lacking.append(f"rank {rank}: {missing}{why}")
+    return tuple(sources), _listed(lacking, "; ")
+
+
+def _decodable(
+    rank: int, row_sets: Sequence[RowSet], inventories: Sequence[Inventory]
+) -> tuple[Source | None, str]:
+    why = ""
+    for row_set in sorted(row_sets, key=lambda rows: rows.epoch, reverse=True):
+        covering = [row for row in row_set.rows if any(chunk.rank == rank for chunk in row.chunks)]
+        if not covering:
+            continue
+        lack = missing_row(row_set, covering, inventories)
+        if not lack:
+            return Source(rank, (), row_set), ""
+        why = why or f", and {lack}"
+    return None, why
+
+
+def missing_row(row_set: RowSet, rows: Iterable[Row], inventories: Sequence[Inventory]) -> str:
+    """The first of `rows` that has too few fragments, in words; empty if each has at least k."""
+    held = {
+        (inventory.node, held.rank)
+        for inventory in inventories
+        for held in inventory.held
+        if held.id == row_set.id
+    }
+    held_ranks = {rank for _, rank in held}
+    parity = {
+        inventory.node: frozenset[bytes]().union(*(r.row_ids for r in inventory.rows))
+        for inventory in inventories
+    }
+    for row in rows:
+        absent = row_set.code.k - len(row.chunks)
+        data = sum(1 for chunk in row.chunks if chunk.rank in held_ranks)
+        coded = sum(1 for node in row.parity_nodes if row.id in parity.get(node, ()))
+        if absent + data + coded < row_set.code.k:
+            have = (
+                f"{data} of {len(row.chunks)} chunks and {coded} of {len(row.parity_nodes)} parity fragments"
+            )
+            gone = [node for node in row_set.nodes if node not in parity]
+            lost = f"; lost: {_listed(gone)}" if gone else ""
+            return f"row {row.number} of group {row_set.group} has only {have}{lost}"
+    return ""
+
+
+def _how(sources: Sequence[Source]) -> str:
+    coded = [source.rank for source in sources if not source.nodes]
+    if not coded:
+        return "whole on living nodes"
+    return f"ranks {_listed([str(rank) for rank in coded])} from parity, the others whole on living nodes"
+
+
+def _listed(items: Sequence[str], separator: str = ", ") -> str:
+    shown = separator.join(items[:SHOWN])
+    return shown if len(items) <= SHOWN else f"{shown} and {len(items) - SHOWN} more"
