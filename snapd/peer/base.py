@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+HOLDS_MAX = 1024  # names of one question
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkName:
@@ -50,7 +52,11 @@ class BulkStore(Protocol):
 
         Raises:
             CapacityError: no room for parity. IntegrityError: kind `digest`: other bytes arrived.
+            UnavailableError: kind `not_planned`: no row map of this node names that row (yet): push again later.
         """
+
+    def holds(self, names: Sequence[FragmentName]) -> list[bool]:
+        """For each fragment, whether it is here, checked since this process began. At most `HOLDS_MAX` names."""
 
 
 class PeerLink(Protocol):
@@ -69,7 +75,15 @@ class PeerLink(Protocol):
         """Store a parity fragment at the peer; returns when it has it, checked and recorded.
 
         Raises:
-            CapacityError: it has no room. UnavailableError, IntegrityError, RemoteProtocolError.
+            CapacityError: it has no room. UnavailableError (kind `not_planned`: it has not got the row's map yet),
+            IntegrityError, RemoteProtocolError.
+        """
+
+    def holds(self, names: Sequence[FragmentName], *, timeout_s: float) -> list[bool]:
+        """Which of these fragments the peer has already: equal rows are not coded again. At most `HOLDS_MAX` names.
+
+        Raises:
+            UnavailableError, RemoteProtocolError (another count of answers).
         """
 
     def close(self) -> None: ...
