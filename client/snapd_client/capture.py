@@ -26,7 +26,7 @@ from .inflight import Held, Inflight
 from .lanes import LaneBook, Placement
 from .plans import LayoutPlans
 from .session import Session
-from .sharing import Sharing
+from .sharing import FULL, Sharing
 from .stage import DeviceStage
 from .state.layout import Binding, build_layout
 from .state.tree import StateTree, Walk
@@ -177,7 +177,7 @@ class Capturer:
     def replicas(self) -> str:
         """See Sharing.state."""
         page = self._session.page
-        return "full" if page is None else self._sharing.state(page)
+        return FULL if page is None else self._sharing.state(page)
 
     def _skip(self, page: ControlPage, step: int) -> None:
         """The abort record: this step is taken on no rank."""

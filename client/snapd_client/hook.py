@@ -30,6 +30,7 @@ from .health import Health
 from .restore import Context as RestoreContext
 from .restore import restore as restore_state
 from .session import Session
+from .sharing import DIFFER
 from .state.loaders import rng_neutral
 from .state.tree import StateTree
 from .version import VERSION
@@ -105,6 +106,7 @@ class Snapshotter:
         self._is_started = False  # restored, or stepped
         self._rollback_count = 0
         self._last: Handle | None = None
+        self._replica_difference = ""
         self._has_updated = True
         self._hooks: list[Any] = []
         self._tree = StateTree(
@@ -244,6 +246,12 @@ class Snapshotter:
             self._warn_once(
                 "fenced", f"a newer generation of job {self.job} runs: this process saves nothing more"
             )
+        if self._capturer.replicas() == DIFFER:
+            self._warn_once(
+                "replicas",
+                "replicas on this node do not hold the same bytes: from now on each rank saves all that it has; "
+                "health()['replica_difference'] and `snapd status` name the tensor",
+            )
         handed_over = outcome is Outcome.HANDED_OVER
         self._last = Handle(self.generation, step, handed_over, "" if handed_over else outcome.value)
         return self._last
@@ -334,9 +342,13 @@ class Snapshotter:
 
     def last(self, level: str = "captured") -> int | None:
         """The newest step that has `level` on all ranks."""
-        request = pb.LastRequest(session_id=self._session.session_id, level=LEVELS[level])
-        reply = self._session.call(lambda stub, **options: stub.Last(request, **options))
+        reply = self._ask_last(level)
         return reply.step if reply.found else None
+
+    def _ask_last(self, level: str) -> pb.LastReply:
+        request = pb.LastRequest(session_id=self._session.session_id, level=LEVELS[level])
+        reply: pb.LastReply = self._session.call(lambda stub, **options: stub.Last(request, **options))
+        return reply
 
     def health(self) -> dict[str, object]:
         """Counters and recent durations (seconds); what went wrong last, in words."""
@@ -347,6 +359,11 @@ class Snapshotter:
         if page is not None:
             facts["captured_step"] = page.load("captured_step_plus_one") - 1
             facts["complete_step"] = page.load("complete_step_plus_one") - 1
+        facts["replicas"] = self._capturer.replicas()
+        if facts["replicas"] == DIFFER and not self._replica_difference:
+            with contextlib.suppress(SnapdError):
+                self._replica_difference = self._ask_last("captured").replica_difference
+        facts["replica_difference"] = self._replica_difference
         return facts
 
     @contextlib.contextmanager

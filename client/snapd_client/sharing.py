@@ -15,6 +15,7 @@ from .plans import LayoutPlans
 from .world import World
 
 WORD = "replicas_equal_step_plus_one"
+FULL, SHARED_OUT, DIFFER = "full", "shared out", "differ"
 
 
 def is_shared_out(
@@ -78,5 +79,5 @@ class Sharing:
     def state(self, page: ControlPage) -> str:
         """For `health()`: of the last capture, "full" or "shared out"; "differ" if the daemon found a difference."""
         if self.is_possible and page.load(WORD) == REPLICAS_DIFFER:
-            return "differ"
-        return "full" if self._was_full else "shared out"
+            return DIFFER
+        return FULL if self._was_full else SHARED_OUT

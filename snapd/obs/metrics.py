@@ -31,6 +31,11 @@ class Metrics:
             "snapd_chunks_shared", "Chunks equal to the snapshot before.", registry=registry
         )
         self.chunks_bad = Counter("snapd_chunks_bad", "Chunks whose hash differed.", registry=registry)
+        self.replica_differences = Counter(
+            "snapd_replica_differences",
+            "Replicas of a node that were found not to be equal.",
+            registry=registry,
+        )
         self.handshakes_refused = Counter(
             "snapd_handshakes_refused", "Connections refused.", registry=registry
         )

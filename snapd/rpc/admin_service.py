@@ -196,7 +196,9 @@ def _job_status(job: Job) -> admin_pb2.JobStatus:
             _session_status(job, s)
             for s in sorted(job.sessions.values(), key=lambda s: (s.generation, s.rank))
         ],
-        problem=refusals[0] if refusals else "",
+        problem=refusals[0]
+        if refusals
+        else job.replicas.difference and f"replicas: {job.replicas.difference}",
     )
 
 

@@ -134,10 +134,15 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
     async def Last(self, request: trainer_pb2.LastRequest, context: ServicerContext) -> trainer_pb2.LastReply:
         job, _ = self._session(request.session_id, context)
         _check_level(request.level)
-        newest = job.ledger.newest_complete()
+        newest, difference = job.ledger.newest_complete(), job.replicas.difference
         if newest is None:
-            return trainer_pb2.LastReply()
-        return trainer_pb2.LastReply(found=True, generation=newest.id.generation, step=newest.id.step)
+            return trainer_pb2.LastReply(replica_difference=difference)
+        return trainer_pb2.LastReply(
+            found=True,
+            generation=newest.id.generation,
+            step=newest.id.step,
+            replica_difference=difference,
+        )
 
     @told
     async def CloseSession(

@@ -12,6 +12,7 @@ from snapd.errors import CapacityError, RemoteProtocolError, SnapdError
 from snapd.runtime.digesting import Digested, ExpectedLayout, digest_shard
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
+from snapd.runtime.replicas import check_references, compare_if_due
 from snapd.runtime.session import Session
 
 
@@ -86,6 +87,7 @@ async def _capture(job: Job, session: Session, lane: int) -> None:
         )
         point("daemon.hash.after")
         job.context.metrics.hash_seconds.observe(job.context.environment.monotonic_s() - started_s)
+        await check_references(job, session, snapshot, digested.chunks, hand_over.layout_nbytes)
         if not job.is_removed:
             _commit(job, session, lane, hand_over, digested)
     finally:
@@ -120,6 +122,7 @@ def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested
     captured = session.page.load("captured_step_plus_one")
     session.page.store("captured_step_plus_one", max(captured, hand_over.step + 1))
     point("daemon.captured.after")
+    compare_if_due(job, session, record.id)
     session.move_lane(lane, LaneState.COMPLETE, LaneStep.FINISH)
     point("daemon.lane_freed.after")
     counts = session.counts

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Protocol
 
 from snapd.coordination.base import Coordination
 from snapd.core.capacity import Limit, check_fits
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.ledger import Ledger, ShardFacts
+from snapd.core.replicas import ReplicaState
 from snapd.core.restore import RestoreRound
 from snapd.core.states import LaneState, LaneStep
 from snapd.errors import CapacityError, JobUnusable
@@ -29,6 +31,16 @@ from snapd.runtime.faultpoints import point
 from snapd.runtime.limits import arena_limits
 from snapd.runtime.rank_arena import SEGMENTS_MAX, RankArena
 from snapd.runtime.session import Session
+
+
+class WorldPart(Protocol):
+    """What a job needs of its world across nodes (runtime/world.py)."""
+
+    def changed(self) -> None:
+        """What this node reports may have changed."""
+
+    def doomed(self, job: Job) -> list[tuple[SnapshotId, str]]:
+        """Which snapshots may go, with the reason."""
 
 
 class Job:
@@ -48,12 +60,15 @@ class Job:
         self.chunk_bytes = index.chunk_bytes()
         self.rounds: dict[tuple[int, int], RestoreRound] = {}
         self.final_ranks: set[int] = set()
+        self.replicas = ReplicaState()
         self.changes = Changes()
         self.opening = asyncio.Lock()
         self.planning = asyncio.Lock()
         self.verifying: dict[SnapshotId, asyncio.Task[None]] = {}
         self.has_new_writers = True  # since its chunks were last distrusted
         self.is_removed = False
+        self.world: WorldPart | None = None  # set where worlds span nodes
+        self.abort_count = 0  # steps that ranks here skipped for want of a slot
         self._announced: SnapshotId | None = None
 
     # what there is
@@ -95,6 +110,8 @@ class Job:
         for session in list(self.served_sessions()):
             self._grant(session)
         self.changes.notify()
+        if self.world is not None:
+            self.world.changed()
 
     def _announce(self) -> None:
         newest = self.ledger.newest_complete()
@@ -141,7 +158,11 @@ class Job:
 
     def _drop(self) -> None:
         closed_below = self.closed_below()
-        doomed = self.ledger.to_drop(keep_complete=self._keep_complete(), closed_below=closed_below)
+        doomed = (
+            self.ledger.to_drop(keep_complete=self._keep_complete(), closed_below=closed_below)
+            if self.world is None
+            else self.world.doomed(self)
+        )
         if not doomed:
             return
         point("daemon.drop.before")

@@ -17,6 +17,7 @@ from snapd.runtime.context import Context
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Peer
+from snapd.runtime.replicas import begin_anew
 from snapd.runtime.restoring import distrust, release_rounds
 from snapd.runtime.session import Session
 
@@ -61,6 +62,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
         point("daemon.generation.after")
         if assignment.is_new:
             job.final_ranks.clear()
+            job.replicas.difference = ""
             _overtake(job, generation.number)
         same = _same_rank(job, generation, opening.rank)
         if same is not None and not _is_unanswered(same, peer):
@@ -261,6 +263,7 @@ async def begin_rollback(job: Job, session: Session, rollback_count: int) -> int
         page.store("complete_step_plus_one", 0)
         page.store("interval_steps", 0)
         page.store("interval_from_step", 0)
+        begin_anew(session)
         page.store("generation", number)
         release_rounds(job, below=min(s.generation for s in job.served_sessions()))
     job.context.log.info(

@@ -26,6 +26,7 @@ from snapd.runtime.context import Context
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Process
 from snapd.runtime.rank_arena import RankArena
+from snapd.runtime.replicas import begin_anew
 from snapd.runtime.session import Session
 
 CoordinationFactory = Callable[[Index], Coordination]
@@ -130,6 +131,7 @@ def _load_session(job: Job, row: SessionRow, find_process: ProcessFinder) -> Ses
     if row.is_fenced:
         session.apply(SessionEvent.OVERTAKEN)
     session.process.session_ids.add(session.id)
+    begin_anew(session)
     session.skipped_seen = page.load("skipped_count")
     session.segments_version = page.load("segments_version")
     newest = job.ledger.newest_shard(row.rank, session_id=row.id)
