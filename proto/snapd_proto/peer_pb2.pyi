@@ -843,17 +843,19 @@ class NodeStatusReply(_message.Message):
     ANSWERER_FIELD_NUMBER: _builtins.int
     ARENA_BYTES_FIELD_NUMBER: _builtins.int
     PARITY_BYTES_FIELD_NUMBER: _builtins.int
-    SENT_BYTES_PER_S_FIELD_NUMBER: _builtins.int
-    RECEIVED_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     TROUBLE_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     EXPOSURE_BYTE_S_FIELD_NUMBER: _builtins.int
+    SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     arena_bytes: _builtins.int
     parity_bytes: _builtins.int
-    sent_bytes_per_s: _builtins.float
-    received_bytes_per_s: _builtins.float
+    sent_bytes: _builtins.int
+    received_bytes: _builtins.int
     trouble: _builtins.str
     exposure_byte_s: _builtins.float
+    software_version: _builtins.str
     @_builtins.property
     def answerer(self) -> Global___Sender: ...
     @_builtins.property
@@ -864,15 +866,16 @@ class NodeStatusReply(_message.Message):
         answerer: Global___Sender | None = ...,
         arena_bytes: _builtins.int = ...,
         parity_bytes: _builtins.int = ...,
-        sent_bytes_per_s: _builtins.float = ...,
-        received_bytes_per_s: _builtins.float = ...,
+        sent_bytes: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
         trouble: _builtins.str = ...,
         jobs: _abc.Iterable[_builtins.str] | None = ...,
         exposure_byte_s: _builtins.float = ...,
+        software_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer", "arena_bytes", b"arena_bytes", "exposure_byte_s", b"exposure_byte_s", "jobs", b"jobs", "parity_bytes", b"parity_bytes", "received_bytes_per_s", b"received_bytes_per_s", "sent_bytes_per_s", b"sent_bytes_per_s", "trouble", b"trouble"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer", "arena_bytes", b"arena_bytes", "exposure_byte_s", b"exposure_byte_s", "jobs", b"jobs", "parity_bytes", b"parity_bytes", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "software_version", b"software_version", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -695,19 +695,23 @@ class FinishRestoreReply(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     TRY_AGAIN_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     committed: _builtins.bool
     try_again: _builtins.bool
     reason: _builtins.str
+    problem: _builtins.str
+    """between daemons: why the snapshot is unusable from now on"""
     def __init__(
         self,
         *,
         committed: _builtins.bool = ...,
         try_again: _builtins.bool = ...,
         reason: _builtins.str = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "reason", b"reason", "try_again", b"try_again"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "problem", b"problem", "reason", b"reason", "try_again", b"try_again"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

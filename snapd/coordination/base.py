@@ -52,6 +52,9 @@ class Coordination(Protocol):
     def resume_interval(self, steps: int, widened_steps: int, from_step: int) -> None:
         """After a restart: what the ranks were told last (`widened_steps` 0: as configured)."""
 
+    def take_interval(self, interval: Interval) -> None:
+        """What the job's collector decided, where worlds span nodes."""
+
     def note_abort(self, *, newest_step_seen: int) -> tuple[Interval, str]:
         """A rank skipped a step for want of a free slot."""
 

@@ -61,6 +61,9 @@ class EmbeddedCoordination:
         else:
             self._interval = Interval(configured=configured)
 
+    def take_interval(self, interval: Interval) -> None:
+        self._interval = interval
+
     def note_abort(self, *, newest_step_seen: int) -> tuple[Interval, str]:
         self._interval, reason = after_abort(
             self._interval, newest_step_seen=newest_step_seen, factor_max=self._factor_max

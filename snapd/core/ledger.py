@@ -8,7 +8,7 @@ gives a reason with each. Levels beyond captured (protected, durable in a tier) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from snapd.core.ids import SnapshotId
@@ -37,10 +37,11 @@ class SnapshotFacts:
     shards: dict[int, ShardFacts] = field(default_factory=dict)
     problem: str = ""
     hold_count: int = 0
+    is_announced: bool = False  # complete on all ranks, most of which are on other nodes
 
     @property
     def is_complete(self) -> bool:
-        return len(self.shards) == self.world_size
+        return self.is_announced or len(self.shards) == self.world_size
 
     @property
     def is_usable(self) -> bool:
@@ -90,6 +91,16 @@ class Ledger:
         """The rank will capture no step up to and including `step` any more, beyond those that it has."""
         key = (generation, rank)
         self._passed[key] = max(step, self._passed.get(key, -1))
+
+    def passed_steps(self, generation: int) -> dict[int, int]:
+        """Rank -> newest step of `generation` that it captures no more."""
+        return {rank: step for (known, rank), step in self._passed.items() if known == generation}
+
+    def announce(self, snapshot: SnapshotId) -> None:
+        """The snapshot is complete on all ranks of a world that spans nodes."""
+        facts = self.snapshots.get(snapshot)
+        if facts is not None:
+            facts.is_announced = True
 
     def has_shard(self, snapshot: SnapshotId, rank: int) -> bool:
         facts = self.snapshots.get(snapshot)
@@ -148,6 +159,19 @@ class Ledger:
                 doomed.append((facts.id, reason))
         return doomed
 
+    def to_drop_alone(self, kept: Collection[SnapshotId], *, room: int) -> list[tuple[SnapshotId, str]]:
+        """What a node may drop when it hears from nobody: its own captures beyond `kept` when they fill its `room`.
+
+        Which of them stay follows from the step's number alone, so that nodes that hear nothing keep the same: the
+        ones with most factors of two.
+        """
+        own = [facts for facts in self.snapshots.values() if facts.id not in kept and not facts.hold_count]
+        too_many = max(0, len(self.snapshots) - room)
+        least_first = sorted(own, key=lambda facts: (_factors_of_two(facts.id.step), facts.id))
+        return [
+            (facts.id, "coordination is away, and its slot is needed") for facts in least_first[:too_many]
+        ]
+
     def _reason_to_drop(self, facts: SnapshotFacts, newest: SnapshotId | None, closed_below: int) -> str:
         if newest is not None and facts.id < newest:
             return f"{newest} is complete"
@@ -176,6 +200,10 @@ class Ledger:
         """Let go of notes about generations that are over."""
         for key in [key for key in self._passed if key[0] < closed_below]:
             del self._passed[key]
+
+
+def _factors_of_two(step: int) -> int:
+    return (step & -step).bit_length() if step else 64
 
 
 def _listed(ranks: Iterable[int]) -> str:

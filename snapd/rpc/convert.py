@@ -19,6 +19,7 @@ OUTCOMES = {
     Outcome.ABSENT: trainer_pb2.PlanRestoreReply.ABSENT,
     Outcome.UNUSABLE: trainer_pb2.PlanRestoreReply.UNUSABLE,
     Outcome.WORLD_SIZE_DIFFERS: trainer_pb2.PlanRestoreReply.WORLD_SIZE_DIFFERS,
+    Outcome.UNREACHABLE: trainer_pb2.PlanRestoreReply.UNREACHABLE,
 }
 
 

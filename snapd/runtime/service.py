@@ -59,6 +59,7 @@ def _note_progress(job: Job, session: Session) -> None:
         SnapshotId(session.generation, step), f"rank {session.rank} found no free slot in time"
     )
     job.context.metrics.steps_skipped.inc(count)
+    job.abort_count += count
     interval, reason = job.coordination.note_abort(newest_step_seen=job.newest_step_seen())
     job.write_interval(interval)
     job.context.log.info(

@@ -1,0 +1,287 @@
+"""The collector of a job, on the one daemon that holds its lease: reports in, orders out, restores decided.
+
+What is decided is in core/collector.py and core/recovery.py; here are waiting, asking the nodes, and the barrier of a
+restore's round. Nothing is kept that the nodes could not report again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from snapd.core.cluster import GroupTable
+from snapd.core.collector import Collector, NodeReport, Orders
+from snapd.core.ids import SnapshotId
+from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
+from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
+from snapd.core.rows import chunks_of, plan_rows
+from snapd.errors import ConflictError, NotFoundError, SnapdError, UnavailableError
+from snapd.runtime.changes import Changes
+from snapd.runtime.peers import PeerCalls, ShardSource, WorldAsk, WorldPlan
+
+SETTLE_AFTER_S = 0.02  # reports that come together are settled together
+ASK_AGAIN_S = 0.5
+ROUNDS_MAX = 64
+ROUNDS_KEPT = 256
+
+
+class Surroundings(Protocol):
+    """What a collector needs of the cluster."""
+
+    @property
+    def table(self) -> GroupTable | None: ...
+    @property
+    def living(self) -> Iterable[str]: ...
+    @property
+    def doubtful(self) -> Iterable[str]:
+        """Members that do not renew their lease and are not given up yet."""
+
+    @property
+    def calls(self) -> PeerCalls: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectorSettings:
+    restore_settle_s: float
+    restore_finish_s: float
+    restore_wait_s: float
+    interval_factor_max: int
+
+
+class CollectorHost:
+    """One job's collector. Single-threaded, on the event loop. `record` stores the newest snapshots for a successor."""
+
+    def __init__(
+        self,
+        job: str,
+        surroundings: Surroundings,
+        settings: CollectorSettings,
+        *,
+        complete: SnapshotId | None,
+        protected: SnapshotId | None,
+        record: Callable[[Orders], None],
+    ) -> None:
+        self.job = job
+        self.changes = Changes()
+        self._around = surroundings
+        self._settings = settings
+        self._record = record
+        self._core = Collector(
+            settings.interval_factor_max, recorded_complete=complete, recorded_protected=protected
+        )
+        self._rounds: dict[tuple[int, int], tuple[RestoreRound, tuple[ShardSource, ...]]] = {}
+        self._planning = asyncio.Lock()
+        self._settling: asyncio.TimerHandle | None = None
+
+    @property
+    def orders(self) -> Orders:
+        return self._core.orders
+
+    @property
+    def reports(self) -> dict[str, NodeReport]:
+        return self._core.reports
+
+    def missing_parts(self, snapshot: SnapshotId) -> str:
+        """Whose part is missing until `snapshot` is protected, in words."""
+        table = self._around.table
+        ranks = self._core.holders().get(snapshot)
+        if table is None or ranks is None:
+            return "no group table" if table is None else "no node holds it"
+        return self._core.missing_parts(snapshot, ranks, table)
+
+    def close(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+        self.changes.notify()
+
+    # reports
+
+    async def report(self, report: NodeReport, *, known_orders: int, hold_s: float) -> Orders:
+        """Take up a report; answer at once when its node does not know the newest orders, else after `hold_s`."""
+        if self._core.take(report):
+            self._settle_soon()
+        await self.changes.wait_until(lambda: self.orders.number != known_orders, hold_s)
+        return self.orders
+
+    def membership_changed(self, lost: Iterable[str]) -> None:
+        """Nodes that are given up, or came back empty, and a new group table."""
+        for node in lost:
+            self._core.forget(node)
+        self._settle_soon()
+
+    def _settle_soon(self) -> None:
+        if self._settling is None:
+            self._settling = asyncio.get_running_loop().call_later(SETTLE_AFTER_S, self._settle)
+
+    def _settle(self) -> None:
+        self._settling = None
+        before = self.orders
+        after = self._core.settle(self._around.table)
+        if after.number != before.number:
+            if (after.complete, after.protected) != (before.complete, before.protected):
+                self._record(after)
+        self.changes.notify()  # also without new orders: a restore may wait for what a report says
+
+    # restoring
+
+    async def plan(self, ask: WorldAsk) -> WorldPlan:
+        """The decision of a generation's round: the first rank to ask makes it, all get the same.
+
+        Raises:
+            ConflictError: ranks ask for different steps. UnavailableError: kind `settling`.
+        """
+        if ask.number >= ROUNDS_MAX:
+            raise ConflictError("too many rounds of one restore", kind="restore_round", round=ask.number)
+        key = (ask.generation, ask.number)
+        async with self._planning:
+            known = self._rounds.get(key)
+            if known is not None:
+                known[0].check_same(ask.step)
+                return WorldPlan(known[0].decision, known[1])
+            is_settled = await self.changes.wait_until(
+                lambda: self._is_settled(ask), self._settings.restore_settle_s
+            )
+            if not is_settled:
+                raise UnavailableError(
+                    "captures of an older generation are still being taken up, or ranks have not come yet",
+                    kind="settling",
+                    hint="ask again",
+                    missing=self._missing_ranks(ask),
+                )
+            choice = await self._choose(ask)
+            sources = tuple(_source(source) for source in choice.sources)
+            round_ = RestoreRound(ask.generation, ask.number, ask.world_size, ask.step, choice.decision)
+            self._rounds[key] = (round_, sources)
+            while len(self._rounds) > ROUNDS_KEPT:
+                del self._rounds[next(iter(self._rounds))]
+            return WorldPlan(choice.decision, sources)
+
+    def _is_settled(self, ask: WorldAsk) -> bool:
+        """Every rank of the generation has a session, and no node takes up anything older any more."""
+        working = [report for report in self.reports.values() if report.served or report.held]
+        return not self._missing_ranks(ask) and all(r.closed_below >= ask.generation for r in working)
+
+    def _missing_ranks(self, ask: WorldAsk) -> str:
+        served = {
+            rank
+            for report in self.reports.values()
+            if report.generation == ask.generation
+            for rank in report.served
+        }
+        missing = [rank for rank in range(ask.world_size) if rank not in served]
+        return ", ".join(map(str, missing[:8]))
+
+    async def _choose(self, ask: WorldAsk) -> Choice:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.restore_wait_s
+        while True:
+            inventories, unreachable = await self._gather()
+            situation = Situation(
+                inventories=inventories,
+                row_sets=await self._row_sets(inventories),
+                unreachable=unreachable,
+                newest_known=self._newest_known(ask),
+                world_size=ask.world_size,
+                step=ask.step,
+                accept_older=ask.accept_older,
+            )
+            choice = choose_among_nodes(situation)
+            if choice.decision.outcome is not Outcome.UNREACHABLE or loop.time() >= deadline:
+                return choice
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    def _newest_known(self, ask: WorldAsk) -> SnapshotId | None:
+        newest = self.orders.complete
+        return newest if newest is not None and newest.generation <= ask.generation else None
+
+    async def _gather(self) -> tuple[list[Inventory], list[str]]:
+        """What every member holds, and who did not say."""
+        nodes = sorted(self._around.living)
+        answers = await asyncio.gather(
+            *(self._around.calls.inventory(node, self.job) for node in nodes), return_exceptions=True
+        )
+        inventories: list[Inventory] = []
+        silent = list(self._around.doubtful)
+        for node, answer in zip(nodes, answers, strict=True):
+            if isinstance(answer, Inventory):
+                inventories.append(answer)
+            elif isinstance(answer, SnapdError):
+                silent.append(node)
+            else:
+                raise answer
+        return inventories, sorted(set(silent))
+
+    async def _row_sets(self, inventories: list[Inventory]) -> list[RowSet]:
+        """The rows of snapshots of which no node has every shard whole, from the records that survive."""
+        wanted: dict[tuple[SnapshotId, int, int, tuple[str, ...]], list[str]] = {}
+        incomplete = gaps(inventories)
+        for inventory in inventories:
+            for rows in inventory.rows:
+                if rows.id in incomplete:
+                    wanted.setdefault((rows.id, rows.group, rows.epoch, rows.nodes), []).append(
+                        inventory.node
+                    )
+        found: list[RowSet] = []
+        for (snapshot, group, epoch, _), nodes in wanted.items():
+            row_set = await self._row_set(snapshot, group, epoch, nodes)
+            if row_set is not None:
+                found.append(row_set)
+        return found
+
+    async def _row_set(
+        self, snapshot: SnapshotId, group: int, epoch: int, record_nodes: list[str]
+    ) -> RowSet | None:
+        for node in record_nodes:
+            try:
+                records = await self._around.calls.fetch_records(node, self.job, snapshot)
+            except SnapdError:
+                continue
+            if records.code is None:
+                continue
+            chunks = {
+                owner: chunks_of(owner, [record for place, record in records.placed if place == owner])
+                for owner in records.nodes
+            }
+            rows = plan_rows(records.code, records.nodes, chunks)
+            return RowSet(snapshot, group, epoch, records.nodes, records.code, rows, tuple(record_nodes))
+        return None
+
+    async def finish(self, generation: int, number: int, rank: int, report: RankReport) -> Verdicts:
+        """The barrier of a round: answers when all ranks have reported, one is gone, or the time is over.
+
+        Raises:
+            NotFoundError: kind `restore_round`: nothing was planned (a collector before us did): plan again.
+        """
+        known = self._rounds.get((generation, number))
+        if known is None:
+            raise NotFoundError(
+                "no restore was planned in this round",
+                kind="restore_round",
+                hint="call PlanRestore again",
+                round=number,
+            )
+        round_, _ = known
+        round_.report(rank, report)
+        self.changes.notify()
+        await self.changes.wait_until(
+            lambda: round_.settle(lost_ranks=self._lost_ranks(generation, round_.world_size)) is not None,
+            self._settings.restore_finish_s,
+        )
+        answer = round_.settle(is_late=True)
+        assert answer is not None
+        return answer
+
+    def _lost_ranks(self, generation: int, world_size: int) -> set[int]:
+        """Ranks whose node says that it serves none of that generation any more."""
+        served = {rank for r in self.reports.values() if r.generation == generation for rank in r.served}
+        newer = any(report.generation > generation for report in self.reports.values())
+        return set(range(world_size)) - served if served or newer else set()
+
+
+def _source(source: Source) -> ShardSource:
+    if source.row_set is None:
+        return ShardSource(source.rank, source.nodes)
+    rows = source.row_set
+    return ShardSource(source.rank, (), True, rows.group, rows.epoch, rows.record_nodes)

@@ -1,0 +1,257 @@
+"""One job on this node as a part of its world: what it reports to the collector, and what it does with the orders.
+
+A node without ranks of the job takes part too when its group protects some: it then holds parity and records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from snapd.core.cluster import GroupTable
+from snapd.core.collector import Held, NodeReport, Orders, PartDone
+from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
+from snapd.core.recovery import HeldRows, Inventory
+from snapd.errors import SnapdError
+from snapd.runtime.job import Job
+from snapd.runtime.peers import ReportAnswer
+from snapd.runtime.restoring import condemn
+
+HOLD_S = 5.0
+RETRY_S = 0.5
+GATHER_S = 0.01  # facts that come together are reported together
+AWAY_AFTER_S = 5.0
+
+
+class Protection(Protocol):
+    """This node's part in protecting one job (runtime/protecting.py behind it)."""
+
+    def aim(self, job: Job, target: SnapshotId | None, table: GroupTable | None) -> None:
+        """The snapshot to protect from now on; None: none. Returns at once."""
+
+    def forget(self, job: Job, keep: set[SnapshotId]) -> None:
+        """Parity, records and row maps of all other snapshots may go."""
+
+    def done(self, job: Job) -> tuple[PartDone, ...]: ...
+
+    def held_rows(self, job: Job) -> tuple[HeldRows, ...]: ...
+
+    def trouble(self, job: Job) -> str: ...
+
+
+class Reporter(Protocol):
+    """Who takes a report to the collector, wherever that is."""
+
+    async def report(
+        self, job: str, report: NodeReport, *, known_orders: int, hold_s: float
+    ) -> ReportAnswer: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """This daemon, as reports name it."""
+
+    node: str
+    instance: int
+    epoch: Callable[[], int]
+    table: Callable[[], GroupTable | None]
+    monotonic_s: Callable[[], float]
+
+
+class World:
+    """One per job that this node has to do with. Single-threaded, on the event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        here: Here,
+        reporter: Reporter,
+        protection: Protection,
+        *,
+        find_job: Callable[[], Job | None],
+        make_job: Callable[[], Job],
+        remove_job: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.orders = Orders()
+        self.collector = ""
+        self._here = here
+        self._reporter = reporter
+        self._protection = protection
+        self._find_job = find_job
+        self._make_job = make_job
+        self._remove_job = remove_job
+        self._serial = 0
+        self._changed = asyncio.Event()
+        self._heard_at_s = here.monotonic_s()
+        self._last: NodeReport | None = None
+        self.away_reason = ""
+
+    # reporting
+
+    def changed(self) -> None:
+        """Something that a report says may have changed."""
+        self._changed.set()
+
+    @property
+    def is_away(self) -> bool:
+        """The collector has not been heard for a while."""
+        return self._here.monotonic_s() - self._heard_at_s > AWAY_AFTER_S
+
+    async def run(self) -> None:
+        """Report and obey until cancelled."""
+        while True:
+            self._changed.clear()
+            report = self._report()
+            asking = asyncio.ensure_future(
+                self._reporter.report(self.name, report, known_orders=self.orders.number, hold_s=HOLD_S)
+            )
+            try:
+                answer = await self._answer_or_news(asking, report)
+            except SnapdError as error:
+                self.away_reason = error.message
+                await asyncio.sleep(RETRY_S)
+                continue
+            finally:
+                asking.cancel()
+            if answer is not None:
+                self._heard_at_s = self._here.monotonic_s()
+                self.away_reason = ""
+                self.collector = answer.collector
+                self.obey(answer.orders)
+
+    async def _answer_or_news(
+        self, asking: asyncio.Future[ReportAnswer], report: NodeReport
+    ) -> ReportAnswer | None:
+        """The collector's answer, or None when there is something new to report before it came."""
+        while True:
+            news: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait([asking, news], return_when=asyncio.FIRST_COMPLETED)
+            news.cancel()
+            if asking.done():
+                return asking.result()
+            await asyncio.sleep(GATHER_S)
+            self._changed.clear()
+            if asking.done():
+                self._changed.set()
+                return asking.result()
+            if not _says_the_same(self._build(), report):
+                self._changed.set()
+                return None
+
+    def _report(self) -> NodeReport:
+        self._serial += 1
+        return self._build()
+
+    def _build(self) -> NodeReport:
+        job, here = self._find_job(), self._here
+        if job is None:
+            return NodeReport(
+                node=here.node,
+                instance=here.instance,
+                serial=self._serial,
+                epoch=here.epoch(),
+                generation=0,
+                world_size=0,
+            )
+        generation = job.coordination.current()
+        served = [session for session in job.served_sessions() if session.generation == generation]
+        return NodeReport(
+            node=here.node,
+            instance=here.instance,
+            serial=self._serial,
+            epoch=here.epoch(),
+            generation=generation,
+            world_size=max((session.row.world_size for session in served), default=0),
+            held=_held(job),
+            passed=job.ledger.passed_steps(generation),
+            served=tuple(sorted(session.rank for session in served)),
+            closed_below=job.closed_below(),
+            keep_complete=max((session.row.slots for session in served), default=2) - 1,
+            is_capturing=any(session.page.load("wanted_frames") for session in served),
+            newest_step_seen=max((session.newest_step_seen() for session in served), default=-1),
+            interval_steps=max((session.row.interval_steps for session in served), default=1),
+            aborts=job.abort_count,
+            done=self._protection.done(job),
+            problems=tuple((facts.id, facts.problem) for facts in job.ledger.newest_first() if facts.problem),
+            trouble=self._protection.trouble(job),
+        )
+
+    def inventory(self) -> Inventory:
+        """All that this node holds of the job."""
+        job = self._find_job()
+        if job is None:
+            return Inventory(node=self._here.node)
+        return Inventory(
+            node=self._here.node,
+            held=_held(job),
+            rows=self._protection.held_rows(job),
+            problems=tuple((f.id, f.problem) for f in job.ledger.newest_first() if f.problem),
+        )
+
+    # obeying
+
+    def obey(self, orders: Orders) -> None:
+        """Take up orders; older ones than those that are known come from a collector before this one and count too."""
+        self.orders = orders
+        table = self._here.table()
+        job = self._find_job()
+        if job is None and self._is_involved(orders, table):
+            job = self._make_job()
+        if job is None:
+            return
+        for snapshot, problem in orders.problems:
+            condemn(job, snapshot, problem)
+        if orders.complete is not None:
+            job.ledger.announce(orders.complete)
+        self._take_interval(job, orders.interval)
+        self._protection.aim(job, orders.target if self._is_involved(orders, table) else None, table)
+        self._protection.forget(job, {s for s in (orders.target, orders.protected) if s is not None})
+        job.settle()
+
+    def _is_involved(self, orders: Orders, table: GroupTable | None) -> bool:
+        group = table.group_of(self._here.node) if table is not None else None
+        return orders.target is not None and group is not None and group.number in orders.target_groups
+
+    def _take_interval(self, job: Job, interval: Interval) -> None:
+        if interval != job.coordination.interval():
+            job.coordination.take_interval(interval)
+            job.write_interval(interval)
+
+    def table_changed(self) -> None:
+        """Another epoch: what is being protected is planned anew, and all is reported under it."""
+        self.obey(self.orders)
+        self.changed()
+
+    def doomed(self, job: Job) -> list[tuple[SnapshotId, str]]:
+        """What this node may drop: what the collector says; without it, its own captures that nobody waits for."""
+        named = [
+            (snapshot, reason)
+            for snapshot, reason in self.orders.drop
+            if snapshot in job.ledger.snapshots and not job.ledger.snapshots[snapshot].hold_count
+        ]
+        if named or not self.is_away:
+            return named
+        kept = {s for s in (self.orders.complete, self.orders.target, self.orders.protected) if s is not None}
+        return job.ledger.to_drop_alone(kept, room=self._room(job))
+
+    def _room(self, job: Job) -> int:
+        """How many snapshots may stay so that one slot is free to capture into."""
+        return max((session.row.slots for session in job.served_sessions()), default=1 << 30) - 1
+
+
+def _held(job: Job) -> tuple[Held, ...]:
+    return tuple(
+        Held(facts.id, rank, facts.world_size, shard.record.nbytes)
+        for facts in job.ledger.newest_first()
+        if not facts.problem
+        for rank, shard in sorted(facts.shards.items())
+    )
+
+
+def _says_the_same(one: NodeReport, other: NodeReport) -> bool:
+    """Whether a report adds nothing that anybody waits for: the newest step seen alone is no news."""
+    return replace(one, serial=0, newest_step_seen=0) == replace(other, serial=0, newest_step_seen=0)
