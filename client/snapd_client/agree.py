@@ -13,6 +13,8 @@ import time
 from datetime import timedelta
 from typing import Protocol
 
+import torch
+
 from .errors import ConfigError, UnavailableError
 
 ANSWER_AGAIN_S = 1.0
@@ -24,6 +26,15 @@ class KeyValueStore(Protocol):
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
     def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+
+
+def default_store() -> KeyValueStore | None:
+    """The store of the default process group; None if there is no group."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    store: KeyValueStore = distributed.distributed_c10d._get_default_store()
+    return store
 
 
 def agree_incarnation(

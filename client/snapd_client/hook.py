@@ -6,10 +6,7 @@ Start-up and restore may raise. In the loop nothing does unless `strict`: a fail
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
-import logging
 import os
 import time
 import weakref
@@ -17,32 +14,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from snapd_native import CopyEngine
 from snapd_proto import trainer_pb2 as pb
 
 from . import estimate, faults, locate
-from .agree import agree_incarnation
+from .agree import agree_incarnation, default_store
 from .capture import Audit, Capturer, Outcome
+from .collection import without_collection
 from .control import ControlThread
+from .ending import CLOSE_TIMEOUT_S, close_session, unwatch, wait_settled, watch
 from .errors import ConfigError, SnapdError, UnavailableError
 from .health import Health
+from .levels import ask_last, check_level, wait_level
 from .restore import Context as RestoreContext
 from .restore import restore as restore_state
 from .session import Session
 from .sharing import DIFFER
 from .state.loaders import rng_neutral
 from .state.tree import StateTree
+from .trouble import Trouble
 from .version import VERSION
 from .world import World, job_name
 
-_log = logging.getLogger(__name__)
-
-LEVELS = {"captured": pb.LEVEL_CAPTURED, "protected": pb.LEVEL_PROTECTED, "durable": pb.LEVEL_DURABLE}
-_LEVEL_NAMES = {number: name for name, number in LEVELS.items()}
-CLOSE_TIMEOUT_S = 30.0
 _turns: dict[str, int] = {}
-_live: weakref.WeakSet[Snapshotter] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -96,12 +90,12 @@ class Snapshotter:
         self.world = World.from_environment()
         if interval < 1:
             raise ConfigError("interval counts steps: 1 or more", interval=interval)
-        self._interval, self._strict, self._wait_max_s, self._fresh = interval, strict, wait_max_s, fresh
+        self._interval, self._wait_max_s, self._fresh = interval, wait_max_s, fresh
         self._effective_interval = interval
         self._gradients = gradients
         self._pid = os.getpid()
         self._health = Health()
-        self._errors_logged: set[str] = set()
+        self._trouble = Trouble(self._health, is_strict=strict)
         self._is_closed = False
         self._is_started = False  # restored, or stepped
         self._rollback_count = 0
@@ -116,7 +110,7 @@ class Snapshotter:
         self._session = Session(locate.find_sockets(runtime_dir), VERSION)
         self._open(slots)
         self._engine = CopyEngine(copy_threads)
-        self._control = ControlThread(self._session, self._lose)
+        self._control = ControlThread(self._session, self._trouble.lose)
         self._capturer = Capturer(
             self._tree, self._session, self._engine, self._control, self._health, Audit(audit), self.world
         )
@@ -126,7 +120,7 @@ class Snapshotter:
             self._hooks.append(
                 optimizer.register_step_pre_hook(self._fence_hook(self._tree.fence_group(number)))
             )
-        _live.add(self)
+        watch(self)
 
     # --- start-up -----------------------------------------------------------------------------------------------
     def _open(self, slots: int) -> None:
@@ -134,7 +128,7 @@ class Snapshotter:
         turn = _turns.get(self.job, 0)
         _turns[self.job] = turn + 1
         incarnation = agree_incarnation(
-            _default_store(), job=self.job, rank=world.rank, world_size=world.world_size, turn=turn
+            default_store(), job=self.job, rank=world.rank, world_size=world.world_size, turn=turn
         )
         self._session.open(
             pb.OpenSessionRequest(
@@ -184,7 +178,7 @@ class Snapshotter:
             NotRestorable: that snapshot is not held (the arena keeps the newest, more with `slots`).
         """
         self._capturer.finish()
-        self._wait_settled()
+        wait_settled(self._session, self._health.last_committed_step)
         self._rollback_count += 1
         request = pb.BeginRollbackRequest(
             session_id=self._session.session_id, rollback_count=self._rollback_count
@@ -222,11 +216,13 @@ class Snapshotter:
         if not self._is_started:
             self._refuse_to_overwrite()
         if self._last is not None and self._last.step == step and self._last.is_handed_over:
-            self._warn_once("same-step", f"step {step} of generation {self.generation} is captured already")
+            self._trouble.warn_once(
+                "same-step", f"step {step} of generation {self.generation} is captured already"
+            )
             return self._last
         started = time.monotonic()
-        with _without_collection():
-            handle: Handle | None = self._guard("snapshot", lambda: self._hand_over(step))
+        with without_collection():
+            handle: Handle | None = self._trouble.guard("snapshot", lambda: self._hand_over(step))
         self._health.handover_s.append(time.monotonic() - started)
         if wait is not None and handle is not None and handle.is_handed_over:
             self.wait(wait)
@@ -238,16 +234,16 @@ class Snapshotter:
         outcome = self._capturer.hand_over(step, self._wait_max_s, self._effective_interval)
         if outcome is Outcome.SKIPPED:
             self._health.skipped += 1
-            self._warn_once(
+            self._trouble.warn_once(
                 "skipped", f"step {step} was skipped: no slot came free within {self._wait_max_s} s"
             )
         elif outcome is Outcome.FENCED:
             self._health.is_fenced = True
-            self._warn_once(
+            self._trouble.warn_once(
                 "fenced", f"a newer generation of job {self.job} runs: this process saves nothing more"
             )
         if self._capturer.replicas() == DIFFER:
-            self._warn_once(
+            self._trouble.warn_once(
                 "replicas",
                 "replicas on this node do not hold the same bytes: from now on each rank saves all that it has; "
                 "health()['replica_difference'] and `snapd status` name the tensor",
@@ -279,7 +275,7 @@ class Snapshotter:
 
     def _notice_accumulation(self) -> None:
         if not self._has_updated and not self._gradients and self._tree.has_gradients():
-            self._warn_once(
+            self._trouble.warn_once(
                 "gradients",
                 "gradients are being accumulated and are not part of the snapshot (gradients=True captures them)",
             )
@@ -305,7 +301,7 @@ class Snapshotter:
         if self._is_closed or os.getpid() != self._pid:
             return
         started = time.monotonic()
-        self._guard("fence", lambda: self._capturer.fence(group))
+        self._trouble.guard("fence", lambda: self._capturer.fence(group))
         self._health.fence_s.append(time.monotonic() - started)
 
     # --- asking and waiting -------------------------------------------------------------------------------------
@@ -316,39 +312,19 @@ class Snapshotter:
             ConfigError: no such level.
             UnavailableError: the time ran out, or the snapshot was dropped; the message says which.
         """
-        if level not in LEVELS:
-            raise ConfigError("no such level", level=level, hint=f"one of {', '.join(LEVELS)}")
+        check_level(level)
         if self._last is None or not self._last.is_handed_over:
             raise UnavailableError("nothing was handed over that could be waited for")
         self._capturer.finish()
-        timeout_s = CLOSE_TIMEOUT_S if timeout is None else timeout
-        request = pb.WaitLevelRequest(
-            session_id=self._session.session_id,
-            step=self._last.step,
-            level=LEVELS[level],
-            timeout_s=timeout_s,
+        return wait_level(
+            self._session, self._last.step, level, CLOSE_TIMEOUT_S if timeout is None else timeout
         )
-        reply = self._session.call(
-            lambda stub, **options: stub.WaitLevel(request, **options), timeout_s=timeout_s + 10
-        )
-        if not reply.reached:
-            raise UnavailableError(
-                f"step {self._last.step} is not {level}",
-                reason=reply.reason,
-                waited_s=timeout_s,
-                dropped=reply.dropped,
-            )
-        return _LEVEL_NAMES.get(reply.level, level)
 
     def last(self, level: str = "captured") -> int | None:
         """The newest step that has `level` on all ranks."""
-        reply = self._ask_last(level)
+        check_level(level)
+        reply = ask_last(self._session, level)
         return reply.step if reply.found else None
-
-    def _ask_last(self, level: str) -> pb.LastReply:
-        request = pb.LastRequest(session_id=self._session.session_id, level=LEVELS[level])
-        reply: pb.LastReply = self._session.call(lambda stub, **options: stub.Last(request, **options))
-        return reply
 
     def health(self) -> dict[str, object]:
         """Counters and recent durations (seconds); what went wrong last, in words."""
@@ -362,7 +338,7 @@ class Snapshotter:
         facts["replicas"] = self._capturer.replicas()
         if facts["replicas"] == DIFFER and not self._replica_difference:
             with contextlib.suppress(SnapdError):
-                self._replica_difference = self._ask_last("captured").replica_difference
+                self._replica_difference = ask_last(self._session, "captured").replica_difference
         facts["replica_difference"] = self._replica_difference
         return facts
 
@@ -382,17 +358,11 @@ class Snapshotter:
             return
         with contextlib.suppress(SnapdError):
             self._capturer.finish()
-            self._wait_settled()
+            wait_settled(self._session, self._health.last_committed_step)
         self._is_closed = True
         for hook in self._hooks:
             hook.remove()
-        request = pb.CloseSessionRequest(session_id=self._session.session_id, final=final)
-        try:
-            self._session.call(
-                lambda stub, **options: stub.CloseSession(request, **options), timeout_s=CLOSE_TIMEOUT_S
-            )
-        except SnapdError as error:
-            _log.warning("snapd: closing: %s", error)
+        close_session(self._session, final=final)
         self._shut_down()
 
     def __enter__(self) -> Snapshotter:
@@ -401,29 +371,14 @@ class Snapshotter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wait_settled(self) -> None:
-        """Until the daemon has taken what was committed, or is away."""
-        page = self._session.page
-        step = self._health.last_committed_step
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while (
-            page is not None
-            and step is not None
-            and self._session.is_connected
-            and time.monotonic() < deadline
-        ):
-            if page.load("captured_step_plus_one") > step or not _has_complete_lane(page):
-                return
-            time.sleep(0.001)
-
     def _shut_down(self) -> None:
         self._capturer.abandon()
         self._control.stop()
         self._engine.close()
         self._session.disconnect()
-        _live.discard(self)
+        unwatch(self)
 
-    def _at_exit(self) -> None:
+    def at_exit(self) -> None:
         """The process ends without close(): finish the copy, so that the last step is safe, and join the threads."""
         if self._is_closed or os.getpid() != self._pid:
             return
@@ -432,70 +387,11 @@ class Snapshotter:
             self._capturer.finish()
         self._shut_down()
 
-    # --- failures -----------------------------------------------------------------------------------------------
-    def _guard(self, what: str, action: Callable[[], Any]) -> Any:
-        """Nothing of ours is raised into the loop unless `strict`."""
-        try:
-            return action()
-        except Exception as error:
-            self._health.failures += 1
-            self._health.last_error = f"{what}: {error}"
-            if self._strict:
-                raise
-            self._warn_once(f"{what}:{type(error).__name__}", f"{what} failed, training goes on: {error}")
-            return None
-
-    def _lose(self, error: SnapdError) -> None:
-        self._health.failures += 1
-        self._health.last_error = str(error)
-        self._warn_once("lost", f"the daemon does not know this session any more, nothing is saved: {error}")
-
-    def _warn_once(self, key: str, text: str) -> None:
-        if key not in self._errors_logged:
-            self._errors_logged.add(key)
-            _log.warning("snapd: %s", text)
-
-    def _abandon_in_child(self) -> None:
+    def abandon_in_child(self) -> None:
+        """The process was forked, and this is the child."""
         self._is_closed = True
         self._session.abandon_in_child()
         self._control.abandon_in_child()
 
 
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """No garbage collection on our account: a full one takes longer than everything else that `step` does."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _has_complete_lane(page: Any) -> bool:
-    import snapd_native as native
-
-    return any(page.lane_state(lane) == native.LANE_COMPLETE for lane in range(page.lane_count))
-
-
-def _default_store() -> Any:
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return None
-    return distributed.distributed_c10d._get_default_store()
-
-
-def _close_at_exit() -> None:
-    for snapshotter in list(_live):
-        snapshotter._at_exit()
-
-
-def _abandon_in_child() -> None:
-    for snapshotter in list(_live):
-        snapshotter._abandon_in_child()
-
-
-atexit.register(_close_at_exit)
-os.register_at_fork(after_in_child=_abandon_in_child)
 faults.point("client.imported")

@@ -38,7 +38,7 @@ ENVIRON_HOMES = {
     "client/snapd_client/gpu_check.py": "a command",
 }
 BROAD_EXCEPT_HOMES = {
-    "client/snapd_client/hook.py": "training is never killed by us",
+    "client/snapd_client/trouble.py": "training is never killed by us",
     "client/snapd_client/gpu_check.py": "a command that reports each check's failure",
 }
 ROOT_LOGGER_HOMES = {"snapd/obs/log.py": "sets logging up for the daemon"}

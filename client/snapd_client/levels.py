@@ -1,0 +1,47 @@
+"""Asking the daemon how far a snapshot has come."""
+
+from __future__ import annotations
+
+from snapd_proto import trainer_pb2 as pb
+
+from .errors import ConfigError, UnavailableError
+from .session import Session
+
+LEVELS = {"captured": pb.LEVEL_CAPTURED, "protected": pb.LEVEL_PROTECTED, "durable": pb.LEVEL_DURABLE}
+_LEVEL_NAMES = {number: name for name, number in LEVELS.items()}
+_CALL_SPARE_S = 10.0  # for the call itself, beside the wait
+
+
+def check_level(level: str) -> None:
+    """
+    Raises:
+        ConfigError: no such level.
+    """
+    if level not in LEVELS:
+        raise ConfigError("no such level", level=level, hint=f"one of {', '.join(LEVELS)}")
+
+
+def wait_level(session: Session, step: int, level: str, timeout_s: float) -> str:
+    """Wait until the snapshot of `step` has `level` on all ranks; returns the level that it has.
+
+    Raises:
+        UnavailableError: the time ran out, or the snapshot was dropped; the message says which.
+    """
+    request = pb.WaitLevelRequest(
+        session_id=session.session_id, step=step, level=LEVELS[level], timeout_s=timeout_s
+    )
+    reply = session.call(
+        lambda stub, **options: stub.WaitLevel(request, **options), timeout_s=timeout_s + _CALL_SPARE_S
+    )
+    if not reply.reached:
+        raise UnavailableError(
+            f"step {step} is not {level}", reason=reply.reason, waited_s=timeout_s, dropped=reply.dropped
+        )
+    return _LEVEL_NAMES.get(reply.level, level)
+
+
+def ask_last(session: Session, level: str) -> pb.LastReply:
+    """What the daemon says of the newest snapshot with `level` on all ranks."""
+    request = pb.LastRequest(session_id=session.session_id, level=LEVELS[level])
+    reply: pb.LastReply = session.call(lambda stub, **options: stub.Last(request, **options))
+    return reply
