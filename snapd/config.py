@@ -15,39 +15,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snapd.config_cluster import ClusterConfig
 from snapd.core.geometry import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, LANES_MAX, SLOTS_MIN, is_chunk_size
 from snapd.errors import ConfigError
 from snapd.runtime.context import NodeSettings
+from snapd.settings import setting
 from snapd.units import MIB, format_size, parse_duration_s, parse_size
-
-
-def _setting(
-    default: Any, kind: str, doc: str, *, low: float = 0, high: float = 0, choices: tuple[str, ...] = ()
-) -> Any:
-    """A field: `kind` is size, duration, count, port, text or choice; `low` and `high` bound the numbers."""
-    return field(
-        default=default, metadata={"kind": kind, "doc": doc, "low": low, "high": high, "choices": choices}
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
     """Sockets, lock and log."""
 
-    dir: str = _setting(
+    dir: str = setting(
         "",
         "text",
         "Folder of the sockets, 0700. Empty: $XDG_RUNTIME_DIR/snapd-train, else /tmp/snapd-train-UID. A path"
         " that every trainer of this user sees; Unix socket paths end at 107 characters.",
     )
-    connections: int = _setting(
+    connections: int = setting(
         1024,
         "count",
         "Handshake connections served at once. Each costs a descriptor; one per rank and command.",
         low=8,
         high=65536,
     )
-    stop_grace: float = _setting(
+    stop_grace: float = setting(
         5.0,
         "duration",
         "How long calls may go on after SIGTERM. Longer lets restores end, shorter frees the machine.",
@@ -60,12 +53,12 @@ class RuntimeConfig:
 class ArenaConfig:
     """The shared memory."""
 
-    dir: str = _setting(
+    dir: str = setting(
         "",
         "text",
         "Folder of the arena, 0700, on a tmpfs. Empty: /dev/shm/snapd-train-UID. Snapshots die with it.",
     )
-    bytes: int = _setting(
+    bytes: int = setting(
         0,
         "size",
         "Upper bound of all segments; 0: what the file system, the cgroup and the machine leave. A bound"
@@ -74,7 +67,7 @@ class ArenaConfig:
         low=0,
         high=1 << 50,
     )
-    headroom: int = _setting(
+    headroom: int = setting(
         256 * MIB,
         "size",
         "Memory left free beside the arena (cgroup and machine). More protects the trainer from the"
@@ -82,7 +75,7 @@ class ArenaConfig:
         low=0,
         high=1 << 40,
     )
-    chunk_bytes: int = _setting(
+    chunk_bytes: int = setting(
         4 * MIB,
         "size",
         "Largest chunk, a power of two; small states get smaller ones. Larger costs less bookkeeping,"
@@ -90,7 +83,7 @@ class ArenaConfig:
         low=CHUNK_BYTES_MIN,
         high=CHUNK_BYTES_MAX,
     )
-    slots: int = _setting(
+    slots: int = setting(
         2,
         "count",
         "Shards that fit per rank: one being captured, the others complete. Each more costs one state of"
@@ -104,7 +97,7 @@ class ArenaConfig:
 class CaptureConfig:
     """Taking up what trainers hand over."""
 
-    hash_threads: int = _setting(
+    hash_threads: int = setting(
         2,
         "count",
         "Threads that hash: one per shard being captured, all of them before a restore. More shortens the"
@@ -112,7 +105,7 @@ class CaptureConfig:
         low=1,
         high=64,
     )
-    poll_interval: float = _setting(
+    poll_interval: float = setting(
         0.5,
         "duration",
         "How often pages are looked at without a wake-up. Shorter finds a lost wake-up sooner and costs"
@@ -120,7 +113,7 @@ class CaptureConfig:
         low=0.05,
         high=60,
     )
-    interval_factor_max: int = _setting(
+    interval_factor_max: int = setting(
         64,
         "count",
         "How far the capture interval is widened when ranks find no free slot. 1 never widens: each step"
@@ -128,7 +121,7 @@ class CaptureConfig:
         low=1,
         high=1 << 16,
     )
-    grow_retry: float = _setting(
+    grow_retry: float = setting(
         5.0, "duration", "Pause before an arena that was refused is tried again.", low=0.1, high=3600
     )
 
@@ -137,7 +130,7 @@ class CaptureConfig:
 class RestoreConfig:
     """Agreeing on a snapshot."""
 
-    settle: float = _setting(
+    settle: float = setting(
         60.0,
         "duration",
         "How long a restore waits for captures of older trainers, and for ranks of a rollback that are"
@@ -145,7 +138,7 @@ class RestoreConfig:
         low=1,
         high=3600,
     )
-    finish: float = _setting(
+    finish: float = setting(
         600.0,
         "duration",
         "How long the first rank that has restored waits for the last. It must cover the slowest"
@@ -153,7 +146,7 @@ class RestoreConfig:
         low=1,
         high=86400,
     )
-    wait_max: float = _setting(
+    wait_max: float = setting(
         600.0, "duration", "Longest wait for a level in one call; clients ask again.", low=1, high=86400
     )
 
@@ -162,27 +155,29 @@ class RestoreConfig:
 class LogConfig:
     """Structured lines, one event each."""
 
-    level: str = _setting(
+    level: str = setting(
         "info", "choice", "debug also tells of drops.", choices=("debug", "info", "warning", "error")
     )
-    file: str = _setting("", "text", "Append to this file; empty: standard error.")
+    file: str = setting("", "text", "Append to this file; empty: standard error.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsConfig:
     """Prometheus over HTTP; off unless a port is given."""
 
-    address: str = _setting(
+    address: str = setting(
         "127.0.0.1", "text", "Address to listen on; others than loopback show the metrics to others."
     )
-    port: int = _setting(0, "port", "Port of the metrics; 0: not served, and nothing listens.", low=0, high=65535)
+    port: int = setting(
+        0, "port", "Port of the metrics; 0: not served, and nothing listens.", low=0, high=65535
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultConfig:
     """For tests only."""
 
-    points: str = _setting(
+    points: str = setting(
         "", "text", "Points at which the daemon kills or stops itself: see runtime/faultpoints.py."
     )
 
@@ -195,6 +190,7 @@ class Config:
     arena: ArenaConfig = field(default_factory=ArenaConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     fault: FaultConfig = field(default_factory=FaultConfig)
@@ -245,8 +241,8 @@ def fields_of(config: Config) -> Iterator[tuple[str, dataclasses.Field[Any], Any
     """(dotted path, field, value) of every setting, in order."""
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)
-        for setting in dataclasses.fields(part):
-            yield f"{section.name}.{setting.name}", setting, getattr(part, setting.name)
+        for described in dataclasses.fields(part):
+            yield f"{section.name}.{described.name}", described, getattr(part, described.name)
 
 
 def env_name(path: str) -> str:
@@ -274,7 +270,7 @@ def load(
     known = {path for path, _, _ in fields_of(Config())}
     problems.extend(f"{path}: no such setting (from {file})" for path in from_file if path not in known)
     problems.extend(f"{path}: no such setting (from flags)" for path in given if path not in known)
-    for path, setting, default in fields_of(Config()):
+    for path, described, default in fields_of(Config()):
         raw, source = default, "default"
         for candidate, name in (
             (from_file.get(path), str(file)),
@@ -286,7 +282,7 @@ def load(
         value = default
         if source != "default":
             try:
-                value = _checked(setting, raw)
+                value = _checked(described, raw)
             except ValueError as error:
                 problems.append(f"{path} = {raw!r} (from {source}): {error}")
         section, _, name = path.partition(".")
@@ -324,14 +320,16 @@ def _file_values(file: Path | None, problems: list[str]) -> dict[str, Any]:
     return found
 
 
-def _checked(setting: dataclasses.Field[Any], raw: Any) -> Any:
+def _checked(described: dataclasses.Field[Any], raw: Any) -> Any:
     """Parse and bound one value; ValueError says what is wrong."""
-    kind, low, high = setting.metadata["kind"], setting.metadata["low"], setting.metadata["high"]
+    kind, low, high = (described.metadata[name] for name in ("kind", "low", "high"))
+    if kind == "switch":
+        return _switch(raw)
     if kind in ("text", "choice"):
         if not isinstance(raw, str):
             raise ValueError("must be text")
-        if kind == "choice" and raw not in setting.metadata["choices"]:
-            raise ValueError(f"must be one of {', '.join(setting.metadata['choices'])}")
+        if kind == "choice" and raw not in described.metadata["choices"]:
+            raise ValueError(f"must be one of {', '.join(described.metadata['choices'])}")
         return raw
     if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
         raise ValueError("must be a number")
@@ -347,6 +345,15 @@ def _checked(setting: dataclasses.Field[Any], raw: Any) -> Any:
     return value
 
 
+def _switch(raw: Any) -> str:
+    text = str(raw).lower()
+    if text in ("yes", "true", "1", "on"):
+        return "yes"
+    if text in ("no", "false", "0", "off", ""):
+        return "no"
+    raise ValueError("must be yes or no")
+
+
 def _shown(kind: str, value: Any) -> str:
     if kind == "size":
         return format_size(int(value))
@@ -357,8 +364,8 @@ def explain(loaded: Loaded) -> list[Explained]:
     """Every setting with its value, which source won, unit, bound, and what it trades."""
     defaults = {path: value for path, _, value in fields_of(Config())}
     rows: list[Explained] = []
-    for path, setting, value in fields_of(loaded.config):
-        meta = setting.metadata
+    for path, described, value in fields_of(loaded.config):
+        meta = described.metadata
         kind = meta["kind"]
         unit = {"size": "bytes", "duration": "seconds", "count": "count", "port": "port"}.get(kind, "")
         bound = " | ".join(meta["choices"]) if meta["choices"] else ""

@@ -1,4 +1,4 @@
-"""Calls to other daemons over gRPC: runtime/peers.py's PeerCalls. One channel per peer, made anew when its address changes."""
+"""Calls to other daemons over gRPC: PeerCalls of runtime/peers.py. One channel per peer and address."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PeerCallsGrpc:
 
     async def close(self) -> None:
         for channel in [*self._closing, *(channel for _, channel in self._channels.values())]:
-            await channel.close()
+            await channel.close(None)
         self._channels.clear()
         self._closing.clear()
 
@@ -104,9 +104,7 @@ class PeerCallsGrpc:
         reply = await self._call(node, self.stub(node).FetchRecords(request, timeout=RECORDS_TIMEOUT_S))
         return convert.records_from_proto(reply)
 
-    async def plan_world_restore(
-        self, node: str, job: str, ask: WorldAsk, *, timeout_s: float
-    ) -> WorldPlan:
+    async def plan_world_restore(self, node: str, job: str, ask: WorldAsk, *, timeout_s: float) -> WorldPlan:
         request = convert.ask_to_proto(self._sender(), job, ask)
         reply = await self._call(node, self.stub(node).PlanWorldRestore(request, timeout=timeout_s))
         return convert.plan_from_proto(reply)

@@ -19,12 +19,20 @@ from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.core.rows import chunks_of, plan_rows
 from snapd.errors import ConflictError, NotFoundError, SnapdError, UnavailableError
 from snapd.runtime.changes import Changes
-from snapd.runtime.peers import PeerCalls, ShardSource, WorldAsk, WorldPlan
+from snapd.runtime.peers import Records, ShardSource, WorldAsk, WorldPlan
 
 SETTLE_AFTER_S = 0.02  # reports that come together are settled together
 ASK_AGAIN_S = 0.5
 ROUNDS_MAX = 64
 ROUNDS_KEPT = 256
+
+
+class Asking(Protocol):
+    """A part of PeerCalls; the own node is asked as any other."""
+
+    async def inventory(self, node: str, job: str) -> Inventory: ...
+
+    async def fetch_records(self, node: str, job: str, snapshot: SnapshotId) -> Records: ...
 
 
 class Surroundings(Protocol):
@@ -39,7 +47,7 @@ class Surroundings(Protocol):
         """Members that do not renew their lease and are not given up yet."""
 
     @property
-    def calls(self) -> PeerCalls: ...
+    def calls(self) -> Asking: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,9 +27,11 @@ from snapd.errors import (
 )
 from snapd.memory.index import Index
 from snapd.runtime import service
+from snapd.runtime.cluster import Cluster
 from snapd.runtime.context import Context
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Peer, Process
+from snapd.runtime.opening import overtake
 from snapd.runtime.readers import Readers
 from snapd.runtime.recovery import take_up
 from snapd.runtime.restoring import distrust
@@ -47,6 +49,7 @@ class Node:
         self.broken: dict[str, JobUnusable] = {}
         self.peers: dict[str, Peer] = {}
         self._processes: set[Process] = set()
+        self.cluster: Cluster | None = None
         self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
         context.quarantine = self.quarantine
@@ -71,11 +74,14 @@ class Node:
             if job is not None:
                 self._adopt(job)
 
-    def _coordination(self, index: Index) -> Coordination:
+    def _coordination(self, name: str, index: Index) -> Coordination:
+        if self.cluster is not None:
+            return self.cluster.coordination(name)
         return EmbeddedCoordination(index, interval_factor_max=self.context.settings.interval_factor_max)
 
     def _adopt(self, job: Job) -> None:
         self.jobs[job.name] = job
+        self._join_world(job)
         self.context.metrics.arena_bytes.inc(job.arena_bytes)
         served = next(job.served_sessions(), None)
         if served is not None:
@@ -102,6 +108,15 @@ class Node:
             arena_bytes=job.arena_bytes,
             sessions=sum(1 for _ in job.live_sessions()),
         )
+
+    def _join_world(self, job: Job) -> None:
+        if self.cluster is not None:
+            job.world = self.cluster.worlds[job.name]
+            job.world.changed()
+
+    def overtake(self, job: Job) -> None:
+        """A newer generation has begun on another node."""
+        overtake(job)
 
     def _is_rolling_back(self, job: Job, session: Session) -> bool:
         current = job.coordination.generation(job.coordination.current())
@@ -316,7 +331,8 @@ class Node:
             folder = self.context.arena.job(name)
             folder.path.mkdir(mode=0o700, exist_ok=True)
             index = Index.open(folder.index, job=name, may_create=not folder.has_data())
-            job = self.jobs[name] = Job(self.context, name, folder, index, self._coordination(index))
+            job = self.jobs[name] = Job(self.context, name, folder, index, self._coordination(name, index))
+            self._join_world(job)
         return job
 
     def existing_job(self, name: str) -> Job:
@@ -334,7 +350,12 @@ class Node:
 
     def drop_if_empty(self, job: Job) -> None:
         """After a refused opening: leave nothing of a job that never was."""
-        if not job.sessions and not job.ledger.snapshots and self.jobs.get(job.name) is job:
+        if (
+            not job.sessions
+            and not job.ledger.snapshots
+            and job.parity.is_empty
+            and self.jobs.get(job.name) is job
+        ):
             self._remove(job)
 
     def remove_job(self, name: str, *, is_forced: bool) -> tuple[int, int]:

@@ -60,10 +60,11 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
         )
         generation = assignment.generation
         point("daemon.generation.after")
-        if assignment.is_new:
-            job.final_ranks.clear()
-            job.replicas.difference = ""
-            _overtake(job, generation.number)
+        is_new = (
+            assignment.is_new or generation.number > job.newest_generation
+        )  # another node may have begun it
+        if is_new:
+            overtake(job)
         same = _same_rank(job, generation, opening.rank)
         if same is not None and not _is_unanswered(same, peer):
             raise ConflictError(
@@ -74,7 +75,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
             )
         _choose_chunk_bytes(context, job, opening)
         session = same or _create(context, job, peer, opening, generation)
-        if assignment.is_new:
+        if is_new:
             job.coordination.configure_interval(opening.interval_steps)
     context.log.info(
         "session.opened",
@@ -93,10 +94,19 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
     return session
 
 
-def _overtake(job: Job, generation: int) -> None:
-    """Sessions of older generations are fenced; their captures up to now still count."""
+def overtake(job: Job) -> None:
+    """Sessions of older generations than the current one are fenced; their captures up to now still count.
+
+    Those of the same start of the world are on their way to it: it is a rollback.
+    """
+    generation = job.coordination.current()
+    row = job.coordination.generation(generation)
+    job.newest_generation = max(job.newest_generation, generation)
+    job.final_ranks.clear()
+    job.replicas.difference = ""
     for session in list(job.sessions.values()):
-        if session.generation < generation and session.is_served:
+        is_rolling_back = row is not None and row.incarnation == session.row.incarnation
+        if session.generation < generation and session.is_served and not is_rolling_back:
             service.fence(job, session)
     release_rounds(job, below=generation)
     distrust(job)
@@ -251,6 +261,7 @@ async def begin_rollback(job: Job, session: Session, rollback_count: int) -> int
         number = assignment.generation.number
         if session.generation == number:
             return number
+        job.newest_generation = max(job.newest_generation, number)
         if assignment.is_new:
             job.coordination.configure_interval(session.row.interval_steps)
         job.index.put_session(session.update(generation=number))

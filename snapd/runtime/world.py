@@ -73,7 +73,6 @@ class World:
         *,
         find_job: Callable[[], Job | None],
         make_job: Callable[[], Job],
-        remove_job: Callable[[], None],
     ) -> None:
         self.name = name
         self.orders = Orders()
@@ -83,7 +82,6 @@ class World:
         self._protection = protection
         self._find_job = find_job
         self._make_job = make_job
-        self._remove_job = remove_job
         self._serial = 0
         self._changed = asyncio.Event()
         self._heard_at_s = here.monotonic_s()
@@ -191,6 +189,13 @@ class World:
             rows=self._protection.held_rows(job),
             problems=tuple((f.id, f.problem) for f in job.ledger.newest_first() if f.problem),
         )
+
+    def trouble(self) -> str:
+        """Why this node's part does not go on, in words; empty if it does."""
+        job = self._find_job()
+        if self.away_reason:
+            return f"the collector cannot be asked: {self.away_reason}"
+        return self._protection.trouble(job) if job is not None else ""
 
     # obeying
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "snapd": 0,  # the package itself: the version
     "snapd.errors": 0,
+    "snapd.settings": 0,
     "snapd.units": 0,
     "snapd.core": 1,
     "snapd.codec": 2,
@@ -32,6 +33,7 @@ LAYERS = {
     "snapd.runtime": 3,
     "snapd.sim": 3,
     "snapd.rpc": 4,
+    "snapd.config_cluster": 4,
     "snapd.config": 5,
     "snapd.daemon": 6,
     "snapd.cli": 7,
