@@ -36,9 +36,16 @@ def _hybrid(model: nn.Module) -> nn.Module:
     return model
 
 
+def _adapted(model: Any) -> nn.Module:
+    """Most of it is frozen: its chunks are named instead of copied, in either layout."""
+    model[2].requires_grad_(False)
+    return DistributedDataParallel(model)
+
+
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "replicas-ddp": DistributedDataParallel,
     "replicas-hsdp": _hybrid,
+    "replicas-frozen": _adapted,
     "replicas-spoilt": DistributedDataParallel,
 }
 
@@ -108,6 +115,7 @@ def before(folder: Path) -> None:
             snap.step(step, wait="captured")
             facts = snap.health()
             seen.append({"step": step, "replicas": facts["replicas"], "bytes": facts["lazy_bytes"]})
+            assert facts["skipped"] == facts["discarded"] == 0
             time.sleep(0.02)  # for the comparison, which nobody waits for
         _write(folder, way, "seen", seen)
         _write(folder, way, "difference", snap.health()["replica_difference"])
@@ -127,13 +135,19 @@ def after(folder: Path) -> None:
         for step in range(start, END):
             run.step()
             snap.step(step + 1)
-        ended = run.digests()
-        snap.wait("captured")
-        found = {"start": start, "cut": [], "end": []}
-        for what, digests in (("cut", restored), ("end", ended)):
+            snap.wait("captured")
+            time.sleep(0.02)
+        ended, last = run.digests(), snap.health()["replicas"]
+        run.step()
+        found = {"start": start, "last": last, "rolled_back_to": snap.rollback()}
+        for name, what, digests in (
+            ("cut", "cut", restored),
+            ("end", "end", ended),
+            ("rolled_back", "end", run.digests()),
+        ):
             expected = _read(folder, way, what)
             assert expected.keys() == digests.keys()
-            found[what] = [name for name in expected if expected[name] != digests[name]]
+            found[name] = [key for key in expected if expected[key] != digests[key]]
         _write(folder, way, "after", found)
         dist.barrier()
         snap.close()
