@@ -12,6 +12,7 @@ from pathlib import Path
 from snapd.errors import ConfigError, ConflictError, IntegrityError
 
 FORMAT_VERSION = "1"
+DATA_PATTERNS = ("rank-*.seg-*", "session-*.ctl", "parity.seg-*")
 
 
 def private_folder(path: Path) -> Path:
@@ -127,12 +128,15 @@ class JobFolder:
     def segment(self, rank: int, segment: int) -> Path:
         return self.path / f"rank-{rank}.seg-{segment}"
 
+    def parity_segment(self, number: int) -> Path:
+        return self.path / f"parity.seg-{number}"
+
     def page(self, session_id: int) -> Path:
         return self.path / f"session-{session_id}.ctl"
 
     def has_data(self) -> bool:
         """True when there are segments or pages: an index must have been here."""
-        return any(self.path.glob("rank-*.seg-*")) or any(self.path.glob("session-*.ctl"))
+        return any(any(self.path.glob(pattern)) for pattern in DATA_PATTERNS)
 
     def remove(self) -> int:
         """Delete everything; returns the segments' bytes. Trainers that still map them are not harmed."""

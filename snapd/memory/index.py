@@ -19,6 +19,8 @@ from snapd.core.generations import Generation
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.errors import CapacityError, IntegrityError, InvariantViolated, JobUnusable
+from snapd.memory.protection_rows import SCHEMA as PROTECTION_SCHEMA
+from snapd.memory.protection_rows import ProtectionRows
 from snapd.memory.records import record_from_bytes, record_to_proto
 
 INDEX_VERSION = 1
@@ -79,6 +81,7 @@ class Index:
     def __init__(self, connection: sqlite3.Connection, job: str) -> None:
         self._connection = connection
         self._job = job
+        self.protection = ProtectionRows(connection, self._transaction)
 
     @classmethod
     def open(cls, path: Path, *, job: str, may_create: bool) -> Index:
@@ -286,7 +289,8 @@ def _prepare(connection: sqlite3.Connection, job: str, *, may_create: bool) -> N
     if not tables:
         connection.executescript(
             f"BEGIN IMMEDIATE; {_SCHEMA}"
-            f"INSERT INTO meta VALUES ('version', '{INDEX_VERSION}'), ('job', '{job}'); COMMIT;"
+            f"INSERT INTO meta VALUES ('version', '{INDEX_VERSION}'), ('job', '{job}');"
+            f"{PROTECTION_SCHEMA} COMMIT;"
         )
         return
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -301,6 +305,8 @@ def _prepare(connection: sqlite3.Connection, job: str, *, may_create: bool) -> N
             hint=KEEP_FILES_HINT,
             job=job,
         )
+    # an index of a version before protection gets its tables; that version does not mind them, so they have no number
+    connection.executescript(f"BEGIN IMMEDIATE; {PROTECTION_SCHEMA} COMMIT;")
 
 
 def _shard_row(

@@ -17,7 +17,7 @@ from snapd.units import MIB
 BACKING_PIECE_BYTES = 64 * MIB
 
 
-def back_segment(path: Path, number: int, nbytes: int) -> Segment:
+def back_segment(path: Path, number: int, nbytes: int, *, is_writable: bool = False) -> Segment:
     """Create, back and map a segment of zeroed pages. Blocking, without the GIL; run it in a thread.
 
     tmpfs clears an allocated page at its first touch only, so the pages are touched here, not under a copy;
@@ -30,7 +30,7 @@ def back_segment(path: Path, number: int, nbytes: int) -> Segment:
     try:
         for offset in range(0, nbytes, BACKING_PIECE_BYTES):
             os.posix_fallocate(descriptor, offset, min(BACKING_PIECE_BYTES, nbytes - offset))
-        segment = Segment.open(path, number, nbytes)
+        segment = Segment.open(path, number, nbytes, is_writable=is_writable)
         segment.mapping.populate()
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -57,14 +57,16 @@ class Segment:
     mapping: Mapping
 
     @classmethod
-    def open(cls, path: Path, number: int, nbytes: int) -> Segment:
-        """Map a backed segment for reading: the daemon writes none of a trainer's bytes.
+    def open(cls, path: Path, number: int, nbytes: int, *, is_writable: bool = False) -> Segment:
+        """Map a backed segment, for reading unless it is the daemon's own (parity): it writes none of a trainer's
+        bytes.
 
         Raises:
             IntegrityError: kind `segment`: the file is missing, of another size, or not a file.
         """
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            mode = os.O_RDWR if is_writable else os.O_RDONLY
+            descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise IntegrityError(
                 f"segment {path.name} cannot be opened: {error.strerror}", kind="segment"
@@ -77,7 +79,7 @@ class Segment:
                     kind="segment",
                     nbytes=found,
                 )
-            return cls(number, nbytes, path, Mapping(descriptor, nbytes, False))
+            return cls(number, nbytes, path, Mapping(descriptor, nbytes, is_writable))
         finally:
             os.close(descriptor)
 

@@ -56,7 +56,11 @@ class BulkStore(Protocol):
         """
 
     def holds(self, names: Sequence[FragmentName]) -> list[bool]:
-        """For each fragment, whether it is here, checked since this process began. At most `HOLDS_MAX` names."""
+        """For each fragment, whether it is here, checked since this process began. At most `HOLDS_MAX` names.
+
+        Raises:
+            UnavailableError: kind `not_planned`: no row map of this node names one of those rows (yet).
+        """
 
 
 class PeerLink(Protocol):
@@ -83,7 +87,8 @@ class PeerLink(Protocol):
         """Which of these fragments the peer has already: equal rows are not coded again. At most `HOLDS_MAX` names.
 
         Raises:
-            UnavailableError, RemoteProtocolError (another count of answers).
+            UnavailableError (kind `not_planned`: it has not got the rows' map yet), RemoteProtocolError (another count
+            of answers).
         """
 
     def close(self) -> None: ...

@@ -37,6 +37,19 @@ POINTS = (
     "daemon.parent.before",
     "daemon.parent.after",
     "daemon.finish.after",
+    "daemon.protect.records.before",
+    "daemon.protect.records.after",
+    "daemon.protect.segment.before",
+    "daemon.protect.segment.after",
+    "daemon.protect.fragment.before",
+    "daemon.protect.fragment.after",
+    "daemon.protect.push.before",
+    "daemon.protect.push.after",
+    "daemon.protect.done.after",
+    "daemon.protect.drop.before",
+    "daemon.protect.drop.after",
+    "daemon.bring.record.before",
+    "daemon.bring.record.after",
 )
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 

@@ -24,6 +24,7 @@ from snapd.core.states import LaneState, LaneStep
 from snapd.errors import CapacityError, JobUnusable
 from snapd.memory.folders import JobFolder
 from snapd.memory.index import KEEP_FILES_HINT, Index
+from snapd.memory.parity import ParityStore
 from snapd.memory.segments import back_segment
 from snapd.runtime.changes import Changes
 from snapd.runtime.context import Context
@@ -38,6 +39,16 @@ class WorldPart(Protocol):
 
     def changed(self) -> None:
         """What this node reports may have changed."""
+
+    @property
+    def complete(self) -> SnapshotId | None:
+        """The newest snapshot that is captured on all ranks of the world."""
+
+    @property
+    def protected(self) -> SnapshotId | None: ...
+
+    def protection_reason(self) -> str:
+        """Why the newest complete snapshot is not protected yet, in words."""
 
     def doomed(self, job: Job) -> list[tuple[SnapshotId, str]]:
         """Which snapshots may go, with the reason."""
@@ -54,6 +65,7 @@ class Job:
         self.folder = folder
         self.index = index
         self.coordination = coordination
+        self.parity = ParityStore(name, folder, index)
         self.ledger = Ledger()
         self.arenas: dict[int, RankArena] = {}
         self.sessions: dict[int, Session] = {}
@@ -68,6 +80,7 @@ class Job:
         self.has_new_writers = True  # since its chunks were last distrusted
         self.is_removed = False
         self.world: WorldPart | None = None  # set where worlds span nodes
+        self.newest_generation = coordination.current()  # whose predecessors' sessions are fenced
         self.abort_count = 0  # steps that ranks here skipped for want of a slot
         self._announced: SnapshotId | None = None
 
@@ -81,7 +94,7 @@ class Job:
 
     @property
     def arena_bytes(self) -> int:
-        return sum(arena.memory.nbytes for arena in self.arenas.values())
+        return self.parity.nbytes + sum(arena.memory.nbytes for arena in self.arenas.values())
 
     def live_sessions(self) -> Iterator[Session]:
         return (session for session in self.sessions.values() if session.is_live)
@@ -351,7 +364,7 @@ class Job:
                 kind="segments",
                 hint="start the job's world anew, with an estimate of the state's size",
             )
-        check_fits(nbytes, self._limits(), self.context.held_by_job(), job=self.name, rank=arena.rank)
+        check_fits(nbytes, self.limits(), self.context.held_by_job(), job=self.name, rank=arena.rank)
         path = self.folder.segment(arena.rank, number)
         point("daemon.segment.before")
         try:
@@ -375,7 +388,8 @@ class Job:
                 session.segments_version += 1
                 session.page.store("segments_version", session.segments_version)
 
-    def _limits(self) -> list[Limit]:
+    def limits(self) -> list[Limit]:
+        """Every bound on the arena that applies now."""
         settings = self.context.settings
         return arena_limits(
             self.context.arena.path,

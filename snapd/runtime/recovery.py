@@ -18,7 +18,7 @@ from snapd.core.ledger import SnapshotFacts
 from snapd.core.manifest import ShardRecord
 from snapd.core.states import LaneState, LaneStep, SessionEvent, SessionState
 from snapd.errors import IntegrityError, InvariantViolated, JobUnusable
-from snapd.memory.folders import JobFolder
+from snapd.memory.folders import DATA_PATTERNS, JobFolder
 from snapd.memory.index import KEEP_FILES_HINT, Index, SessionRow
 from snapd.memory.segments import Segment
 from snapd.runtime.capture import tell_places
@@ -29,7 +29,7 @@ from snapd.runtime.rank_arena import RankArena
 from snapd.runtime.replicas import begin_anew
 from snapd.runtime.session import Session
 
-CoordinationFactory = Callable[[Index], Coordination]
+CoordinationFactory = Callable[[str, Index], Coordination]
 ProcessFinder = Callable[[int, int], Process | None]
 
 
@@ -51,9 +51,10 @@ def take_up(
         return None
     index = Index.open(folder.index, job=name, may_create=not folder.has_data())
     try:
-        job = Job(context, name, folder, index, make_coordination(index))
+        job = Job(context, name, folder, index, make_coordination(name, index))
         _load_segments(job)
         _load_shards(job)
+        _load_parity(job)
         for row in index.sessions():
             session = _load_session(job, row, find_process)
             job.sessions[session.id] = session
@@ -102,6 +103,11 @@ def _load_shards(job: Job) -> None:
         job.ledger.add(row.record, session_id=row.session_id, sequence=row.sequence, is_verified=False)
     for snapshot, problem in problems.items():
         job.ledger.mark_unusable(snapshot, problem)
+
+
+def _load_parity(job: Job) -> None:
+    for problem in job.parity.load():
+        job.context.log.error("parity.given_up", job=job.name, reason=problem)
 
 
 def _fits(job: Job, rank: int, chunk_bytes: int, places: list[Place]) -> bool:
@@ -190,7 +196,8 @@ def _remove_orphans(job: Job) -> None:
     """Files of an allocation or a session that was cut short before it was recorded."""
     known = {segment.path for arena in job.arenas.values() for segment in arena.memory.segments.values()}
     known |= {session.page_path for session in job.sessions.values()}
-    for pattern in ("rank-*.seg-*", "session-*.ctl"):
+    known |= {segment.path for segment in job.parity.segments}
+    for pattern in DATA_PATTERNS:
         for path in job.folder.path.glob(pattern):
             if path not in known:
                 job.context.log.info(

@@ -1,0 +1,236 @@
+"""Coding a few rows on a thread: pull their chunks, check them, encode, push the parity, keep our fragment.
+
+Blocking; nothing here runs on the event loop but the commit of a fragment. What fails is told row by row, with the peer
+that it failed at, and the other rows of the batch go on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import xxhash
+
+from snapd.codec.base import Codec
+from snapd.core.ids import SnapshotId
+from snapd.core.rows import Row, RowChunk
+from snapd.errors import IntegrityError, NotFoundError, SnapdError
+from snapd.peer.base import ChunkName, FragmentName, Links, Name
+from snapd.runtime.bulk_store import commit_fragment, discard_fragment
+from snapd.runtime.faultpoints import point
+from snapd.runtime.job import Job
+from snapd.runtime.loop_caller import LoopCaller
+from snapd.runtime.pipeline import Buffers, Stopped
+
+TIMEOUT_BASE_S = 20.0
+SLOWEST_BYTES_PER_S = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RowTask:
+    """A row to be coded. `lacking`: numbers of the fragments that are not yet where they belong."""
+
+    row: Row
+    lacking: frozenset[int]
+
+    @property
+    def peers(self) -> frozenset[str]:
+        """Whom it takes."""
+        nodes = {chunk.node for chunk in self.row.chunks}
+        return frozenset(nodes | {self.row.parity_nodes[number] for number in self.lacking if number})
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A row that has to be tried again. `peer`: whose fault it was; "" for ours."""
+
+    row: Row
+    peer: str
+    error: SnapdError
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """What came of a batch. `placed`: (row number, fragment number) of each fragment that is where it belongs now."""
+
+    placed: list[tuple[int, int]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    pulled_bytes: int = 0
+    pushed_bytes: int = 0
+    encoded_bytes: int = 0
+    rows_coded: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a batch works with. `stop` is set when its target was given up."""
+
+    job: Job
+    snapshot: SnapshotId
+    codec: Codec
+    links: Links
+    buffers: Buffers
+    caller: LoopCaller
+    stop: threading.Event
+
+    def check(self) -> None:
+        if self.stop.is_set():
+            raise Stopped
+
+
+def timeout_s(nbytes: int) -> float:
+    """How long a transfer may take before its peer counts as stalled."""
+    return TIMEOUT_BASE_S + nbytes / SLOWEST_BYTES_PER_S
+
+
+def pieces_per_row(row: Row) -> int:
+    """Buffers for its chunks, and for its parity."""
+    return len(row.chunks) + len(row.parity_nodes)
+
+
+def code_batch(bench: Bench, tasks: Sequence[RowTask], piece_bytes: int) -> BatchResult:
+    """Code the rows of a batch.
+
+    Raises:
+        Stopped: the target was given up; what was placed by then stays.
+    """
+    result = BatchResult()
+    with bench.buffers.lend(
+        sum(pieces_per_row(task.row) for task in tasks), piece_bytes, bench.stop
+    ) as pieces:
+        views: dict[int, list[memoryview]] = {}
+        parity: dict[int, list[memoryview]] = {}
+        for task in tasks:
+            row = task.row
+            views[row.number] = [pieces.pop()[: chunk.nbytes] for chunk in row.chunks]
+            parity[row.number] = [pieces.pop()[: row.nbytes] for _ in row.parity_nodes]
+        failed = _pull(bench, tasks, views, result)
+        for task in tasks:
+            if task.row.number in failed:
+                continue
+            bench.check()
+            data: list[memoryview | None] = [*views[task.row.number]]
+            data.extend([None] * (bench.codec.k - len(data)))
+            fragments = parity[task.row.number]
+            bench.codec.encode(data, fragments)
+            result.rows_coded += 1
+            result.encoded_bytes += sum(chunk.nbytes for chunk in task.row.chunks)
+            _place(bench, task, fragments, result)
+    return result
+
+
+# pulling
+
+
+def _pull(
+    bench: Bench, tasks: Sequence[RowTask], views: dict[int, list[memoryview]], result: BatchResult
+) -> set[int]:
+    """Fetch all chunks, node by node. Returns the numbers of rows that lack one."""
+    by_node: dict[str, list[tuple[Row, RowChunk, memoryview]]] = defaultdict(list)
+    for task in tasks:
+        for chunk, view in zip(task.row.chunks, views[task.row.number], strict=True):
+            by_node[chunk.node].append((task.row, chunk, view))
+    nodes = sorted(by_node)
+    first = tasks[0].row.number % len(nodes)  # threads do not all begin at the same peer
+    failed: set[int] = set()
+    for node in [*nodes[first:], *nodes[:first]]:
+        bench.check()
+        wanted = [entry for entry in by_node[node] if entry[0].number not in failed]
+        for row, error in _pull_from(bench, node, wanted, result):
+            if row.number not in failed:
+                failed.add(row.number)
+                result.failures.append(Failure(row, node, error))
+    return failed
+
+
+def _pull_from(
+    bench: Bench, node: str, wanted: list[tuple[Row, RowChunk, memoryview]], result: BatchResult
+) -> list[tuple[Row, SnapdError]]:
+    """Fetch from one peer, what arrives wrong once again. Returns the rows that failed."""
+    for attempt in range(2):
+        if not wanted:
+            return []
+        try:
+            link = bench.links.to(node)
+            names = [(_name(bench, chunk), view) for _, chunk, view in wanted]
+            nbytes = sum(chunk.nbytes for _, chunk, _ in wanted)
+            link.fetch(names, timeout_s=timeout_s(nbytes))
+        except SnapdError as error:
+            return [(row, error) for row, *_ in wanted]
+        result.pulled_bytes += nbytes
+        wanted = [entry for entry in wanted if xxhash.xxh3_128_digest(entry[2]) != entry[1].digest]
+        for _, chunk, _ in wanted:
+            result.wrong.append(
+                f"peer {node} sent wrong bytes for chunk {chunk.index} of rank {chunk.rank}"
+                + (" again" if attempt else "")
+            )
+    return [
+        (
+            row,
+            IntegrityError(
+                f"wrong bytes for chunk {chunk.index} of rank {chunk.rank}, twice",
+                kind="wrong_bytes",
+                job=bench.job.name,
+                peer=node,
+            ),
+        )
+        for row, chunk, _ in wanted
+    ]
+
+
+def _name(bench: Bench, chunk: RowChunk) -> Name:
+    return ChunkName(bench.job.name, bench.snapshot.generation, bench.snapshot.step, chunk.rank, chunk.index)
+
+
+# placing
+
+
+def _place(bench: Bench, task: RowTask, fragments: list[memoryview], result: BatchResult) -> None:
+    """Our own fragment into its frame, the others to their nodes."""
+    row = task.row
+    for number in sorted(task.lacking):
+        bench.check()
+        node = row.parity_nodes[number] if number else ""
+        view = fragments[number]
+        digest = xxhash.xxh3_128_digest(view)
+        try:
+            if number == 0:
+                _keep(bench, row, view, digest)
+            else:
+                name = FragmentName(bench.job.name, row.id, number)
+                point("daemon.protect.push.before")
+                bench.links.to(node).push(name, view, digest, timeout_s=timeout_s(view.nbytes))
+                point("daemon.protect.push.after")
+                result.pushed_bytes += view.nbytes
+        except SnapdError as error:
+            result.failures.append(Failure(row, node, error))
+        else:
+            result.placed.append((row.number, number))
+
+
+def _keep(bench: Bench, row: Row, view: memoryview, digest: bytes) -> None:
+    parity = bench.job.parity
+    reservation = parity.reserve(row.id, 0, view.nbytes)
+    with ExitStack() as undo:
+        undo.callback(parity.cancel, reservation)
+        reservation.view[:] = view
+        bench.caller.call(commit_fragment, bench.job, reservation, digest)
+
+
+def check_fragments(bench: Bench, keys: Sequence[tuple[bytes, int]]) -> None:
+    """Hash fragments that an earlier process left; forget the bad ones, saying so."""
+    for row_id, number in keys:
+        bench.check()
+        try:
+            with bench.job.parity.read(row_id, number):
+                continue
+        except NotFoundError:
+            continue
+        except IntegrityError as error:
+            bench.caller.call(
+                discard_fragment, bench.job, FragmentName(bench.job.name, row_id, number), error
+            )
