@@ -147,7 +147,7 @@ class Collector:
         complete = self._newest_complete(whole)
         protected, target, reason = self._protection(whole, holders, complete, table)
         self._target = target
-        kept = self._kept(whole, complete, target, protected)
+        kept = self._kept(holders, whole, complete, target, protected)
         drop = tuple(self._droppable(holders, world_sizes, kept, complete))
         present = set(holders) | {s for s in (complete, protected) if s is not None}
         self._problems = {s: text for s, text in self._problems.items() if s in present}
@@ -264,15 +264,17 @@ class Collector:
 
     def _kept(
         self,
+        holders: Iterable[SnapshotId],
         whole: list[SnapshotId],
         complete: SnapshotId | None,
         target: SnapshotId | None,
         protected: SnapshotId | None,
     ) -> set[SnapshotId]:
-        kept = {snapshot for snapshot in (complete, target, protected) if snapshot is not None}
+        """The newest whole one too: what was complete may have been lost with its nodes since."""
+        kept = {snapshot for snapshot in (complete, target, protected, *whole[-1:]) if snapshot is not None}
         room = min((report.keep_complete for report in self.reports.values() if report.served), default=None)
         if room is None or not self._is_capturing():
-            return kept | set(whole)  # nobody needs the room, and a restore may want to choose
+            return kept | set(holders)  # nobody needs the room, and a restore may want to choose
         for snapshot in reversed(whole):
             if len(kept) >= room:
                 break

@@ -10,12 +10,25 @@ from snapd.errors import AuthError, CapacityError, ConfigError, NotFoundError, U
 from snapd.memory.records import record_to_proto
 from snapd.rpc.convert import checked_state_bytes, opening_of, plan_reply, report_of
 from snapd.rpc.guard import ServicerContext, caller, told
-from snapd.runtime import service
+from snapd.runtime import levels, service
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
 from snapd.runtime.opening import begin_rollback, open_session, reserve
 from snapd.runtime.restoring import finish_restore, plan_restore, shards_for
 from snapd.runtime.session import Session
+from snapd.runtime.world_restoring import WorldRestores
+
+LEVELS = {
+    trainer_pb2.LEVEL_UNSPECIFIED: levels.Level.CAPTURED,
+    trainer_pb2.LEVEL_CAPTURED: levels.Level.CAPTURED,
+    trainer_pb2.LEVEL_PROTECTED: levels.Level.PROTECTED,
+    trainer_pb2.LEVEL_DURABLE: levels.Level.DURABLE,
+}
+LEVEL_NUMBERS = {
+    levels.Level.CAPTURED: trainer_pb2.LEVEL_CAPTURED,
+    levels.Level.PROTECTED: trainer_pb2.LEVEL_PROTECTED,
+    levels.Level.DURABLE: trainer_pb2.LEVEL_DURABLE,
+}
 
 
 class TrainerService(trainer_pb2_grpc.TrainerServicer):
@@ -34,7 +47,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         peer = caller(self.node, context)
         if peer.is_admin:
             raise AuthError("an admin connection opens no session", kind="role")
-        opening = opening_of(request, is_clustered=False)
+        opening = opening_of(request, is_clustered=self.node.cluster is not None)
         job = self.node.job_for(opening.job)
         try:
             session = await open_session(self.node.context, job, peer, opening)
@@ -42,9 +55,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             self.node.drop_if_empty(job)
             raise
         self.node.adopt_new(peer, session)
-        newest = job.ledger.newest_complete()
-        bad = next((facts for facts in job.ledger.newest_first() if facts.problem), None)
-        shown = newest or bad
+        shown = await newest_or_bad(self.node, job)
         return trainer_pb2.OpenSessionReply(
             session_id=session.id,
             session_secret=session.row.secret,
@@ -52,8 +63,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             chunk_bytes=job.chunk_bytes,
             lane_count=session.row.slots,
             has_parent=shown is not None,
-            newest_generation=shown.id.generation if shown else 0,
-            newest_step=shown.id.step if shown else 0,
+            newest_generation=shown.generation if shown else 0,
+            newest_step=shown.step if shown else 0,
             arena_bytes=job.arena(session.rank).memory.nbytes,
         )
 
@@ -70,7 +81,10 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         self, request: trainer_pb2.PlanRestoreRequest, context: ServicerContext
     ) -> trainer_pb2.PlanRestoreReply:
         job, session = self._session(request.session_id, context)
-        decision = await plan_restore(job, session, request.round, request.step if request.has_step else None)
+        step = request.step if request.has_step else None
+        if self.node.restores is not None:
+            return await self._plan_world(self.node.restores, job, session, request, step)
+        decision = await plan_restore(job, session, request.round, step)
         reply = plan_reply(decision)
         if decision.outcome is Outcome.FOUND and decision.chosen is not None:
             facts = job.ledger.snapshots.get(decision.chosen)
@@ -81,12 +95,31 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             )
         return reply
 
+    async def _plan_world(
+        self,
+        restores: WorldRestores,
+        job: Job,
+        session: Session,
+        request: trainer_pb2.PlanRestoreRequest,
+        step: int | None,
+    ) -> trainer_pb2.PlanRestoreReply:
+        decision = await restores.plan(job, session, request.round, step, accept_older=request.accept_older)
+        reply = plan_reply(decision)
+        if decision.outcome is Outcome.FOUND:
+            records = await restores.shards_for(job, session, request.round)
+            reply.shards.extend(record_to_proto(record) for record in records)
+        return reply
+
     @told
     async def FinishRestore(
         self, request: trainer_pb2.FinishRestoreRequest, context: ServicerContext
     ) -> trainer_pb2.FinishRestoreReply:
         job, session = self._session(request.session_id, context)
-        answer = await finish_restore(job, session, request.round, report_of(request))
+        report = report_of(request)
+        if self.node.restores is not None:
+            answer = await self.node.restores.finish(job, session, request.round, report)
+        else:
+            answer = await finish_restore(job, session, request.round, report)
         return trainer_pb2.FinishRestoreReply(
             committed=answer.is_committed, try_again=answer.is_try_again, reason=answer.reason
         )
@@ -104,7 +137,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         self, request: trainer_pb2.WaitLevelRequest, context: ServicerContext
     ) -> trainer_pb2.WaitLevelReply:
         job, session = self._session(request.session_id, context)
-        _check_level(request.level)
+        level = levels.level_for(job, LEVELS[request.level])
         snapshot = SnapshotId(session.generation, request.step)
         service.serve(job, session)
 
@@ -112,37 +145,29 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             return (
                 job.is_removed
                 or not session.is_served
-                or _reached(job, snapshot)
-                or snapshot in job.ledger.dropped
+                or levels.has(job, snapshot, level)
+                or levels.lost_reason(job, snapshot, level) != ""
             )
 
         timeout_s = min(max(0.0, request.timeout_s), self.node.context.settings.wait_max_s)
         await job.changes.wait_until(is_over, timeout_s)
-        reply = trainer_pb2.WaitLevelReply(level=trainer_pb2.LEVEL_CAPTURED)
-        dropped = job.ledger.dropped.get(snapshot)
-        if _reached(job, snapshot) or (dropped is not None and dropped.was_complete):
-            reply.reached, reply.reason = True, "captured on all ranks"
-        elif dropped is not None:
-            reply.dropped, reply.reason = True, dropped.reason
+        reply = trainer_pb2.WaitLevelReply(level=LEVEL_NUMBERS[level])
+        lost = levels.lost_reason(job, snapshot, level)
+        if levels.has(job, snapshot, level):
+            reply.reached, reply.reason = True, f"{level.value} on all ranks"
+        elif lost:
+            reply.dropped, reply.reason = True, lost
         else:
-            facts = job.ledger.snapshots.get(snapshot)
-            missing = facts.missing_ranks[:8] if facts else list(range(session.row.world_size))[:8]
-            reply.reason = f"not yet captured by ranks {', '.join(map(str, missing))}"
+            reply.reason = levels.missing(job, snapshot, level, world_size=session.row.world_size)
         return reply
 
     @told
     async def Last(self, request: trainer_pb2.LastRequest, context: ServicerContext) -> trainer_pb2.LastReply:
         job, _ = self._session(request.session_id, context)
-        _check_level(request.level)
-        newest, difference = job.ledger.newest_complete(), job.replicas.difference
+        newest = levels.newest(job, levels.level_for(job, LEVELS[request.level]))
         if newest is None:
-            return trainer_pb2.LastReply(replica_difference=difference)
-        return trainer_pb2.LastReply(
-            found=True,
-            generation=newest.id.generation,
-            step=newest.id.step,
-            replica_difference=difference,
-        )
+            return trainer_pb2.LastReply()
+        return trainer_pb2.LastReply(found=True, generation=newest.generation, step=newest.step)
 
     @told
     async def CloseSession(
@@ -162,19 +187,10 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         return trainer_pb2.CloseSessionReply()
 
 
-def _reached(job: Job, snapshot: SnapshotId) -> bool:
-    """True when it is complete now; one that was overtaken is among the dropped."""
-    facts = job.ledger.snapshots.get(snapshot)
-    return facts is not None and facts.is_usable
-
-
-def _check_level(level: int) -> None:
-    """`durable` means the farthest level that is configured, and the reply says which; `protected` means
-    itself.
-    """
-    if level == trainer_pb2.LEVEL_PROTECTED:
-        raise ConfigError(
-            "this daemon protects nothing on other nodes: it has the level `captured` only",
-            kind="level",
-            hint="wait for `captured`, or for `durable`, which is the farthest level that is configured",
-        )
+async def newest_or_bad(node: Node, job: Job) -> SnapshotId | None:
+    """The newest snapshot that the job has anywhere; else one that is proved bad: not the same as none."""
+    newest = levels.newest(job, levels.Level.CAPTURED)
+    if newest is None and node.cluster is not None:
+        newest = await node.cluster.newest_recorded(job.name)
+    bad = next((facts.id for facts in job.ledger.newest_first() if facts.problem), None)
+    return newest or bad

@@ -271,6 +271,14 @@ class Cluster:
             await self._begin_collecting(name, coordination)
         return node
 
+    async def newest_recorded(self, name: str) -> SnapshotId | None:
+        """The newest snapshot that some collector of the job recorded as complete. Raises UnavailableError."""
+        try:
+            newest = await self.coordination(name).read_newest()
+        except RemoteProtocolError:
+            return None
+        return newest.complete if newest is not None else None
+
     async def _begin_collecting(self, name: str, coordination: ClusterCoordination) -> None:
         try:
             newest = await coordination.read_newest()

@@ -36,6 +36,7 @@ from snapd.runtime.readers import Readers
 from snapd.runtime.recovery import take_up
 from snapd.runtime.restoring import distrust
 from snapd.runtime.session import Session
+from snapd.runtime.world_restoring import WorldRestores
 
 
 class Node:
@@ -50,6 +51,7 @@ class Node:
         self.peers: dict[str, Peer] = {}
         self._processes: set[Process] = set()
         self.cluster: Cluster | None = None
+        self.restores: WorldRestores | None = None
         self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
         context.quarantine = self.quarantine

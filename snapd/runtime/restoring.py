@@ -166,18 +166,25 @@ async def _verify_newest(job: Job) -> None:
 async def shards_for(job: Job, facts: SnapshotFacts, rank: int) -> list[ShardRecord]:
     """The records that a rank needs: its own first, then those of ranks that hold bytes for it."""
     own = facts.shards[rank].record
+    holders = await holders_of(job, own)
+    return [own, *(facts.shards[other].record for other in sorted(holders) if other in facts.shards)]
+
+
+async def holders_of(job: Job, own: ShardRecord) -> set[int]:
+    """The other ranks whose shards hold bytes for this one, as its layout says; none if that cannot be read (the trainer
+    will say that its chunk is bad).
+    """
     try:
         layout = await asyncio.get_running_loop().run_in_executor(
             job.context.hashing,
             read_layout,
-            job.arena(rank).memory,
+            job.arena(own.rank).memory,
             own.chunks[: own.layout_chunk_count],
             own.layout_nbytes,
         )
-        holders = {region.held_by_rank_plus_one - 1 for region in layout.regions} - {-1, rank}
     except DecodeError:
-        holders = set(facts.shards) - {rank}
-    return [own, *(facts.shards[other].record for other in sorted(holders) if other in facts.shards)]
+        return set()
+    return {region.held_by_rank_plus_one - 1 for region in layout.regions} - {-1, own.rank}
 
 
 async def finish_restore(job: Job, session: Session, number: int, report: RankReport) -> Verdicts:

@@ -32,8 +32,8 @@ class Protection(Protocol):
     def aim(self, job: Job, target: SnapshotId | None, table: GroupTable | None) -> None:
         """The snapshot to protect from now on; None: none. Returns at once."""
 
-    def forget(self, job: Job, keep: set[SnapshotId]) -> None:
-        """Parity, records and row maps of all other snapshots may go."""
+    def forget(self, job: Job, keep: set[SnapshotId], *, protected: SnapshotId | None) -> None:
+        """Parity, records and row maps of snapshots older than the protected one may go, but for those in `keep`."""
 
     def done(self, job: Job) -> tuple[PartDone, ...]: ...
 
@@ -190,6 +190,19 @@ class World:
             problems=tuple((f.id, f.problem) for f in job.ledger.newest_first() if f.problem),
         )
 
+    @property
+    def complete(self) -> SnapshotId | None:
+        return self.orders.complete
+
+    @property
+    def protected(self) -> SnapshotId | None:
+        return self.orders.protected
+
+    def protection_reason(self) -> str:
+        """What is being done, and what holds it up here."""
+        trouble = self.trouble()
+        return self.orders.reason + (f"; {trouble}" if trouble else "")
+
     def trouble(self) -> str:
         """Why this node's part does not go on, in words; empty if it does."""
         job = self._find_job()
@@ -214,7 +227,8 @@ class World:
             job.ledger.announce(orders.complete)
         self._take_interval(job, orders.interval)
         self._protection.aim(job, orders.target if self._is_involved(orders, table) else None, table)
-        self._protection.forget(job, {s for s in (orders.target, orders.protected) if s is not None})
+        kept = {s for s in (orders.target, orders.protected) if s is not None}
+        self._protection.forget(job, kept, protected=orders.protected)
         job.settle()
 
     def _is_involved(self, orders: Orders, table: GroupTable | None) -> bool:

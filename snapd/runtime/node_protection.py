@@ -1,0 +1,146 @@
+"""The protection of all jobs of this node: one protector each, and what reports, inventories and peers are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from snapd.core.cluster import GroupTable
+from snapd.core.collector import PartDone
+from snapd.core.ids import SnapshotId
+from snapd.core.protection import RowMap
+from snapd.core.recovery import HeldRows
+from snapd.errors import IntegrityError
+from snapd.runtime.job import Job
+from snapd.runtime.peers import Records
+from snapd.runtime.protecting import Means, Protector, Target, drop_protection, own_records
+
+REPLAN_AFTER_S = 10.0  # our part is done and the target is not: another member has planned other rows
+
+
+@dataclass(slots=True)
+class _Part:
+    """One job's protector, and what is known to be done (`seen`: the state that it was computed from)."""
+
+    job: Job
+    protector: Protector
+    seen: tuple[int, int] = (-1, -1)
+    done: tuple[PartDone, ...] = ()
+    done_since_s: float = 0.0
+
+
+class NodeProtection:
+    """Implements `cluster.ClusterProtection`. On the event loop. `changed(job)`: there is something to report."""
+
+    def __init__(
+        self,
+        means: Means,
+        *,
+        changed: Callable[[str], None],
+        epoch: Callable[[], int],
+        traffic: Callable[[], tuple[int, int]],
+    ) -> None:
+        self._means = means
+        self._changed = changed
+        self._epoch = epoch
+        self._traffic = traffic
+        self._parts: dict[str, _Part] = {}
+
+    def _part(self, job: Job) -> _Part:
+        part = self._parts.get(job.name)
+        if part is None or part.job is not job:
+            name = job.name
+            part = self._parts[name] = _Part(job, Protector(job, self._means, lambda: self._changed(name)))
+        return part
+
+    async def close(self) -> None:
+        for part in self._parts.values():
+            await part.protector.close()
+        self._parts.clear()
+
+    # orders
+
+    def aim(self, job: Job, target: SnapshotId | None, table: GroupTable | None) -> None:
+        """Protect `target` with our group of `table`; nothing where either is missing."""
+        group = table.group_of(self._means.node) if table is not None else None
+        part = self._part(job)
+        if target is None or table is None or group is None or group.code is None:
+            part.protector.aim(None)
+            return
+        wanted = Target(target, table.epoch, group)
+        if self._is_stuck(part, wanted):
+            job.context.log.info("protect.replanned", job=job.name, step=target.step)
+            part.protector.aim(None)
+        part.protector.aim(wanted)
+
+    def _is_stuck(self, part: _Part, wanted: Target) -> bool:
+        now_s = part.job.context.environment.monotonic_s()
+        state = part.protector.state
+        if state.target != wanted or not state.is_done:
+            part.done_since_s = now_s
+            return False
+        return now_s - part.done_since_s > REPLAN_AFTER_S
+
+    def forget(self, job: Job, keep: set[SnapshotId], *, protected: SnapshotId | None) -> None:
+        """Parity of snapshots older than the newest protected one may go, and what an older epoch made of the others
+        once the newest epoch's is done.
+        """
+        epoch = self._epoch()
+        done = {part.id for part in self.done(job)}
+        for row_map in [plan.map for plan in job.parity.plans()]:
+            if protected is not None and row_map.id < protected and row_map.id not in keep:
+                drop_protection(job, row_map.id)
+            elif row_map.epoch < epoch and row_map.id in done:
+                drop_protection(job, row_map.id, below_epoch=epoch)
+
+    # what is told
+
+    def done(self, job: Job) -> tuple[PartDone, ...]:
+        """Snapshots of which all that the plan of this epoch gives to this node is here."""
+        part, epoch = self._part(job), self._epoch()
+        state = (job.parity.version, epoch)
+        if part.seen != state:
+            part.seen = state
+            part.done = tuple(
+                PartDone(plan.map.id, plan.identity)
+                for plan in job.parity.plans()
+                if plan.map.epoch == epoch
+                and all(job.parity.has(row.id, number) for row, number in plan.given_to(self._means.node))
+            )
+        return part.done
+
+    def held_rows(self, job: Job) -> tuple[HeldRows, ...]:
+        return tuple(job.parity.held_rows())
+
+    def trouble(self, job: Job) -> str:
+        return self._part(job).protector.state.trouble
+
+    def records(self, job: Job, snapshot: SnapshotId, *, ranks: set[int], own_only: bool) -> Records:
+        """Our own records of a snapshot; without `own_only` all of the newest row map that covers it, with its group."""
+        own = own_records(job, snapshot)
+        if own_only:
+            return Records(tuple((self._means.node, r) for r in own if not ranks or r.rank in ranks))
+        row_map = self._newest_map(job, snapshot)
+        if row_map is None:
+            return Records(tuple((self._means.node, record) for record in own))
+        try:
+            placed = job.parity.records(row_map)
+        except IntegrityError as error:
+            job.context.log.error("records.damaged", job=job.name, reason=str(error))
+            return Records(tuple((self._means.node, record) for record in own))
+        return Records(
+            tuple((p.node, p.record) for p in placed if not ranks or p.record.rank in ranks),
+            row_map.epoch,
+            row_map.nodes,
+            row_map.code,
+        )
+
+    def _newest_map(self, job: Job, snapshot: SnapshotId) -> RowMap | None:
+        maps = [plan.map for plan in job.parity.plans() if plan.map.id == snapshot]
+        return max(maps, key=lambda row_map: row_map.epoch, default=None)
+
+    def facts(self) -> tuple[int, int, int, float]:
+        sent, received = self._traffic()
+        parity = sum(part.job.parity.nbytes for part in self._parts.values())
+        exposure = sum(part.protector.state.exposure_byte_s for part in self._parts.values())
+        return parity, sent, received, exposure
