@@ -1,0 +1,352 @@
+"""One job's share of coordination in a cluster. Implements `base.Coordination` above `ClusterState` and its store.
+
+Generations are given out by compare-and-set on one key, above everything that this daemon or the rebuilt table has
+seen. The synchronous questions are answered from a cache that `run` keeps fresh. A store that has lost generations
+which this daemon knows (rolled back, wiped) is doubted, and gets them back; so the key is never deleted, not even with
+its job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from snapd.coordination.cluster import ClusterState
+from snapd.coordination.job_records import (
+    Newest,
+    Table,
+    bounded,
+    generations_from_json,
+    generations_to_json,
+    merged,
+    newest_from_json,
+    newest_number,
+    newest_to_json,
+)
+from snapd.coordination.kv import Check, Entry, Write
+from snapd.core.generations import Assignment, Generation, assign
+from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
+from snapd.errors import ConflictError, FencedError, RemoteProtocolError, SnapdError, UnavailableError
+
+ATTEMPTS_MAX = 16
+NEWEST_EVERY_S = 1.0
+Answer = TypeVar("Answer")
+
+
+class ClusterCoordination:
+    """For one job, in one daemon. `run` must run beside it; nothing else of it blocks training."""
+
+    is_clustered = True
+
+    def __init__(self, state: ClusterState, job: str) -> None:
+        self._state, self._job = state, job
+        self._table: Table = {}
+        self._interval = Interval()
+        self._is_short = False  # the store seemed to lack rows that are known here
+        self._collector = ""
+        self._claimed_under = 0
+        self._revision: int | None = None  # of the last reading; None: the cache is not known to be fresh
+        self._newest: Newest | None = None
+        self._newest_wanted: Newest | None = None
+        self._newest_written_s = float("-inf")
+        self._newest_wake = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    # What the job's runtime asks (base.Coordination).
+
+    async def next_generation(self, *, incarnation: str, rollback_count: int, world_size: int) -> Assignment:
+        """Also raises UnavailableError: the store is away, or (kind `distrusted`) knows less than it did."""
+        self._require_trust()
+
+        def give(table: Table) -> tuple[Assignment, Table | None]:
+            answer = assign(
+                table, incarnation=incarnation, rollback_count=rollback_count, world_size=world_size
+            )
+            if not answer.is_new:
+                return answer, None
+            number = max(answer.generation.number, self._state.generation_seen(self._job) + 1)
+            row = replace(answer.generation, number=number)
+            return replace(answer, generation=row), bounded([*table.values(), row])
+
+        answer, is_ours = await self._update(give)
+        self._state.saw_generation(self._job, answer.generation.number)
+        return replace(answer, is_new=is_ours)
+
+    async def commit_parent(self, generation: int, parent: SnapshotId) -> None:
+        def set_parent(table: Table) -> tuple[None, Table | None]:
+            row = next((row for row in table.values() if row.number == generation), None)
+            if row is None or (row.parent is not None and row.parent != parent):
+                raise ConflictError("the generation has another parent", kind="parent", generation=generation)
+            if row.parent == parent:
+                return None, None
+            return None, {**table, (row.incarnation, row.rollback_count): replace(row, parent=parent)}
+
+        await self._update(set_parent)
+
+    def generation(self, number: int) -> Generation | None:
+        return next((row for row in self._table.values() if row.number == number), None)
+
+    def current(self) -> int:
+        return newest_number(self._table)
+
+    def interval(self) -> Interval:
+        return self._interval
+
+    def configure_interval(self, steps: int) -> None:
+        self._interval = Interval(configured=max(1, steps))
+
+    def resume_interval(self, steps: int, widened_steps: int, from_step: int) -> None:
+        self._interval = Interval(configured=max(1, steps))
+        self.set_interval(widened_steps, from_step)
+
+    def set_interval(self, steps: int, from_step: int) -> None:
+        """As the collector said: `steps` from `from_step` on; 0, or no multiple of the configured: as configured."""
+        configured = self._interval.configured
+        if steps > 0 and steps % configured == 0:
+            self._interval = Interval(configured, steps // configured, from_step)
+        else:
+            self._interval = Interval(configured)
+
+    def take_interval(self, interval: Interval) -> None:
+        self._interval = interval
+
+    def note_abort(self, *, newest_step_seen: int) -> tuple[Interval, str]:
+        return self._interval, "the job's collector decides"
+
+    def note_complete(self, *, newest_step_seen: int) -> tuple[Interval, str]:
+        return self._interval, "the job's collector decides"
+
+    # The collector.
+
+    @property
+    def collector(self) -> str:
+        """The node that holds the job's collector key, as far as is known; empty: none."""
+        return self._collector
+
+    @property
+    def is_collector(self) -> bool:
+        """Whether it is this daemon, under the lease that it holds now."""
+        state = self._state
+        return (
+            state.away is None
+            and self._collector == state.member.node
+            and self._claimed_under == state.lease_serial
+        )
+
+    async def claim_collector(self) -> str:
+        """Return the node that collects this job's reports: this one, if nobody did. Raises UnavailableError,
+        FencedError (kind `lease`).
+        """
+        state, key, node = self._state, self._state.keys.collector(self._job), self._state.member.node
+        for _ in range(ATTEMPTS_MAX):
+            if self.is_collector:
+                return node
+            found = (await state.store.read(key)).items.get(key)
+            holder = found.value.decode("ascii", "replace") if found else ""
+            if holder not in ("", node):
+                self._collector = holder
+                return holder
+            serial = state.lease_serial
+            check = Check(key, found.version if found else 0)
+            if await state.store.transact([check], [Write(key, node.encode("ascii"), is_leased=True)]):
+                self._collector, self._claimed_under = node, serial
+                self._tell()
+                return node
+        raise UnavailableError("the collector changes too fast", kind="contention", job=self._job)
+
+    async def release_collector(self) -> None:
+        """Let another daemon collect. Idempotent."""
+        if self.is_collector:
+            self._collector, self._claimed_under = "", 0
+            await self._state.store.transact([], [Write(self._state.keys.collector(self._job), None)])
+
+    async def changed(self, timeout_s: float | None = None) -> None:
+        """Wait until generations or collector change, at most `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    # The newest snapshots, for those who were not there.
+
+    @property
+    def newest(self) -> Newest | None:
+        """As last read or written here."""
+        return self._newest
+
+    def publish_newest(self, newest: Newest) -> None:
+        """By the collector; written at most once a second, the last one wins."""
+        self._newest_wanted = newest
+        self._newest_wake.set()
+
+    async def read_newest(self) -> Newest | None:
+        """What the store says now. Raises UnavailableError; RemoteProtocolError (kind `record`)."""
+        key = self._state.keys.newest(self._job)
+        entry = (await self._state.store.read(key)).items.get(key)
+        self._newest = newest_from_json(entry.value) if entry else None
+        return self._newest
+
+    # Its life.
+
+    async def refresh(self) -> None:
+        """Read generations and collector now. Raises UnavailableError; RemoteProtocolError (kind `record`)."""
+        keys, job = self._state.keys, self._job
+        reading = await self._state.store.read(keys.job(job))
+        for key in (keys.generations(job), keys.collector(job)):
+            entry = reading.items.get(key)
+            self._take_up(key, entry.value if entry else None)
+        self._revision = reading.revision
+
+    async def run(self) -> None:
+        """Keep the cache fresh and write what is published, until cancelled; then the collector's key is let go."""
+        publishing = asyncio.ensure_future(self._publish())
+        try:
+            while True:
+                try:
+                    await self._follow()
+                except RemoteProtocolError as error:
+                    self._state.note("job.unreadable", {"job": self._job, "reason": str(error)})
+                except (UnavailableError, FencedError):
+                    self._revision = None  # the state says once why the store is away
+                await asyncio.sleep(0.2 + self._state.environment.chance())
+        finally:
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
+            await self._let_go()
+
+    async def _follow(self) -> None:
+        await self.refresh()
+        await self._mend()
+        prefix = self._state.keys.job(self._job)
+        async for change in self._state.store.watch(prefix, self._revision or 0):
+            self._take_up(change.key, change.value)
+            await self._mend()
+
+    def _take_up(self, key: str, value: bytes | None) -> None:
+        keys = self._state.keys
+        if key == keys.generations(self._job):
+            stored = generations_from_json(value)
+            self._table = merged(stored, self._table)
+            self._is_short = self._lacks(stored)
+            if stored:
+                self._state.saw_generation(self._job, newest_number(self._table))
+        elif key == keys.collector(self._job):
+            self._collector = value.decode("ascii", "replace") if value else ""
+        self._tell()
+
+    def _known(self) -> int:
+        return max(newest_number(self._table), self._state.seen.generations.get(self._job, 0))
+
+    def _lacks(self, stored: Table) -> bool:
+        return newest_number(stored) < self._known() or not set(self._table) <= set(stored)
+
+    async def _mend(self) -> None:
+        """What came may have been overtaken by what this daemon wrote meanwhile, so a loss is believed only after a
+        fresh reading. Then the store is doubted, and given back what is known here.
+        """
+        key, state = self._state.keys.generations(self._job), self._state
+        while self._is_short:
+            entry = (await state.store.read(key)).items.get(key)
+            stored, known = generations_from_json(entry.value if entry else None), self._known()
+            if newest_number(stored) < known and state.view.floors.get(self._job, 0) < known:
+                state.doubt(
+                    f"job {self._job!r} had generation {known}, the store knows {newest_number(stored)}"
+                )
+            whole = merged(stored, self._table)
+            if set(whole) <= set(stored):
+                self._is_short = False
+            elif await state.store.transact(
+                [Check(key, entry.version if entry else 0)], [Write(key, generations_to_json(whole))]
+            ):
+                state.note("job.restored", {"job": self._job, "generation": newest_number(whole)})
+                self._is_short = False
+            else:
+                await asyncio.sleep(state.environment.chance())
+
+    async def _update(self, decide: Callable[[Table], tuple[Answer, Table | None]]) -> tuple[Answer, bool]:
+        """Compare-and-set on the generations: read, decide, write, until it holds. A lost answer is settled by
+        reading back. Returns the decision, and whether it was this call that wrote it.
+        """
+        key = self._state.keys.generations(self._job)
+        sent: bytes | None = None
+        for attempt in range(ATTEMPTS_MAX):
+            entry = (await self._state.store.read(key)).items.get(key)
+            table = self._stored(entry)
+            answer, wanted = decide(table)
+            if wanted is None:
+                self._keep(table)
+                return answer, sent is not None and entry is not None and entry.value == sent
+            value, sent = generations_to_json(wanted), None
+            check = Check(key, entry.version if entry else 0)
+            try:
+                if await self._state.store.transact([check], [Write(key, value)]):
+                    self._keep(wanted)
+                    return answer, True
+            except UnavailableError:
+                sent = value
+            if attempt:
+                await asyncio.sleep(self._state.environment.chance() * 0.1 * attempt)
+        raise UnavailableError("the generations change too fast", kind="contention", job=self._job)
+
+    def _stored(self, entry: Entry | None) -> Table:
+        return merged(generations_from_json(entry.value if entry else None), self._table)
+
+    def _keep(self, table: Table) -> None:
+        self._table = bounded(table.values())
+        self._tell()
+
+    def _require_trust(self) -> None:
+        if self._state.distrust:
+            raise UnavailableError(
+                f"the cluster's store is not believed: {self._state.distrust}",
+                kind="distrusted",
+                hint="it is rebuilt from the daemons that are alive; `snapd status` shows which are missing",
+            )
+
+    async def _publish(self) -> None:
+        while True:
+            await self._newest_wake.wait()
+            self._newest_wake.clear()
+            now_s = self._state.environment.monotonic_s
+            await asyncio.sleep(max(0.0, self._newest_written_s + NEWEST_EVERY_S - now_s()))
+            wanted, self._newest_written_s = self._newest_wanted, now_s()
+            if wanted is None or wanted == self._newest or not self.is_collector:
+                continue
+            try:
+                await self._write_newest(wanted)
+            except (SnapdError, OSError) as error:
+                self._state.note("newest.unwritten", {"job": self._job, "reason": str(error)})
+                await asyncio.sleep(NEWEST_EVERY_S)
+                self._newest_wake.set()
+
+    async def _write_newest(self, wanted: Newest) -> None:
+        """Never over a record of a later epoch or generation: then this collector is an old one."""
+        key = self._state.keys.newest(self._job)
+        entry = (await self._state.store.read(key)).items.get(key)
+        if entry is not None and _is_after(newest_from_json(entry.value), wanted):
+            raise FencedError("another collector has written something newer", kind="collector")
+        check = Check(key, entry.version if entry else 0)
+        if await self._state.store.transact([check], [Write(key, newest_to_json(wanted))]):
+            self._newest = wanted
+
+    async def _let_go(self) -> None:
+        try:
+            async with asyncio.timeout(self._state.settings.lease_s):
+                await self.release_collector()
+        except (SnapdError, TimeoutError) as error:
+            self._state.note("lease.left", {"reason": str(error), "job": self._job})
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _is_after(stored: Newest, wanted: Newest) -> bool:
+    def order(newest: Newest) -> tuple[int, SnapshotId]:
+        return newest.epoch, newest.complete or SnapshotId(0, 0)
+
+    return order(stored) > order(wanted)
