@@ -122,7 +122,7 @@ class KvServer:
     def keep_lease(self, lease: str, ttl_s: float, *, is_new: bool) -> None:
         """Renew, or open with `is_new`. Raises FencedError (kind `lease`): it has ended; its keys are gone."""
         self._check_open()
-        if not 0.05 <= ttl_s <= TTL_S_MAX or not 0 < len(lease) <= 128:
+        if not 0.05 <= ttl_s <= TTL_S_MAX or not 0 < len(lease) <= 256:
             raise ConfigError("a lease of no sensible length", kind="lease_ttl", ttl_s=ttl_s)
         held = self._leases.get(lease)
         if held is None and not is_new:

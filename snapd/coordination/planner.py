@@ -78,7 +78,14 @@ class Planner:
         state, view = self._state, self._state.view
         previous = self._previous()
         members = [each.member for _, each in sorted(view.members.items())]
-        placed = self._place(previous, members, state.lost, state.settings.asked, state.drains)
+        placed = self._place(
+            previous,
+            members,
+            state.settings.asked,
+            lost=sorted(set(state.absent) - state.lost),
+            draining=sorted(state.drains),
+            domains={name: known.domain for name, known in view.known.items()},
+        )
         if self._is_doubted():
             return placed if self._is_heard() else None
         self._rebuild_since_s = None

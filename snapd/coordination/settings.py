@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,17 +47,19 @@ class Placed(Protocol):
 
 
 class Place(Protocol):
-    """The pure placement function. `members`: living ones, by name. `lost`: those whose place is free; a node of
-    `previous` that is in neither keeps its place. `drains`: members that are to give theirs up.
+    """The pure placement function, `core.placement.place`. `lost`: nodes that are absent, but not for so long that
+    their place is given up; `domains`: of nodes that were members once.
     """
 
     def __call__(
         self,
         previous: GroupTable | None,
         members: Sequence[Member],
-        lost: frozenset[str],
         asked: Code,
-        drains: frozenset[str],
+        *,
+        lost: Collection[str],
+        draining: Collection[str],
+        domains: Mapping[str, str],
     ) -> Placed: ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snapd.coordination.cluster import ClusterState
@@ -30,13 +30,15 @@ def member(node: str, *, host: str = "", arena: str = "arena-1", address: str = 
 def pairs(
     previous: GroupTable | None,
     members: Sequence[Member],
-    lost: frozenset[str],
     asked: Code,
-    drains: frozenset[str],
+    *,
+    lost: Collection[str],
+    draining: Collection[str],
+    domains: Mapping[str, str],
 ) -> GroupTable:
-    """Pairs in the order of names; absent members of the previous table keep their place."""
+    """Pairs in the order of names; those of the previous table that are away for a short while keep their place."""
     before = {node for group in (previous.groups if previous else ()) for node in group.nodes}
-    nodes = sorted(({each.node for each in members} | (before - lost)) - drains)
+    nodes = sorted(({each.node for each in members} | (before & set(lost))) - set(draining))
     groups = tuple(
         Group(i, tuple(nodes[i : i + 2]), asked if len(nodes[i : i + 2]) == 2 else None)
         for i in range(0, len(nodes), 2)
