@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snapd import __version__
 from snapd.config import Config, Paths, node_settings, paths
+from snapd.config_cluster import plan_cluster
 from snapd.errors import ConfigError, ConflictError, IntegrityError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
 from snapd.obs.log import BoundedFile, EventLog, LogStream, configure_logging
@@ -23,7 +24,11 @@ from snapd.rpc.handshake import HandshakeServer
 from snapd.rpc.server import RpcServer
 from snapd.runtime import faultpoints
 from snapd.runtime.context import Context, Environment
+from snapd.runtime.hash_threads import hash_threads
 from snapd.runtime.node import Node
+
+if TYPE_CHECKING:
+    from snapd.clustering import Clustering
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -97,9 +102,7 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
     asyncio.get_running_loop().set_exception_handler(lambda _, context: _unhandled(context, log, fatal))
     settings = node_settings(config)
     with (
-        ThreadPoolExecutor(
-            settings.hash_threads, thread_name_prefix="snapd-hash", initializer=_preempt_nobody
-        ) as hashing,
+        hash_threads(settings.hash_threads) as hashing,
         ThreadPoolExecutor(1, thread_name_prefix="snapd-back") as blocking,
     ):
         context = Context(
@@ -117,19 +120,31 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
         if config.metrics.port:
             context.metrics.serve(config.metrics.address, config.metrics.port)
         node = Node(context)
-        node.start()
-        await _serve_node(config, where, node, stop)
-        node.stop()
+        clustering: Clustering | None = None
+        try:
+            clustering = await _join_cluster(config, node)
+            node.start()
+            if clustering is not None:
+                clustering.cluster.start()
+            await _serve_node(config, where, node, stop)
+        finally:
+            if clustering is not None:
+                await clustering.stop()
+            node.stop()
     for error in failures:
         log.error("daemon.failed", exception=error, reason=str(error))
     log.info("daemon.stopped", pid=os.getpid())
     return EXIT_BUG if failures else EXIT_OK
 
 
-def _preempt_nobody() -> None:
-    """Waking this thread takes no core from a training thread (docs/adr/0003); its share stays that of any other."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+async def _join_cluster(config: Config, node: Node) -> Clustering | None:
+    """Start what other daemons need of this one, if there is a coordinator."""
+    plan = plan_cluster(config.cluster)
+    if plan is None:
+        return None
+    from snapd.clustering import start_cluster  # a daemon alone needs none of it
+
+    return await start_cluster(config, plan, node)
 
 
 def _unhandled(context: dict[str, Any], log: EventLog, fatal: Callable[[BaseException], None]) -> None:

@@ -12,13 +12,10 @@ from snapd.core.manifest import ShardRecord
 from snapd.memory.segments import SegmentSet
 
 
-def hash_frames(segments: SegmentSet, frames: Sequence[tuple[Place, int]]) -> list[bytes]:
-    """Return the digest of the first `nbytes` of each frame. Blocking; run it in a thread."""
-    digests: list[bytes] = []
-    for place, nbytes in frames:
-        with segments.view(place, nbytes) as view:
-            digests.append(xxhash.xxh3_128_digest(view))
-    return digests
+def hash_frame(segments: SegmentSet, place: Place, nbytes: int) -> bytes:
+    """Return the digest of the first `nbytes` of a frame. Blocking, without the GIL; run it in a thread."""
+    with segments.view(place, nbytes) as view:
+        return xxhash.xxh3_128_digest(view)
 
 
 def hash_digests(digests: Sequence[bytes]) -> bytes:

@@ -84,6 +84,8 @@ async def _capture(job: Job, session: Session, lane: int) -> None:
             expected=ExpectedLayout(
                 job.name, session.rank, session.row.world_size, job.chunk_bytes, hand_over.layout_nbytes
             ),
+            hash_workers=job.context.settings.hash_threads,
+            trainers=sum(1 for _ in job.live_sessions()),
         )
         point("daemon.hash.after")
         job.context.metrics.hash_seconds.observe(job.context.environment.monotonic_s() - started_s)

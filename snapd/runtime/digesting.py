@@ -1,15 +1,16 @@
 """From a lane's checked table to chunks with digests: hash what is new, find what the shard before has too.
 
-The bytes are hashed in pieces, on as many threads as there are: the window until `captured` is the copy plus this.
+Each thread that there is takes a chunk at a time, so that one which shares its core with training holds up the others
+by no more than that: the window until `captured` is the copy plus this.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from google.protobuf.message import DecodeError
 from snapd_proto import format_pb2
@@ -18,11 +19,9 @@ from snapd.core.ids import Place
 from snapd.core.lanes import ChunkSource
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.errors import RemoteProtocolError
-from snapd.memory.hashing import differing_pairs, hash_digests, hash_frames
+from snapd.memory.hashing import differing_pairs, hash_digests, hash_frame
 from snapd.memory.segments import SegmentSet
-from snapd.units import MIB
-
-HASH_PIECE_BYTES = 64 * MIB  # long enough for its hand-over to a thread not to count, short enough to balance
+from snapd.runtime.hash_threads import settle_down
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,10 @@ async def digest_shard(
     own: ShardRecord | None,
     base: ShardRecord | None,
     expected: ExpectedLayout,
+    hash_workers: int,
+    trainers: int,
 ) -> Digested:
-    """Hash and share.
+    """Hash, on up to `hash_workers` of the threads, and share. `trainers`: how many of the job live on this node.
 
     `own`: what reused chunks refer to. `base`: the newest captured shard of the rank; a chunk that equals its chunk at
     the same index, by hash and then byte by byte, is shared with it.
@@ -68,15 +69,28 @@ async def digest_shard(
         RemoteProtocolError: kind `layout`: the layout does not parse or is another shard's.
     """
     loop = asyncio.get_running_loop()
-    fresh = [index for index, source in enumerate(sources) if not source.is_reused]
-    per_piece = max(1, HASH_PIECE_BYTES // expected.chunk_bytes)
-    pieces = [fresh[first : first + per_piece] for first in range(0, len(fresh), per_piece)]
-    work = [[(sources[index].place, sources[index].nbytes) for index in piece] for piece in pieces]
-    parts = await asyncio.gather(
-        *(loop.run_in_executor(threads, hash_frames, memory, frames) for frames in work)
+    fresh = [
+        (index, source.place, source.nbytes) for index, source in enumerate(sources) if not source.is_reused
+    ]
+    left, digests = deque(fresh), dict[int, bytes]()
+    workers = min(hash_workers, len(fresh))
+    await asyncio.gather(
+        *(loop.run_in_executor(threads, _hash_left, memory, left, digests, trainers) for _ in range(workers))
     )
-    digests = dict(zip(fresh, chain.from_iterable(parts), strict=True))
     return await loop.run_in_executor(threads, _assemble, memory, sources, digests, own, base, expected)
+
+
+def _hash_left(
+    memory: SegmentSet, left: deque[tuple[int, Place, int]], digests: dict[int, bytes], trainers: int
+) -> None:
+    """In a hashing thread: one chunk after the other, as long as there are any that no other thread has taken."""
+    settle_down(trainers)
+    while True:
+        try:
+            index, place, nbytes = left.popleft()
+        except IndexError:
+            return
+        digests[index] = hash_frame(memory, place, nbytes)
 
 
 def _assemble(
