@@ -181,6 +181,14 @@ class Index:
         with self._transaction() as connection:
             connection.execute("INSERT INTO segments VALUES (?, ?, ?)", (rank, number, nbytes))
 
+    def remove_shard(self, snapshot: SnapshotId, rank: int) -> None:
+        """One shard's record; the snapshot's others stay."""
+        with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM shards WHERE generation = ? AND step = ? AND rank = ?",
+                (snapshot.generation, snapshot.step, rank),
+            )
+
     def remove_segments(self, rank: int) -> None:
         with self._transaction() as connection:
             connection.execute("DELETE FROM segments WHERE rank = ?", (rank,))
@@ -258,6 +266,15 @@ class Index:
                     data,
                     xxhash.xxh3_128_digest(data),
                 ),
+            )
+
+    def replace_shard(self, record: ShardRecord) -> None:
+        """The same shard lies elsewhere now, in part: its bytes were brought anew."""
+        data = record_to_proto(record).SerializeToString()
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE shards SET record = ?, digest = ? WHERE generation = ? AND step = ? AND rank = ?",
+                (data, xxhash.xxh3_128_digest(data), record.id.generation, record.id.step, record.rank),
             )
 
     def remove_snapshots(self, snapshots: Iterable[SnapshotId]) -> None:

@@ -82,7 +82,7 @@ class ParityStore:
         self._references: Counter[bytes] = Counter()
         self._row_bytes: dict[bytes, int] = {}
         self._writers = 0
-        self.version = 0  # grows whenever a fragment comes or goes
+        self.version = 0  # grows whenever a fragment or a plan comes or goes
 
     # what there is
 
@@ -232,6 +232,7 @@ class ParityStore:
             if former is not None:
                 self._unrefer(former)
             self._refer(plan)
+            self.version += 1
 
     def drop(self, snapshot: SnapshotId, *, below_epoch: int | None = None) -> int:
         """On the loop: forget the row maps of a snapshot (those made before `below_epoch`, if it is given), and free
@@ -251,6 +252,7 @@ class ParityStore:
             return 0
         self._index.remove([plan.map for plan in doomed], useless)
         with self._lock:
+            self.version += 1
             for plan in doomed:
                 self._unrefer(plan)
                 del self._plans[plan.map.key]

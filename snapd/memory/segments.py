@@ -83,6 +83,14 @@ class Segment:
         finally:
             os.close(descriptor)
 
+    def map_for_writing(self) -> Mapping:
+        """Another mapping of the file, for the daemon's own writing of frames that nobody else has."""
+        descriptor = self.descriptor(is_writable=True)
+        try:
+            return Mapping(descriptor, self.nbytes, True)
+        finally:
+            os.close(descriptor)
+
     def touch(self) -> None:
         """Fill our page tables, so that the next hashing pays for no faults. Blocking; a failure costs time
         only.

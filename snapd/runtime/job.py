@@ -217,6 +217,16 @@ class Job:
             self.context.metrics.arena_bytes.dec(arena.memory.nbytes)
             self.context.log.info("arena.released", job=self.name, rank=rank, nbytes=arena.memory.nbytes)
 
+    def forget_shard(self, snapshot: SnapshotId, rank: int) -> None:
+        """A shard's bytes here are bad, and it is to be had elsewhere: its record and its frames are given up."""
+        facts = self.ledger.snapshots[snapshot]
+        self.index.remove_shard(snapshot, rank)
+        shard = facts.shards.pop(rank)
+        self.arena(rank).pool.release(shard.record.places)
+        self.context.log.warning(
+            "shard.forgotten", job=self.name, generation=snapshot.generation, step=snapshot.step, rank=rank
+        )
+
     def _shard_is_gone(self, rank: int, shard: ShardFacts) -> None:
         """A session's newest shard was dropped: its page says so."""
         session = self.sessions.get(shard.session_id)
@@ -355,6 +365,20 @@ class Job:
             await self._add_segment(arena, missing * self.chunk_bytes)
         arena.refusal = ""
         self.settle()
+
+    async def back_frames(self, arena: RankArena, wanted: int) -> None:
+        """Back what is lacking for `wanted` free frames, for a shard that is brought here.
+
+        Raises:
+            CapacityError: it does not fit; nothing has changed.
+        """
+        await asyncio.shield(self.context.keep(self._back_frames(arena, wanted)))
+
+    async def _back_frames(self, arena: RankArena, wanted: int) -> None:
+        async with arena.growing, self.context.backing:
+            missing = wanted - arena.pool.free_count
+            if missing > 0 and not self.is_removed:
+                await self._add_segment(arena, missing * self.chunk_bytes)
 
     async def _add_segment(self, arena: RankArena, nbytes: int) -> None:
         number = arena.memory.next_number

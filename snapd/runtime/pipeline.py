@@ -21,6 +21,9 @@ from snapd.units import MIB
 
 BUFFER_BYTES_DEFAULT = 128 * MIB
 THREADS_DEFAULT = 2
+BRING_THREADS_DEFAULT = (
+    4  # for recovery: nobody trains while a restore waits, so these are threads like any other
+)
 NICE = 5  # below training; lower, a thread that is preempted while it holds the GIL would hold up the daemon's loop
 _WAIT_S = 0.5
 
@@ -85,20 +88,32 @@ class Buffers:
 class Pipeline:
     """Owned by the node; `close` joins the threads."""
 
-    def __init__(self, *, threads: int = THREADS_DEFAULT, bytes_max: int = BUFFER_BYTES_DEFAULT) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int = THREADS_DEFAULT,
+        bytes_max: int = BUFFER_BYTES_DEFAULT,
+        bring_threads: int = BRING_THREADS_DEFAULT,
+    ) -> None:
         self.threads = threads
         self.buffers = Buffers(bytes_max)
         self._coding = ThreadPoolExecutor(threads, thread_name_prefix="snapd-code", initializer=stand_back)
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="snapd-plan", initializer=stand_back)
+        self._bringing = ThreadPoolExecutor(bring_threads, thread_name_prefix="snapd-bring")
+        self.bring_threads = bring_threads
         self._users = 0
 
     async def code(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run blocking work of coding or recovery; UnavailableError (kind `stopping`) after `close`."""
+        """Run blocking work of coding; UnavailableError (kind `stopping`) after `close`."""
         return await self._run(self._coding, function, *args, **kwargs)
 
     async def plan(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """As `code`, for what only computes: never queued behind a transfer."""
         return await self._run(self._planning, function, *args, **kwargs)
+
+    async def bring(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `code`, for recovery."""
+        return await self._run(self._bringing, function, *args, **kwargs)
 
     async def _run(
         self, threads: ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
@@ -109,9 +124,11 @@ class Pipeline:
             raise UnavailableError("the daemon is stopping", kind="stopping") from error
         return await asyncio.wrap_future(future)
 
-    def rows_per_batch(self, pieces_per_row: int, piece_bytes: int, *, rows_max: int = 32) -> int:
+    def rows_per_batch(
+        self, pieces_per_row: int, piece_bytes: int, *, rows_max: int = 32, threads: int = 0
+    ) -> int:
         """How many rows one thread takes at once, so that all threads together stay below the bound."""
-        share = self.buffers.bytes_max // self.threads
+        share = self.buffers.bytes_max // (threads or self.threads)
         return max(1, min(rows_max, share // max(1, pieces_per_row * piece_bytes)))
 
     @contextmanager
@@ -129,6 +146,7 @@ class Pipeline:
         """Call work off (its owners have set their `stop`), join the threads. Blocking."""
         self._coding.shutdown(wait=True, cancel_futures=True)
         self._planning.shutdown(wait=True, cancel_futures=True)
+        self._bringing.shutdown(wait=True, cancel_futures=True)
 
 
 def stand_back() -> None:

@@ -55,8 +55,11 @@ class RowWork:
         self._pipeline = pipeline
         self._metrics = metrics
         self._backoff = backoff
-        self._given = [(row.id, number) for row, number in plan.given_to(node)]
-        self._led = plan.led_by(node)
+        # equal rows (all zeros, say) are one
+        self._given = list(dict.fromkeys((row.id, number) for row, number in plan.given_to(node)))
+        self._led = list({(row.id, row.parity_nodes): row for row in reversed(plan.led_by(node))}.values())[
+            ::-1
+        ]
         self._confirmed: set[Place] = set()
         self._unasked = {node for row in self._led for node in row.parity_nodes[1:]}
         self._is_first_round = True
