@@ -245,7 +245,7 @@ class Snapshotter:
         if self._capturer.replicas() == DIFFER:
             self._trouble.warn_once(
                 "replicas",
-                "replicas on this node do not hold the same bytes: from now on each rank saves all that it has; "
+                "what should be replicas on this node is not alike: from now on each rank saves all that it has; "
                 "health()['replica_difference'] and `snapd status` name the tensor",
             )
         handed_over = outcome is Outcome.HANDED_OVER

@@ -50,12 +50,16 @@ class Beat:
 
 
 class Training:
-    """Two layers, AdamW, all three random generators in use; 8 MB of state."""
+    """Two layers, AdamW, all three random generators in use; 8 MB of state. Several ranks: replicas, sharing out."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.world_size = world_size
         torch.manual_seed(1)
-        self.model = nn.Sequential(nn.Linear(WIDTH, 5 * WIDTH), nn.GELU(), nn.Linear(5 * WIDTH, WIDTH))
+        self.model: nn.Module = nn.Sequential(
+            nn.Linear(WIDTH, 5 * WIDTH), nn.GELU(), nn.Linear(5 * WIDTH, WIDTH)
+        )
+        if world_size > 1:
+            self.model = nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         torch.manual_seed(100 + rank)
         np.random.seed(100 + rank)
@@ -66,9 +70,6 @@ class Training:
         x = torch.rand(8, WIDTH) * scale
         self.optimizer.zero_grad(set_to_none=True)
         nn.functional.mse_loss(self.model(x), x.roll(1)).backward()
-        if self.world_size > 1:
-            for parameter in self.model.parameters():
-                dist.all_reduce(parameter.grad)
 
     def all_agree(self, mine: bool) -> bool:
         """Whether it is so on every rank."""
@@ -152,7 +153,7 @@ def _roll_back(snap: Any, training: Training, step: int, log: Log) -> None:
     """Spoil the state, and get it back in place."""
     snap.wait("captured", timeout=20)
     with torch.no_grad():
-        training.model[0].weight.zero_()
+        next(training.model.parameters()).zero_()
     random.random()
     found = snap.rollback(step)
     log("rolled back", step=found, digest=training.digest(), generation=snap.generation)
