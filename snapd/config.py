@@ -22,6 +22,9 @@ from snapd.runtime.context import NodeSettings
 from snapd.settings import setting
 from snapd.units import MIB, format_size, parse_duration_s, parse_size
 
+SLOTS_ALONE = 2
+SLOTS_CLUSTERED = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
@@ -84,11 +87,11 @@ class ArenaConfig:
         high=CHUNK_BYTES_MAX,
     )
     slots: int = setting(
-        2,
+        0,
         "count",
         "Shards that fit per rank: one being captured, the others complete. Each more costs one state of"
-        " memory and keeps one more complete snapshot.",
-        low=SLOTS_MIN,
+        " memory and keeps one more complete snapshot. 0: 2 alone, 3 in a cluster (one is being protected).",
+        low=0,
         high=LANES_MAX,
     )
 
@@ -100,8 +103,8 @@ class CaptureConfig:
     hash_threads: int = setting(
         2,
         "count",
-        "Threads that hash: one per shard being captured, all of them before a restore. More shortens the"
-        " window of several ranks, and takes cores from training.",
+        "Threads that hash, each shard on all of them, on cores of their own while trainers leave one free."
+        " More shortens the window, and takes cores from training.",
         low=1,
         high=64,
     )
@@ -293,6 +296,9 @@ def load(
     )
     if not is_chunk_size(config.arena.chunk_bytes):
         problems.append(f"arena.chunk_bytes = {config.arena.chunk_bytes}: must be a power of two")
+    if 0 < config.arena.slots < SLOTS_MIN:
+        bound = f"must be 0, or {SLOTS_MIN} to {LANES_MAX}"
+        problems.append(f"arena.slots = {config.arena.slots} (from {sources['arena.slots']}): {bound}")
     if problems:
         raise ConfigError(
             "; ".join(problems), kind="settings", hint="`snapd config explain` shows every setting"
@@ -391,7 +397,7 @@ def node_settings(config: Config) -> NodeSettings:
     """What the running node needs of it."""
     return NodeSettings(
         chunk_bytes=config.arena.chunk_bytes,
-        slots=config.arena.slots,
+        slots=config.arena.slots or (SLOTS_CLUSTERED if config.cluster.coordinator else SLOTS_ALONE),
         arena_bytes=config.arena.bytes,
         headroom_bytes=config.arena.headroom,
         poll_interval_s=config.capture.poll_interval,

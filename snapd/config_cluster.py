@@ -59,8 +59,8 @@ class ClusterConfig:
     bulk: str = setting(
         "tls",
         "choice",
-        "How chunks travel: `tls`; `plain` (no encryption: a trusted fabric, several times faster); `grpc` (slow, through"
-        " one port only).",
+        "How chunks travel: `tls`; `plain` (no encryption: a trusted fabric, several times faster); `grpc` (slow,"
+        " through one port only).",
         choices=("tls", "plain", "grpc"),
     )
     cert: str = setting("", "text", "This node's certificate (PEM). Its names must contain the node's.")
@@ -242,6 +242,6 @@ def _check_trust(config: ClusterConfig, plan: ClusterPlan) -> None:
         raise ConfigError(
             f"node {plan.node} would speak without certificates on {plan.address}",
             kind="plaintext",
-            hint="give cluster.cert, cluster.key and cluster.ca (`snapd certs` makes them), or cluster.plaintext=yes on a"
-            " network that nobody else can reach",
+            hint="give cluster.cert, cluster.key and cluster.ca (`snapd certs` makes them), or cluster.plaintext=yes"
+            " on a network that nobody else can reach",
         )

@@ -25,19 +25,176 @@ class StatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    ASK_PEERS_FIELD_NUMBER: _builtins.int
     job: _builtins.str
+    ask_peers: _builtins.bool
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
+        ask_peers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_peers", b"ask_peers", "job", b"job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
+
+@_typing.final
+class NodeRow(_message.Message):
+    """One node of the cluster as this daemon sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    ABSENT_S_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    ARENA_BYTES_FIELD_NUMBER: _builtins.int
+    PARITY_BYTES_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    EXPOSURE_BYTE_S_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    state: _builtins.str
+    """"living" | "absent" | "lost" | "draining" """
+    domain: _builtins.str
+    host: _builtins.str
+    address: _builtins.str
+    version: _builtins.str
+    group: _builtins.int
+    """-1: in none"""
+    absent_s: _builtins.float
+    answered: _builtins.bool
+    """what follows is known"""
+    arena_bytes: _builtins.int
+    parity_bytes: _builtins.int
+    sent_bytes: _builtins.int
+    received_bytes: _builtins.int
+    trouble: _builtins.str
+    exposure_byte_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        state: _builtins.str = ...,
+        domain: _builtins.str = ...,
+        host: _builtins.str = ...,
+        address: _builtins.str = ...,
+        version: _builtins.str = ...,
+        group: _builtins.int = ...,
+        absent_s: _builtins.float = ...,
+        answered: _builtins.bool = ...,
+        arena_bytes: _builtins.int = ...,
+        parity_bytes: _builtins.int = ...,
+        sent_bytes: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
+        trouble: _builtins.str = ...,
+        exposure_byte_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_s", b"absent_s", "address", b"address", "answered", b"answered", "arena_bytes", b"arena_bytes", "domain", b"domain", "exposure_byte_s", b"exposure_byte_s", "group", b"group", "host", b"host", "node", b"node", "parity_bytes", b"parity_bytes", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "state", b"state", "trouble", b"trouble", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeRow: _TypeAlias = NodeRow  # noqa: Y015
+
+@_typing.final
+class GroupRow(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    code: _builtins.str
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        code: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "nodes", b"nodes", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupRow: _TypeAlias = GroupRow  # noqa: Y015
+
+@_typing.final
+class ClusterStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    IS_AWAY_FIELD_NUMBER: _builtins.int
+    AWAY_S_FIELD_NUMBER: _builtins.int
+    AWAY_REASON_FIELD_NUMBER: _builtins.int
+    DISTRUST_FIELD_NUMBER: _builtins.int
+    ASKED_CODE_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    IS_LEADER_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    cluster_id: _builtins.str
+    epoch: _builtins.int
+    coordinator: _builtins.str
+    is_away: _builtins.bool
+    away_s: _builtins.float
+    away_reason: _builtins.str
+    distrust: _builtins.str
+    """why the coordinator's store is not believed; empty if it is"""
+    asked_code: _builtins.str
+    degraded: _builtins.str
+    """what was asked for and is not given"""
+    reason: _builtins.str
+    is_leader: _builtins.bool
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupRow]: ...
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeRow]: ...
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        cluster_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        coordinator: _builtins.str = ...,
+        is_away: _builtins.bool = ...,
+        away_s: _builtins.float = ...,
+        away_reason: _builtins.str = ...,
+        distrust: _builtins.str = ...,
+        asked_code: _builtins.str = ...,
+        degraded: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        groups: _abc.Iterable[Global___GroupRow] | None = ...,
+        nodes: _abc.Iterable[Global___NodeRow] | None = ...,
+        is_leader: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_code", b"asked_code", "away_reason", b"away_reason", "away_s", b"away_s", "cluster_id", b"cluster_id", "coordinator", b"coordinator", "degraded", b"degraded", "distrust", b"distrust", "epoch", b"epoch", "groups", b"groups", "is_away", b"is_away", "is_leader", b"is_leader", "node", b"node", "nodes", b"nodes", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
 
 @_typing.final
 class SessionStatus(_message.Message):
@@ -113,6 +270,16 @@ class JobStatus(_message.Message):
     ARENA_BYTES_IN_USE_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    HAS_PROTECTED_FIELD_NUMBER: _builtins.int
+    PROTECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    PROTECTED_STEP_FIELD_NUMBER: _builtins.int
+    HAS_TARGET_FIELD_NUMBER: _builtins.int
+    TARGET_GENERATION_FIELD_NUMBER: _builtins.int
+    TARGET_STEP_FIELD_NUMBER: _builtins.int
+    PROTECTION_FIELD_NUMBER: _builtins.int
+    COLLECTOR_FIELD_NUMBER: _builtins.int
+    PARITY_BYTES_FIELD_NUMBER: _builtins.int
+    IS_CLUSTERED_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     has_complete: _builtins.bool
@@ -122,6 +289,17 @@ class JobStatus(_message.Message):
     arena_bytes_in_use: _builtins.int
     problem: _builtins.str
     """empty, or why the job cannot be served (a broken index, ...)"""
+    has_protected: _builtins.bool
+    protected_generation: _builtins.int
+    protected_step: _builtins.int
+    has_target: _builtins.bool
+    target_generation: _builtins.int
+    target_step: _builtins.int
+    protection: _builtins.str
+    """what is done about it, and what holds it up"""
+    collector: _builtins.str
+    parity_bytes: _builtins.int
+    is_clustered: _builtins.bool
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]: ...
     def __init__(
@@ -136,10 +314,20 @@ class JobStatus(_message.Message):
         arena_bytes_in_use: _builtins.int = ...,
         sessions: _abc.Iterable[Global___SessionStatus] | None = ...,
         problem: _builtins.str = ...,
+        has_protected: _builtins.bool = ...,
+        protected_generation: _builtins.int = ...,
+        protected_step: _builtins.int = ...,
+        has_target: _builtins.bool = ...,
+        target_generation: _builtins.int = ...,
+        target_step: _builtins.int = ...,
+        protection: _builtins.str = ...,
+        collector: _builtins.str = ...,
+        parity_bytes: _builtins.int = ...,
+        is_clustered: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_bytes", b"arena_bytes", "arena_bytes_in_use", b"arena_bytes_in_use", "complete_generation", b"complete_generation", "complete_step", b"complete_step", "generation", b"generation", "has_complete", b"has_complete", "job", b"job", "problem", b"problem", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_bytes", b"arena_bytes", "arena_bytes_in_use", b"arena_bytes_in_use", "collector", b"collector", "complete_generation", b"complete_generation", "complete_step", b"complete_step", "generation", b"generation", "has_complete", b"has_complete", "has_protected", b"has_protected", "has_target", b"has_target", "is_clustered", b"is_clustered", "job", b"job", "parity_bytes", b"parity_bytes", "problem", b"problem", "protected_generation", b"protected_generation", "protected_step", b"protected_step", "protection", b"protection", "sessions", b"sessions", "target_generation", b"target_generation", "target_step", b"target_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -157,6 +345,7 @@ class StatusReply(_message.Message):
     ARENA_PATH_FIELD_NUMBER: _builtins.int
     ANONYMOUS_BYTES_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     pid: _builtins.int
     uptime_s: _builtins.float
@@ -166,6 +355,10 @@ class StatusReply(_message.Message):
     anonymous_bytes: _builtins.int
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobStatus]: ...
+    @_builtins.property
+    def cluster(self) -> Global___ClusterStatus:
+        """absent: one machine, alone"""
+
     def __init__(
         self,
         *,
@@ -177,10 +370,11 @@ class StatusReply(_message.Message):
         arena_path: _builtins.str = ...,
         anonymous_bytes: _builtins.int = ...,
         jobs: _abc.Iterable[Global___JobStatus] | None = ...,
+        cluster: Global___ClusterStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_bytes", b"anonymous_bytes", "arena_bytes", b"arena_bytes", "arena_bytes_limit", b"arena_bytes_limit", "arena_path", b"arena_path", "jobs", b"jobs", "pid", b"pid", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_bytes", b"anonymous_bytes", "arena_bytes", b"arena_bytes", "arena_bytes_limit", b"arena_bytes_limit", "arena_path", b"arena_path", "cluster", b"cluster", "jobs", b"jobs", "pid", b"pid", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -792,9 +792,11 @@ class FetchRecordsReply(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
     M_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     k: _builtins.int
     m: _builtins.int
+    group: _builtins.int
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacedRecord]: ...
     @_builtins.property
@@ -807,10 +809,11 @@ class FetchRecordsReply(_message.Message):
         nodes: _abc.Iterable[_builtins.str] | None = ...,
         k: _builtins.int = ...,
         m: _builtins.int = ...,
+        group: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "k", b"k", "m", b"m", "nodes", b"nodes", "records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "group", b"group", "k", b"k", "m", b"m", "nodes", b"nodes", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

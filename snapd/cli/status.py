@@ -8,6 +8,7 @@ import typer
 from rich.console import RenderableType
 from snapd_proto import admin_pb2
 
+from snapd.cli.cluster_view import cluster_json, cluster_parts, protection_json
 from snapd.cli.connect import connected
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
@@ -33,7 +34,7 @@ def status(
 ) -> ExitCode:
     """Show the daemon, its jobs, and the trainers that are attached."""
     with connected(runtime_dir) as client:
-        reply = client.status(job)
+        reply = client.status(job, ask_peers=True)
     if job and not reply.jobs:
         raise NotFoundError(f"no job {job!r} here", hint="snapd ls shows what there is")
     if as_json:
@@ -46,6 +47,7 @@ def status(
 def status_tables(reply: admin_pb2.StatusReply) -> list[RenderableType]:
     """What `snapd status` prints."""
     parts: list[RenderableType] = [facts(daemon_facts(reply))]
+    parts += cluster_parts(reply)
     if not reply.jobs:
         return [*parts, "", "no jobs"]
     parts += ["", table(JOB_HEADINGS, [job_row(job) for job in reply.jobs], right=RIGHT)]
@@ -110,6 +112,7 @@ def status_json(reply: admin_pb2.StatusReply) -> dict[str, object]:
         "arena_path": reply.arena_path,
         "anonymous_bytes": reply.anonymous_bytes,
         "jobs": [job_json(job) for job in reply.jobs],
+        "cluster": cluster_json(reply.cluster) if reply.HasField("cluster") else None,
     }
 
 
@@ -126,6 +129,7 @@ def job_json(job: admin_pb2.JobStatus) -> dict[str, object]:
         "arena_bytes_in_use": job.arena_bytes_in_use,
         "problem": job.problem or None,
         "sessions": [session_json(session) for session in job.sessions],
+        **(protection_json(job) if job.is_clustered else {}),
     }
 
 

@@ -13,6 +13,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.errors import NotFoundError, SnapdError
 from snapd.memory.records import record_to_proto
+from snapd.rpc.cluster_status import add_protection, cluster_status
 from snapd.rpc.guard import ServicerContext, caller, refuse, told
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
@@ -52,6 +53,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 reply.jobs.append(admin_pb2.JobStatus(job=name, problem=f"{problem.message}; {problem.hint}"))
             else:
                 reply.jobs.append(_job_status(node.jobs[name]))
+                if node.cluster is not None:
+                    add_protection(reply.jobs[-1], node.jobs[name], node.cluster)
+        if node.cluster is not None:
+            reply.cluster.CopyFrom(await cluster_status(node.cluster, ask_peers=request.ask_peers))
         return reply
 
     @told

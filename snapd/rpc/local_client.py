@@ -120,9 +120,11 @@ class LocalClient:
             self._connection = None
 
     # --- questions -----------------------------------------------------------------------------------------
-    def status(self, job: str = "") -> admin_pb2.StatusReply:
-        """What the daemon holds and serves, of one job or (empty) of all. Raises SnapdError."""
-        request = admin_pb2.StatusRequest(job=job)
+    def status(self, job: str = "", *, ask_peers: bool = False) -> admin_pb2.StatusReply:
+        """What the daemon holds and serves, of one job or (empty) of all; `ask_peers`: and what the other nodes of its
+        cluster say of themselves. Raises SnapdError.
+        """
+        request = admin_pb2.StatusRequest(job=job, ask_peers=ask_peers)
         return self._call(lambda stub: stub.Status(request, timeout=self._timeout_s, metadata=self._metadata))
 
     def list_snapshots(self, job: str = "") -> list[admin_pb2.SnapshotSummary]:

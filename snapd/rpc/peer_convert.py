@@ -245,7 +245,7 @@ def _code(k: int, m: int) -> Code:
 
 
 def records_to_proto(records: Records) -> peer_pb2.FetchRecordsReply:
-    reply = peer_pb2.FetchRecordsReply(epoch=records.epoch, nodes=records.nodes)
+    reply = peer_pb2.FetchRecordsReply(epoch=records.epoch, nodes=records.nodes, group=records.group)
     if records.code is not None:
         reply.k, reply.m = records.code.k, records.code.m
     reply.records.extend(
@@ -264,6 +264,7 @@ def records_from_proto(message: peer_pb2.FetchRecordsReply) -> Records:
         message.epoch,
         tuple(message.nodes),
         _code(message.k, message.m) if message.k else None,
+        message.group,
     )
 
 

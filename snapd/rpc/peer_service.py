@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import grpc
 from snapd_proto import peer_pb2, peer_pb2_grpc, trainer_pb2
 
 from snapd import __version__
@@ -134,6 +137,10 @@ class PeerService(KeyValueService, peer_pb2_grpc.PeerServicer):
             exposure_byte_s=facts.exposure_byte_s,
             software_version=__version__,
         )
+
+    async def Transfer(self, request_iterator: Any, context: ServicerContext) -> None:
+        """Bulk bytes where the side channel is not to be had."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "bulk bytes travel on the side channel")
 
 
 def sender_of(cluster: Cluster) -> peer_pb2.Sender:

@@ -133,6 +133,7 @@ class NodeProtection:
             row_map.epoch,
             row_map.nodes,
             row_map.code,
+            row_map.group,
         )
 
     def _newest_map(self, job: Job, snapshot: SnapshotId) -> RowMap | None:

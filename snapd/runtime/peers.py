@@ -34,6 +34,7 @@ class Records:
     epoch: int = 0
     nodes: tuple[str, ...] = ()
     code: Code | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

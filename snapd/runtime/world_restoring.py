@@ -6,7 +6,7 @@ The shards that this node's ranks need are brought into its own arena first; fro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,25 +33,30 @@ class Collecting(Protocol):
     ) -> Verdicts: ...
 
 
-Bring = Callable[[Job, SnapshotId, ShardSource, bool], Awaitable[ShardRecord]]
-"""(job, snapshot, source, is_here_bad) -> the record of the shard in this node's arena. `is_here_bad`: the arena has it
-already with chunks that are not what they were.
-"""
+class Bringing(Protocol):
+    """runtime/bringing.py."""
+
+    async def bring(
+        self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource], *, is_here_bad: bool
+    ) -> ShardRecord: ...
 
 
 @dataclass(slots=True)
 class _Round:
+    """`hold_count`: how often the chosen snapshot is held for it."""
+
     plan: WorldPlan
     local: RestoreRound
+    hold_count: int = 0
     bringing: dict[int, asyncio.Task[ShardRecord]] = field(default_factory=dict)
 
 
 class WorldRestores:
     """The rounds of all jobs on this node."""
 
-    def __init__(self, cluster: Collecting, bring: Bring, *, wait_s: float) -> None:
+    def __init__(self, cluster: Collecting, bringing: Bringing, *, wait_s: float) -> None:
         self._cluster = cluster
-        self._bring = bring
+        self._bringing = bringing
         self._wait_s = wait_s
         self._rounds: dict[tuple[str, int, int], _Round] = {}
 
@@ -102,7 +107,14 @@ class WorldRestores:
 
     def _forget_old(self, job: Job, generation: int) -> None:
         for key in [key for key in self._rounds if key[0] == job.name and key[1] < generation]:
-            del self._rounds[key]
+            self._let_go(job, self._rounds.pop(key))
+
+    def _let_go(self, job: Job, round_: _Round) -> None:
+        chosen, count = round_.plan.decision.chosen, round_.hold_count
+        round_.hold_count = 0
+        for _ in range(count):
+            if chosen is not None and chosen in job.ledger.snapshots:
+                job.ledger.unhold(chosen)
 
     async def _brought(self, job: Job, round_: _Round, rank: int) -> ShardRecord:
         """The record of a rank's shard, here; several who ask wait for the same work."""
@@ -124,8 +136,11 @@ class WorldRestores:
             is_here_bad = bool(await self._bad_here(job, shard.record))
             shard.is_verified = not is_here_bad
         if shard is not None and not is_here_bad:
+            job.ledger.hold(chosen)
+            round_.hold_count += 1
             return shard.record
-        record = await self._bring(job, chosen, source, is_here_bad)
+        record = await self._bringing.bring(job, chosen, rank, round_.plan.sources, is_here_bad=is_here_bad)
+        round_.hold_count += 1
         brought = job.ledger.snapshots[chosen].shards.get(rank)
         if brought is not None:
             brought.is_verified = True
@@ -167,6 +182,7 @@ class WorldRestores:
         if round_ is None or chosen is None or round_.local.is_concluded:
             return answer
         round_.local.is_concluded = True
+        self._let_go(job, round_)
         if answer.is_committed:
             await self._commit_parent(job, session.generation, chosen)
         if answer.problem:

@@ -35,9 +35,10 @@ LAYERS = {
     "snapd.rpc": 4,
     "snapd.config_cluster": 4,
     "snapd.config": 5,
-    "snapd.daemon": 6,
-    "snapd.cli": 7,
-    "snapd.__main__": 8,
+    "snapd.clustering": 6,
+    "snapd.daemon": 7,
+    "snapd.cli": 8,
+    "snapd.__main__": 9,
 }
 # The core decides; it neither waits, nor asks the clock, nor draws lots, nor speaks to anybody.
 CORE_STDLIB_BANNED = {
