@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find csrc/include csrc/src csrc/bind -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
-TEST_FOLDERS := $(wildcard tests/unit tests/property tests/fault tests/e2e)
+TEST_FOLDERS := $(wildcard tests/unit tests/property tests/conformance tests/fault tests/e2e)
 RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests)
 
 .DEFAULT_GOAL := help

@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapd.coordination.kv import Change, Check, Entry, Reading, Write
-from snapd.core.keyspace import checked_key, checked_value
+from snapd.coordination.kv import Change, Check, Entry, Reading, Write, check_transaction
+from snapd.core.keyspace import checked_key
 from snapd.errors import CapacityError, ConfigError, FencedError, UnavailableError
 
 HISTORY_MAX = 16_384
@@ -107,9 +107,7 @@ class KvServer:
     def transact(self, lease: str, checks: Sequence[Check], writes: Sequence[Write]) -> bool:
         """Raises: FencedError (kind `lease`): a leased write without an open lease. CapacityError: kind `keys`."""
         self._check_open()
-        for write in writes:
-            checked_key(write.key)
-            checked_value(write.value)
+        check_transaction(checks, writes)
         if any(write.is_leased and write.value is not None for write in writes) and lease not in self._leases:
             raise _lease_ended()
         if any(self._version(check.key) != check.version for check in checks):
@@ -199,13 +197,12 @@ class KvServer:
         """One revision: first in the file, then in memory, then told to the watchers."""
         revision = self.revision + 1
         changes: list[tuple[Change, str]] = []
-        versions: dict[str, int] = {}
         for write, lease in writes:
-            version = 0 if write.value is None else versions.get(write.key, self._version(write.key)) + 1
-            if write.value is None and not versions.get(write.key, self._version(write.key)):
-                continue
-            versions[write.key] = version
-            changes.append((Change(write.key, write.value, version, revision), lease))
+            before = self._version(write.key)
+            if write.value is not None:
+                changes.append((Change(write.key, write.value, before + 1, revision), lease))
+            elif before:
+                changes.append((Change(write.key, None, 0, revision), ""))
         statements = [_statement(change, lease) for change, lease in changes]
         if changes:
             statements.append(("UPDATE meta SET value = ? WHERE name = 'revision'", (revision,)))

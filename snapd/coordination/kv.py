@@ -10,6 +10,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from snapd.core.keyspace import checked_key, checked_value
+from snapd.errors import ConfigError
+
+TRANSACTION_OPERATIONS_MAX = 128  # what etcd allows unless told otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -78,3 +83,21 @@ class KeyValue(Protocol):
         """
 
     async def close(self) -> None: ...
+
+
+def check_transaction(checks: Sequence[Check], writes: Sequence[Write]) -> None:
+    """Refuse what some store would refuse, in all of them alike.
+
+    Raises:
+        ConfigError: kinds `key`, `value_size`, `transaction_size`: too many operations, or a key written twice.
+    """
+    for write in writes:
+        checked_key(write.key)
+        checked_value(write.value)
+    for check in checks:
+        checked_key(check.key)
+    keys = {write.key for write in writes}
+    if max(len(checks), len(writes)) > TRANSACTION_OPERATIONS_MAX or len(keys) < len(writes):
+        raise ConfigError(
+            "a transaction of too many keys, or of one twice", kind="transaction_size", keys=len(writes)
+        )

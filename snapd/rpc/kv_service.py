@@ -12,10 +12,8 @@ from snapd_proto import peer_pb2
 
 from snapd.coordination.embedded_kv import KvServer
 from snapd.coordination.kv import Check, Write
-from snapd.errors import AuthError, RemoteProtocolError, SnapdError, UnavailableError
+from snapd.errors import AuthError, SnapdError, UnavailableError
 from snapd.rpc.guard import ServicerContext, refuse, told
-
-CHANGES_MAX = 4096  # checks and writes of one transaction
 
 
 class KeyValueService(abc.ABC):
@@ -44,8 +42,6 @@ class KeyValueService(abc.ABC):
         self, request: peer_pb2.KvTransactRequest, context: ServicerContext
     ) -> peer_pb2.KvTransactReply:
         server = self._server(request.sender, context)
-        if len(request.checks) + len(request.writes) > CHANGES_MAX:
-            raise RemoteProtocolError("a transaction of too many keys", kind="transaction_size")
         checks = [Check(check.key, check.version) for check in request.checks]
         writes = [
             Write(write.key, write.value if write.has_value else None, write.is_leased)

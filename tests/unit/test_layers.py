@@ -46,7 +46,13 @@ CORE_STDLIB_BANNED = {
     "secrets", "select", "selectors", "shutil", "signal", "socket", "sqlite3", "subprocess", "tempfile", "threading",
     "time", "urllib", "uuid",
 }  # fmt: skip
-GRPC_HOMES = ("snapd.rpc", "snapd.peer.grpc_peer", "snapd.cli", "snapd_client.session")
+GRPC_HOMES = (
+    "snapd.rpc",
+    "snapd.peer.grpc_peer",
+    "snapd.coordination.etcd_kv",
+    "snapd.cli",
+    "snapd_client.session",
+)
 CLIENT_MAY_IMPORT = {
     "google",
     "grpc",
