@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import threading
 import time
@@ -9,7 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import xxhash
+from snapd_proto import peer_pb2_grpc
 
 from snapd.core.cluster import Token
 from snapd.errors import CapacityError, IntegrityError, NotFoundError, UnavailableError
@@ -17,6 +21,7 @@ from snapd.peer.asking import Asking
 from snapd.peer.base import ChunkName, FragmentName, Name
 from snapd.peer.certificates import Issued, make_ca, make_node
 from snapd.peer.deadline import Deadline
+from snapd.peer.grpc_peer import CallContext, TransferService, dial_grpc, server_credentials
 from snapd.peer.identity import Identity, admit_token
 from snapd.peer.limits import PeerLimits
 from snapd.peer.links import PeerLinks
@@ -26,7 +31,7 @@ from snapd.peer.side_channel import BulkServer, dial_socket
 from snapd.peer.stream import ByteStream
 from snapd.peer.trust import Trust, TrustFiles
 
-KINDS = ("side-plain", "side-tls")
+KINDS = ("side-plain", "side-tls", "grpc-plain", "grpc-tls")
 LIMITS = PeerLimits(hello_s=5, idle_s=20, stall_s=5, backoff_first_s=0.01, backoff_max_s=0.05)
 
 
@@ -133,6 +138,45 @@ class Authority:
         return files
 
 
+class GrpcServer:
+    """`TransferService` on an event loop of its own, as the daemon mounts it."""
+
+    def __init__(self, serving: Serving, trust: Trust | None, *, serve: Serve) -> None:
+        self._service, self._trust = TransferService(serving, serve=serve), trust
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def start(self, host: str, port: int) -> int:
+        self._thread.start()
+        return asyncio.run_coroutine_threadsafe(self._start(f"{host}:{port}"), self._loop).result(10)
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self, address: str) -> int:
+        service = self._service
+
+        class Servicer(peer_pb2_grpc.PeerServicer):
+            async def Transfer(self, request_iterator: object, context: CallContext) -> None:
+                await service.serve(context)
+
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        peer_pb2_grpc.add_PeerServicer_to_server(Servicer(), self._server)
+        if self._trust is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, server_credentials(self._trust))
+        await self._server.start()
+        return port
+
+    async def _stop(self) -> None:
+        self._service.close()
+        await self._server.stop(0.5)
+
+
 class Server:
     """Node `b`'s serving end over one transport; can be stopped and started again on the same port."""
 
@@ -151,8 +195,9 @@ class Server:
         self.serve: Serve = serve_stream
         self.port = 0
 
-    def start(self, **changes: object) -> None:
-        self._server = BulkServer(self.serving, self.trust, serve=lambda s, v: self.serve(s, v))
+    def start(self) -> None:
+        make = GrpcServer if self.kind.startswith("grpc") else BulkServer
+        self._server = make(self.serving, self.trust, serve=lambda s, v: self.serve(s, v))
         self.port = self._server.start("127.0.0.1", self.port)
 
     def stop(self) -> None:
@@ -181,7 +226,9 @@ class Scene:
         return Trust(node, self.authority.files(node), clock=time.monotonic, log_once=self.log.once)
 
     def links_with(self, asking: Asking, trust: Trust | None = None) -> PeerLinks:
-        self.dial = dial_socket(trust or self.trust_of("a"), stall_s=asking.limits.stall_s)
+        trust = trust or self.trust_of("a")
+        is_grpc = self.kind.startswith("grpc")
+        self.dial = dial_grpc(trust) if is_grpc else dial_socket(trust, stall_s=asking.limits.stall_s)
         links = PeerLinks(self.resolve, self.dial, asking, pacer=self.pacer)
         self._closers.insert(0, links.close)
         return links
