@@ -165,9 +165,10 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
     async def Last(self, request: trainer_pb2.LastRequest, context: ServicerContext) -> trainer_pb2.LastReply:
         job, _ = self._session(request.session_id, context)
         newest = levels.newest(job, levels.level_for(job, LEVELS[request.level]))
-        if newest is None:
-            return trainer_pb2.LastReply()
-        return trainer_pb2.LastReply(found=True, generation=newest.generation, step=newest.step)
+        reply = trainer_pb2.LastReply(replica_difference=job.replicas.difference)
+        if newest is not None:
+            reply.found, reply.generation, reply.step = True, newest.generation, newest.step
+        return reply
 
     @told
     async def CloseSession(

@@ -103,7 +103,8 @@ def overtake(job: Job) -> None:
     row = job.coordination.generation(generation)
     job.newest_generation = max(job.newest_generation, generation)
     job.final_ranks.clear()
-    job.replicas.difference = ""
+    if row is None or row.rollback_count == 0:
+        job.replicas.difference = ""
     for session in list(job.sessions.values()):
         is_rolling_back = row is not None and row.incarnation == session.row.incarnation
         if session.generation < generation and session.is_served and not is_rolling_back:

@@ -137,6 +137,7 @@ def test_a_difference_is_named_and_is_for_good(
     assert {trainer.rollback(1) for trainer in world} == {2}
     take(world, 4)
     assert {trainer.word(WORD) for trainer in world} == {native.REPLICAS_DIFFER}
+    assert "b" in daemon.job("r").problem, "forgotten with the rollback"
     assert len(daemon.events("replicas.differ")) == 1
     assert max(snapshot.step for snapshot in daemon.snapshots("r") if snapshot.complete) == 4
 
