@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <algorithm>
 #include <cerrno>
 #include <string>
 #include <utility>
@@ -13,6 +14,10 @@ namespace {
 // Since Linux 5.14; older headers lack the names.
 constexpr int kMadvPopulateRead = 22;
 constexpr int kMadvPopulateWrite = 23;
+
+// The kernel keeps the process's memory map locked for as long as one call takes, and the training thread cannot map or
+// unmap anything meanwhile: 0.33 s for 1.5 GB. A piece takes about a millisecond.
+constexpr size_t kPopulatePieceBytes = size_t{4} << 20;
 
 }  // namespace
 
@@ -43,7 +48,11 @@ Status Mapping::map(int fd, size_t nbytes, bool is_writable, Mapping* out) {
 
 Status Mapping::populate() noexcept {
   if (!is_mapped()) return Status::invalid("the mapping is closed, or belongs to the parent process");
-  if (madvise(data_, nbytes_, is_writable_ ? kMadvPopulateWrite : kMadvPopulateRead) != 0 && errno != EINVAL) {
+  const int advice = is_writable_ ? kMadvPopulateWrite : kMadvPopulateRead;
+  for (size_t at = 0; at < nbytes_; at += kPopulatePieceBytes) {
+    const size_t piece = std::min(kPopulatePieceBytes, nbytes_ - at);
+    if (madvise(data_ + at, piece, advice) == 0) continue;
+    if (errno == EINVAL) return Status::good();  // a kernel before 5.14
     return Status::system(errno, "populating " + std::to_string(nbytes_) + " bytes");
   }
   return Status::good();

@@ -1,5 +1,6 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <cstring>
@@ -28,6 +29,18 @@ uint64_t loaded(const PageAccess& page, const char* word) {
 }
 
 }  // namespace
+
+CASE("mapping: populating fills the page tables of all of it, the last odd piece too") {
+  constexpr size_t kBytes = (size_t{9} << 20) + 4096 + 17;
+  const File file;
+  CHECK_EQUAL(ftruncate(file.fd, kBytes), 0);
+  Mapping mapping;
+  CHECK(Mapping::map(file.fd, kBytes, true, &mapping).ok());
+  CHECK(mapping.populate().ok());
+  struct stat found{};
+  CHECK_EQUAL(fstat(file.fd, &found), 0);
+  CHECK_EQUAL(static_cast<size_t>(found.st_blocks) * 512, (kBytes + 4095) / 4096 * 4096);
+}
 
 CASE("mapping: refuses what is beyond the file, and is absent in a forked child") {
   const File file;

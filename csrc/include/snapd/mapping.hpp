@@ -29,7 +29,8 @@ class Mapping {
   static Status map(int fd, size_t nbytes, bool is_writable, Mapping* out);
 
   /// Fill the page tables for all of it (and back holes of the file, if writable), so that no copy pays for faults.
-  /// A refusal by an old kernel is not an error: the pages are then faulted in as they are touched.
+  /// A refusal by an old kernel is not an error: the pages are then faulted in as they are touched. In pieces, so that
+  /// other threads can map and unmap meanwhile.
   Status populate() noexcept;
 
   void unmap() noexcept;
