@@ -15,7 +15,7 @@ from snapd_proto import peer_pb2, peer_pb2_grpc
 from snapd import __version__
 from snapd.codec.ec import ErasureCodec
 from snapd.config import Config
-from snapd.config_cluster import ClusterPlan
+from snapd.config_cluster import ClusterPlan, join
 from snapd.coordination.cluster import ClusterState
 from snapd.coordination.embedded_kv import KvServer, LocalKeyValue
 from snapd.coordination.highwater import HighwaterFile
@@ -28,14 +28,24 @@ from snapd.core.manifest import ShardRecord
 from snapd.core.placement import place
 from snapd.core.protection import PlacedRecord, RowMap
 from snapd.errors import ConfigError, NotFoundError, UnavailableError
+from snapd.obs.log import EventLog
 from snapd.obs.protection_metrics import ProtectionMetrics
 from snapd.peer.asking import Asking
+from snapd.peer.grpc_peer import (
+    TransferService,
+    channel_credentials,
+    channel_options,
+    dial_grpc,
+    server_credentials,
+)
 from snapd.peer.identity import Identity, admit_token
-from snapd.peer.links import PeerLinks
+from snapd.peer.limits import PeerLimits
+from snapd.peer.links import Dial, PeerLinks
 from snapd.peer.rate import Pacer
 from snapd.peer.serving import Serving
 from snapd.peer.side_channel import BulkServer, dial_socket
 from snapd.peer.traffic import TrafficMeter
+from snapd.peer.trust import Trust, TrustFiles
 from snapd.rpc.peer_calls import PEER_OPTIONS, MakeChannel, PeerCallsGrpc
 from snapd.rpc.peer_service import PeerService, sender_of
 from snapd.rpc.remote_kv import RemoteKeyValue
@@ -75,6 +85,7 @@ class Clustering:
     cluster: Cluster
     server: grpc.aio.Server
     bulk: BulkServer
+    transfers: TransferService
     links: PeerLinks
     calls: PeerCallsGrpc
     pipeline: Pipeline
@@ -88,6 +99,7 @@ class Clustering:
         await self.protection.close()
         for task in self.tasks:
             task.cancel()
+        self.transfers.close()
         await self.server.stop(STOP_GRACE_S)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.bulk.close)
@@ -122,8 +134,13 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
         else None
     )
 
-    def make_channel(_: str, address: str) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(address, options=PEER_OPTIONS)
+    trust = _trust(config, plan, environment.monotonic_s, log)
+
+    def make_channel(name: str, address: str) -> grpc.aio.Channel:
+        if trust is None:
+            return grpc.aio.insecure_channel(address, options=PEER_OPTIONS)
+        options = [*PEER_OPTIONS, *channel_options(name)]
+        return grpc.aio.secure_channel(address, channel_credentials(trust), options=options)
 
     def note(event: str, fields: Mapping[str, object]) -> None:
         log.info(
@@ -163,7 +180,7 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
         found = state.members.get(name)
         if found is None:
             raise UnavailableError(f"node {name} is no member now", kind="peer_unknown", node=name)
-        return found.bulk_address
+        return found.address if plan.bulk == "grpc" else found.bulk_address
 
     def identity() -> Identity:
         return Identity(plan.node, state.token or Token("", 0))
@@ -171,11 +188,11 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
     meter = TrafficMeter()
     links = PeerLinks(
         bulk_address_of,
-        dial_socket(None, stall_s=15.0),
+        _dial(plan, trust),
         Asking(identity=identity, clock=environment.monotonic_s, meter=meter),
         pacer=Pacer(environment.monotonic_s, config.cluster.rate or None),
     )
-    calls = PeerCallsGrpc(address_of, make_channel, sender)
+    calls = PeerCallsGrpc(address_of, make_channel, sender, trust.material if trust is not None else None)
     pipeline = Pipeline(bytes_max=config.cluster.inflight)
     metrics = ProtectionMetrics(node.context.metrics.registry)
     asked = _Asked(calls)
@@ -234,22 +251,27 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
     )
     node.cluster = cluster
     node.restores = WorldRestores(cluster, bringer, wait_s=config.cluster.restore_wait)
-    bulk = BulkServer(
-        Serving(
-            store=bulk_store,
-            identity=identity,
-            admit=admit_token(lambda: state.token or Token("", 0)),
-            clock=environment.monotonic_s,
-            log_once=log.once,
-            meter=meter,
-        ),
-        None,
+    serving = Serving(
+        store=bulk_store,
+        identity=identity,
+        admit=admit_token(lambda: state.token or Token("", 0)),
+        clock=environment.monotonic_s,
+        log_once=log.once,
+        meter=meter,
     )
-    bulk.start(plan.listen_host, plan.bulk_port)
+    bulk = BulkServer(serving, trust if plan.bulk == "tls" else None)
+    if plan.bulk != "grpc":
+        bulk.start(plan.listen_host, plan.bulk_port)
+    transfers = TransferService(serving)
     server = grpc.aio.server(options=[*PEER_OPTIONS, ("grpc.so_reuseport", 0)])
-    peer_pb2_grpc.add_PeerServicer_to_server(PeerService(node, cluster, is_tls=False), server)
+    service = PeerService(node, cluster, transfers, is_tls=trust is not None)
+    peer_pb2_grpc.add_PeerServicer_to_server(service, server)
     try:
-        server.add_insecure_port(f"{plan.listen_host}:{plan.port}")
+        listen = join(plan.listen_host, plan.port)
+        if trust is None:
+            server.add_insecure_port(listen)
+        else:
+            server.add_secure_port(listen, server_credentials(trust))
     except RuntimeError as error:
         raise ConfigError(
             f"cannot listen on {plan.listen_host}:{plan.port}",
@@ -258,7 +280,24 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
         ) from error
     await server.start()
     tasks = [node.context.spawn(kv_server.run(), "coordinator")] if kv_server is not None else []
-    return Clustering(cluster, server, bulk, links, calls, pipeline, protection, store, kv_server, tasks)
+    parts = (cluster, server, bulk, transfers, links, calls, pipeline, protection, store, kv_server)
+    return Clustering(*parts, tasks)
+
+
+def _trust(config: Config, plan: ClusterPlan, clock: Callable[[], float], log: EventLog) -> Trust | None:
+    """Our certificates; None in plaintext."""
+    if plan.is_plaintext:
+        log.warning("cluster.plaintext", reason="peers are not authenticated and nothing is encrypted")
+        return None
+    settings = config.cluster
+    files = TrustFiles(Path(settings.cert), Path(settings.key), Path(settings.ca))
+    return Trust(plan.node, files, clock=clock, log_once=log.once)
+
+
+def _dial(plan: ClusterPlan, trust: Trust | None) -> Dial:
+    if plan.bulk == "grpc":
+        return dial_grpc(trust)
+    return dial_socket(trust if plan.bulk == "tls" else None, stall_s=PeerLimits().stall_s)
 
 
 class _Asked:
@@ -301,5 +340,5 @@ def _store(
         )  # its client is an extra: `pip install snapd[etcd]`
 
         return EtcdKeyValue(plan.etcd_endpoints)
-    stub = peer_pb2_grpc.PeerStub(make_channel("", plan.leader_address))
+    stub = peer_pb2_grpc.PeerStub(make_channel(plan.leader_node, plan.leader_address))
     return RemoteKeyValue(lambda: stub, sender, client=client)

@@ -24,7 +24,7 @@ class ClusterConfig:
         "",
         "text",
         "Where the cluster agrees: `etcd://HOST:PORT,...`; `leader` (this daemon keeps it, for a few nodes); or"
-        " HOST:PORT of the daemon that is the leader. Empty: one machine, alone. etcd survives any node.",
+        " [NODE@]HOST:PORT of the daemon that is the leader. Empty: one machine, alone. etcd survives any node.",
     )
     name: str = setting(
         "snapd",
@@ -121,6 +121,7 @@ class ClusterPlan:
     coordinator: str
     etcd_endpoints: tuple[str, ...]
     leader_address: str
+    leader_node: str
     is_leader: bool
     name: str
     node: str
@@ -189,10 +190,12 @@ def plan_cluster(config: ClusterConfig, hostname: str | None = None) -> ClusterP
     node = checked_node_name(config.node or own)
     machine = config.host or own
     is_plain = not (config.cert or config.key or config.ca)
+    leader_node, leader_address = _leader(config.coordinator)
     plan = ClusterPlan(
         coordinator=config.coordinator,
         etcd_endpoints=_endpoints(config.coordinator),
-        leader_address="" if config.coordinator.startswith(ETCD) else _leader(config.coordinator),
+        leader_address=leader_address,
+        leader_node=leader_node,
         is_leader=config.coordinator == LEADER,
         name=checked_node_name(config.name),
         node=node,
@@ -223,11 +226,13 @@ def _endpoints(coordinator: str) -> tuple[str, ...]:
     return endpoints
 
 
-def _leader(coordinator: str) -> str:
-    if coordinator == LEADER:
-        return ""
-    split(coordinator, "cluster.coordinator")
-    return coordinator
+def _leader(coordinator: str) -> tuple[str, str]:
+    """(node, address) of the leader; its certificate must name the node, by default its host."""
+    if coordinator == LEADER or coordinator.startswith(ETCD):
+        return "", ""
+    node, _, address = coordinator.rpartition("@")
+    host, _ = split(address, "cluster.coordinator")
+    return checked_node_name(node) if node else host, address
 
 
 def _check_trust(config: ClusterConfig, plan: ClusterPlan) -> None:

@@ -45,7 +45,8 @@ class NodeReport:
 
     `passed`: rank -> newest step of `generation` that it captures no more. `served`: its ranks with a live session of
     `generation`. `closed_below`: generations below it capture nothing more on this node. `keep_complete`: complete
-    snapshots that its slots have room for. `is_capturing`: a trainer of `generation` has asked for room.
+    snapshots that its slots have room for. `is_capturing`: a trainer of `generation` has passed a step, so what it
+    restored, if anything, is behind it.
     """
 
     node: str
@@ -99,6 +100,7 @@ class Collector:
     _problems: dict[SnapshotId, str] = field(default_factory=dict)
     _interval: Interval = field(default_factory=Interval)
     _target: SnapshotId | None = None
+    _parent: tuple[int, SnapshotId] | None = None
 
     def __post_init__(self) -> None:
         self.orders = Orders(complete=self.recorded_complete, protected=self.recorded_protected)
@@ -115,6 +117,11 @@ class Collector:
     def forget(self, node: str) -> None:
         """The node is lost for good, or came back with an empty arena: what it held is gone."""
         self.reports.pop(node, None)
+
+    def restored(self, generation: int, parent: SnapshotId) -> None:
+        """The generation's ranks have all restored `parent`: it stays until they have a snapshot of their own."""
+        if self._parent is None or generation >= self._parent[0]:
+            self._parent = (generation, parent)
 
     # what the reports say together
 
@@ -272,6 +279,8 @@ class Collector:
     ) -> set[SnapshotId]:
         """The newest whole one too: what was complete may have been lost with its nodes since."""
         kept = {snapshot for snapshot in (complete, target, protected, *whole[-1:]) if snapshot is not None}
+        if self._parent is not None and (not whole or whole[-1].generation < self._parent[0]):
+            kept.add(self._parent[1])
         room = min((report.keep_complete for report in self.reports.values() if report.served), default=None)
         if room is None or not self._is_capturing():
             return kept | set(holders)  # nobody needs the room, and a restore may want to choose

@@ -1,8 +1,9 @@
 """Which snapshot a world of many nodes restores: from what the nodes hold to one choice, with sources for every shard.
 
 Pure. A shard has a source when a living node has its bytes, or when in every row that covers it at least k fragments
-are there (data on living nodes, parity, and absent data fragments, which are zeros). Absent, proved bad and out of reach
-are three answers; an older snapshot is taken only when no node that is merely out of reach could make a newer one whole.
+are there (data on living nodes, parity, and absent data fragments, which are zeros). Absent, proved bad and out of
+reach are three answers; an older snapshot is taken only when no node that is merely out of reach could make a newer one
+whole.
 """
 
 from __future__ import annotations

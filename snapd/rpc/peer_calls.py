@@ -35,18 +35,21 @@ MakeChannel = Callable[[str, str], grpc.aio.Channel]  # (node, address)
 
 
 class PeerCallsGrpc:
-    """Implements PeerCalls. `address_of` gives a node's address or None; `sender` says who we are, at every call."""
+    """Implements PeerCalls. `address_of` gives a node's address or None; `sender` says who we are, at every call;
+    `credentials`: another object when the certificates have changed."""
 
     def __init__(
         self,
         address_of: Callable[[str], str | None],
         make_channel: MakeChannel,
         sender: Callable[[], peer_pb2.Sender],
+        credentials: Callable[[], object] | None = None,
     ) -> None:
         self._address_of = address_of
         self._make_channel = make_channel
         self._sender = sender
-        self._channels: dict[str, tuple[str, grpc.aio.Channel]] = {}
+        self._credentials = credentials or (lambda: None)
+        self._channels: dict[str, tuple[str, object, grpc.aio.Channel]] = {}
         self._closing: list[grpc.aio.Channel] = []
 
     def stub(self, node: str) -> Any:
@@ -54,15 +57,15 @@ class PeerCallsGrpc:
         address = self._address_of(node)
         if address is None:
             raise UnavailableError(f"node {node} is no member now", kind="peer_unknown", node=node)
-        known = self._channels.get(node)
-        if known is None or known[0] != address:
+        known, credentials = self._channels.get(node), self._credentials()
+        if known is None or known[0] != address or known[1] is not credentials:
             if known is not None:
-                self._closing.append(known[1])
-            known = self._channels[node] = (address, self._make_channel(node, address))
-        return peer_pb2_grpc.PeerStub(known[1])
+                self._closing.append(known[2])
+            known = self._channels[node] = (address, credentials, self._make_channel(node, address))
+        return peer_pb2_grpc.PeerStub(known[2])
 
     async def close(self) -> None:
-        for channel in [*self._closing, *(channel for _, channel in self._channels.values())]:
+        for channel in [*self._closing, *(channel for _, _, channel in self._channels.values())]:
             await channel.close(None)
         self._channels.clear()
         self._closing.clear()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
-import grpc
 from snapd_proto import peer_pb2, peer_pb2_grpc, trainer_pb2
 
 from snapd import __version__
 from snapd.core.cluster import checked_node_name
 from snapd.core.ids import checked_job_name
 from snapd.errors import AuthError, ConfigError, FencedError
+from snapd.peer.grpc_peer import CallContext, TransferService, certificate_names
 from snapd.rpc import peer_convert as convert
 from snapd.rpc.guard import ServicerContext, told
 from snapd.rpc.kv_service import KeyValueService
@@ -19,18 +19,17 @@ from snapd.runtime.node import Node
 
 PROTOCOL_VERSION = 1
 PROTOCOL_VERSIONS = (1, 2)  # neighbours one version apart work together
-NAME_KEY = "x509_subject_alternative_name"
-NODE_URI = "snapd-node:"
 
 
 class PeerService(KeyValueService, peer_pb2_grpc.PeerServicer):
     """One per daemon of a cluster. `is_trusted_transport`: mutual TLS names the caller."""
 
-    def __init__(self, node: Node, cluster: Cluster, *, is_tls: bool) -> None:
+    def __init__(self, node: Node, cluster: Cluster, transfers: TransferService, *, is_tls: bool) -> None:
         KeyValueService.__init__(self, cluster.kv_server)
         self.node = node
         self.cluster = cluster
         self._is_tls = is_tls
+        self._transfers = transfers
 
     def sender(self) -> peer_pb2.Sender:
         return sender_of(self.cluster)
@@ -45,7 +44,7 @@ class PeerService(KeyValueService, peer_pb2_grpc.PeerServicer):
                 hint="neighbours one version apart work together: update the older one",
             )
         if self._is_tls:
-            names = certificate_names(context)
+            names = certificate_names(cast(CallContext, context)) or ()
             if sender.node not in names:
                 raise AuthError(
                     f"the certificate is not of node {sender.node}",
@@ -138,9 +137,11 @@ class PeerService(KeyValueService, peer_pb2_grpc.PeerServicer):
             software_version=__version__,
         )
 
-    async def Transfer(self, request_iterator: Any, context: ServicerContext) -> None:
+    async def Transfer(  # type: ignore[override]  # read and write on the context: the stubs know generators only
+        self, request_iterator: object, context: ServicerContext
+    ) -> None:
         """Bulk bytes where the side channel is not to be had."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "bulk bytes travel on the side channel")
+        await self._transfers.serve(cast(CallContext, context))
 
 
 def sender_of(cluster: Cluster) -> peer_pb2.Sender:
@@ -151,12 +152,3 @@ def sender_of(cluster: Cluster) -> peer_pb2.Sender:
         arena_id=cluster.arena_id,
         protocol_version=PROTOCOL_VERSION,
     )
-
-
-def certificate_names(context: ServicerContext) -> set[str]:
-    """Node names in the caller's certificate, as gRPC's TLS handshake verified it."""
-    found: set[str] = set()
-    for raw in context.auth_context().get(NAME_KEY, ()):
-        text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
-        found.add(text.removeprefix(NODE_URI))
-    return found

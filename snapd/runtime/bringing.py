@@ -26,8 +26,8 @@ class Bringer:
         *,
         is_here_bad: bool,
     ) -> ShardRecord:
-        """Bring the shard of `rank`; the snapshot is then held once more. `is_here_bad`: this node has it, with chunks that
-        are not what they were: it is forgotten first, and brought from elsewhere.
+        """Bring the shard of `rank`; the snapshot is then held once more. `is_here_bad`: this node has it, with chunks
+        that are not what they were: it is forgotten first, and brought from elsewhere.
 
         Raises:
             NotRestorable, CapacityError, UnavailableError: see `bring_shard`.

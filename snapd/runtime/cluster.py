@@ -288,6 +288,8 @@ class Cluster:
         if name in self._collectors:
             return
 
+        current = coordination.generation(coordination.current())
+
         def record(orders: Orders) -> None:
             coordination.publish_newest(Newest(orders.complete, orders.protected, self.epoch))
 
@@ -297,6 +299,7 @@ class Cluster:
             self._parts.collector_settings,
             complete=newest.complete if newest else None,
             protected=newest.protected if newest else None,
+            parent=(current.number, current.parent) if current and current.parent else None,
             record=record,
         )
         self._parts.log.info("collector.taken_up", job=name)

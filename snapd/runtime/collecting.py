@@ -69,6 +69,7 @@ class CollectorHost:
         *,
         complete: SnapshotId | None,
         protected: SnapshotId | None,
+        parent: tuple[int, SnapshotId] | None,
         record: Callable[[Orders], None],
     ) -> None:
         self.job = job
@@ -79,6 +80,8 @@ class CollectorHost:
         self._core = Collector(
             settings.interval_factor_max, recorded_complete=complete, recorded_protected=protected
         )
+        if parent is not None:
+            self._core.restored(*parent)
         self._rounds: dict[tuple[int, int], tuple[RestoreRound, tuple[ShardSource, ...]]] = {}
         self._planning = asyncio.Lock()
         self._settling: asyncio.TimerHandle | None = None
@@ -279,6 +282,8 @@ class CollectorHost:
         )
         answer = round_.settle(is_late=True)
         assert answer is not None
+        if answer.is_committed and round_.decision.chosen is not None:
+            self._core.restored(generation, round_.decision.chosen)
         return answer
 
     def _lost_ranks(self, generation: int, world_size: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""The protection of all jobs of this node: one protector each, and what reports, inventories and peers are told of it."""
+"""The protection of all jobs of this node: one protector each, and what reports, inventories and peers hear of it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class NodeProtection:
         return self._part(job).protector.state.trouble
 
     def records(self, job: Job, snapshot: SnapshotId, *, ranks: set[int], own_only: bool) -> Records:
-        """Our own records of a snapshot; without `own_only` all of the newest row map that covers it, with its group."""
+        """Our own records of a snapshot; without `own_only` all of the newest row map that covers it."""
         own = own_records(job, snapshot)
         if own_only:
             return Records(tuple((self._means.node, r) for r in own if not ranks or r.rank in ranks))

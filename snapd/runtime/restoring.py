@@ -171,8 +171,8 @@ async def shards_for(job: Job, facts: SnapshotFacts, rank: int) -> list[ShardRec
 
 
 async def holders_of(job: Job, own: ShardRecord) -> set[int]:
-    """The other ranks whose shards hold bytes for this one, as its layout says; none if that cannot be read (the trainer
-    will say that its chunk is bad).
+    """The other ranks whose shards hold bytes for this one, as its layout says; none if that cannot be read: the
+    trainer will say that its chunk is bad.
     """
     try:
         layout = await asyncio.get_running_loop().run_in_executor(

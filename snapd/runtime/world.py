@@ -87,6 +87,7 @@ class World:
         self._heard_at_s = here.monotonic_s()
         self._last: NodeReport | None = None
         self.away_reason = ""
+        self._newest_known: tuple[SnapshotId | None, SnapshotId | None] = (None, None)
 
     # reporting
 
@@ -169,7 +170,7 @@ class World:
             served=tuple(sorted(session.rank for session in served)),
             closed_below=job.closed_below(),
             keep_complete=max((session.row.slots for session in served), default=2) - 1,
-            is_capturing=any(session.page.load("wanted_frames") for session in served),
+            is_capturing=any(session.newest_step_seen() >= 0 for session in served),
             newest_step_seen=max((session.newest_step_seen() for session in served), default=-1),
             interval_steps=max((session.row.interval_steps for session in served), default=1),
             aborts=job.abort_count,
@@ -215,6 +216,10 @@ class World:
     def obey(self, orders: Orders) -> None:
         """Take up orders; older ones than those that are known come from a collector before this one and count too."""
         self.orders = orders
+        self._newest_known = (
+            newer(self._newest_known[0], orders.complete),
+            newer(self._newest_known[1], orders.protected),
+        )
         table = self._here.table()
         job = self._find_job()
         if job is None and self._is_involved(orders, table):
@@ -227,7 +232,7 @@ class World:
             job.ledger.announce(orders.complete)
         self._take_interval(job, orders.interval)
         self._protection.aim(job, orders.target if self._is_involved(orders, table) else None, table)
-        kept = {s for s in (orders.target, orders.protected) if s is not None}
+        kept = {s for s in (orders.target, orders.protected, self._newest_known[1]) if s is not None}
         self._protection.forget(job, kept, protected=orders.protected)
         job.settle()
 
@@ -247,19 +252,28 @@ class World:
 
     def doomed(self, job: Job) -> list[tuple[SnapshotId, str]]:
         """What this node may drop: what the collector says; without it, its own captures that nobody waits for."""
+        # a collector that has just begun may know less than was promised before: what was complete or protected stays
+        # until it names newer ones
+        pinned = {known for known in self._newest_known if known is not None}
         named = [
             (snapshot, reason)
             for snapshot, reason in self.orders.drop
-            if snapshot in job.ledger.snapshots and not job.ledger.snapshots[snapshot].hold_count
+            if snapshot in job.ledger.snapshots
+            and not job.ledger.snapshots[snapshot].hold_count
+            and snapshot not in pinned
         ]
         if named or not self.is_away:
             return named
-        kept = {s for s in (self.orders.complete, self.orders.target, self.orders.protected) if s is not None}
+        kept = pinned | ({self.orders.target} if self.orders.target is not None else set())
         return job.ledger.to_drop_alone(kept, room=self._room(job))
 
     def _room(self, job: Job) -> int:
         """How many snapshots may stay so that one slot is free to capture into."""
         return max((session.row.slots for session in job.served_sessions()), default=1 << 30) - 1
+
+
+def newer(one: SnapshotId | None, other: SnapshotId | None) -> SnapshotId | None:
+    return max((s for s in (one, other) if s is not None), default=None)
 
 
 def _held(job: Job) -> tuple[Held, ...]:

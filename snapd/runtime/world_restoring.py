@@ -1,6 +1,7 @@
 """A restore in a world that spans nodes, seen from one of them: ask the collector, bring what is not here, report.
 
-The shards that this node's ranks need are brought into its own arena first; from there on a restore is as on one machine.
+The shards that this node's ranks need are brought into its own arena first; from there on a restore is as on one
+machine.
 """
 
 from __future__ import annotations
