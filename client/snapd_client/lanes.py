@@ -120,6 +120,7 @@ class LaneBook:
         """A lane with at least `needed` frames; None if none came in time or the daemon is away.
 
         Whoever waited in vain once does not wait again until a lane came: a daemon that hangs costs one `wait_max_s`.
+        Nor does anybody wait while every slot holds a snapshot that has to stay until another is protected.
         """
         deadline = time.monotonic() + (0.0 if self._is_starved else wait_max_s)
         if self._page.load("wanted_frames") < needed:
@@ -129,7 +130,8 @@ class LaneBook:
             if lane is not None:
                 self._is_starved = False
                 return lane
-            if not self._session.is_connected or time.monotonic() >= deadline:
+            is_hopeless = not self._session.is_connected or bool(self._page.load("slots_held"))
+            if is_hopeless or time.monotonic() >= deadline:
                 self._is_starved = True
                 return None
             time.sleep(POLL_S)

@@ -27,6 +27,8 @@ from .world import World
 ROUNDS_MAX = 8
 COPY_THREADS_MAX = 2
 RESTORE_TIMEOUT_S = 600.0
+WHAT_MAX = 1024
+NO_SOURCE = "shard_sources"  # the daemon's word for a shard that was chosen and cannot be brought
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,14 @@ def restore(context: Context, *, step: int | None, accept_older: bool, allow_par
         NotRestorable, RestoreMismatch, UnavailableError: see Snapshotter.restore.
     """
     for turn in range(ROUNDS_MAX):
-        plan = _ask(context, turn, step, accept_older)
+        try:
+            plan = _ask(context, turn, step, accept_older)
+        except NotRestorable as error:
+            if error.kind != NO_SOURCE:
+                raise
+            # this rank's bytes cannot be had from any node: all ranks take the next snapshot, or say why there is none
+            _report(context, turn, unavailable=str(error))
+            continue
         if plan is None:
             return 0
         try:
@@ -214,14 +223,15 @@ def _copy_verified(pending: PendingRestore, sources: Mapping[int, _Source], thre
         raise BadChunks(sorted(bad))
 
 
-def _report(context: Context, turn: int, bad: list[tuple[int, int]] | None = None) -> pb.FinishRestoreReply:
+def _report(
+    context: Context, turn: int, *, bad: list[tuple[int, int]] | None = None, unavailable: str = ""
+) -> pb.FinishRestoreReply:
+    """How the round went. `unavailable`: why this rank's shard cannot be had at all."""
+    chunks = [pb.BadChunk(rank=rank, chunk_index=chunk, what="hash differs") for rank, chunk in bad or []]
+    if unavailable:
+        chunks.append(pb.BadChunk(rank=context.world.rank, chunk_index=0, what=unavailable[:WHAT_MAX]))
     request = pb.FinishRestoreRequest(
-        session_id=context.session.session_id,
-        round=turn,
-        succeeded=not bad,
-        bad_chunks=[
-            pb.BadChunk(rank=rank, chunk_index=chunk, what="hash differs") for rank, chunk in bad or []
-        ],
+        session_id=context.session.session_id, round=turn, succeeded=not chunks, bad_chunks=chunks
     )
     reply: pb.FinishRestoreReply = context.session.call(
         lambda stub, **options: stub.FinishRestore(request, **options), timeout_s=RESTORE_TIMEOUT_S

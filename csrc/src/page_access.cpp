@@ -26,6 +26,7 @@ struct Field {
 #define SNAPD_FIELD(type, name) \
   Field { #name, offsetof(type, name), sizeof(type::name) }
 constexpr Field kWords[] = {
+    SNAPD_FIELD(PageHeader, slots_held),
     SNAPD_FIELD(PageHeader, replicas_equal_step_plus_one),
     SNAPD_FIELD(PageHeader, generation),
     SNAPD_FIELD(PageHeader, daemon_instance),

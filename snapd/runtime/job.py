@@ -257,12 +257,25 @@ class Job:
                 reason=f"the control page has room for {page.entry_capacity} entries: open the session anew",
             )
             return
+        self._tell_slots_held(session)
         # a grant that has become too small is extended before a free lane takes what is left
         free = self._free_lanes(session)[: self._free_slots(session)]
         for lane, is_extended in [*self._small_grants(session, wanted), *free]:
             if not self._grant_lane(session, arena, lane, wanted, is_extended=is_extended):
                 self._grow_later(session, arena, wanted)
                 return
+
+    def _tell_slots_held(self, session: Session) -> None:
+        """Where snapshots stay until a newer one is protected, a trainer must not wait for a slot: it may be minutes."""
+        arena, wanted = self.arena(session.rank), session.page.load("wanted_frames")
+        is_held = (
+            self.world is not None
+            and not arena.pool.lanes_of(session.id)
+            and arena.pool.free_count < wanted
+            and self._frames_missing(session, arena, wanted) == 0
+        )
+        if bool(session.page.load("slots_held")) != is_held:
+            session.page.store("slots_held", int(is_held))
 
     def _small_grants(self, session: Session, wanted: int) -> list[tuple[int, bool]]:
         granted = self._lane_grants(session)
