@@ -199,7 +199,6 @@ class Protector:
         async with contextlib.aclosing(work):
             await work.check_held()
             while not self._job.is_removed:
-                await work.go_on()
                 self._tell(
                     rows_done=work.held_count,
                     rows_total=work.given_count,
@@ -211,6 +210,7 @@ class Protector:
                 )
                 if work.is_stuck(REPLAN_S):
                     return False
+                await work.go_on()
         return True
 
     # what is told

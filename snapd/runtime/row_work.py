@@ -98,8 +98,8 @@ class RowWork:
 
     async def go_on(self) -> None:
         """Ask, start what can be started, and return when something has changed."""
-        if self._unasked:
-            await self._ask()
+        if await self._ask():
+            return
         await self._yield_to_trainer()
         self._start()
         job = self._bench.job
@@ -152,9 +152,10 @@ class RowWork:
             if lacking:
                 yield RowTask(row, frozenset(lacking))
 
-    async def _ask(self) -> None:
-        """Ask each peer which of its fragments it holds already."""
-        self._asked_s = self._now_s()
+    async def _ask(self) -> bool:
+        """Ask each peer which of its fragments it holds already. True when there is something new to be told."""
+        if self._unasked:
+            self._asked_s = self._now_s()
         peers = [peer for peer in sorted(self._unasked) if self._backoff.wait_s([peer]) == 0]
         await asyncio.gather(*(self._ask_one(peer) for peer in peers))
         if self._is_first_round and not self._unasked:
@@ -162,6 +163,8 @@ class RowWork:
             lacking = {task.row.number for task in self._tasks()}
             self.rows_shared = len(self._led) - len(lacking)
             self._metrics.rows_shared.inc(self.rows_shared)
+            return True
+        return False
 
     async def _ask_one(self, peer: str) -> None:
         theirs = [
