@@ -14,7 +14,7 @@ What it promises:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Away:
 
 
 class ClusterState:
-    """One per daemon. `compact` bounds the store's history where it has to be asked to (etcd).
+    """One per daemon.
 
     Raises:
         ConfigError: kind `highwater`.
@@ -56,7 +56,6 @@ class ClusterState:
         highwater: HighwaterStore,
         place: Place,
         note: Note,
-        compact: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.store, self.settings, self.keys, self.environment = store, settings, keys, environment
         self.note = note
@@ -73,7 +72,7 @@ class ClusterState:
         self._absent_since: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._announcer = Announcer(self, member)
-        self._planner = Planner(self, place, compact)
+        self._planner = Planner(self, place)
 
     # What everybody else reads.
 

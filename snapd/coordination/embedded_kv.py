@@ -17,7 +17,7 @@ from pathlib import Path
 
 from snapd.coordination.kv import Change, Check, Entry, Reading, Write, check_transaction
 from snapd.core.keyspace import checked_key
-from snapd.errors import CapacityError, ConfigError, FencedError, UnavailableError
+from snapd.errors import ConfigError, FencedError, UnavailableError
 
 HISTORY_MAX = 16_384
 WATCHERS_MAX = 16_384
@@ -105,7 +105,7 @@ class KvServer:
         return Reading(self.revision, dict(sorted(items.items())))
 
     def transact(self, lease: str, checks: Sequence[Check], writes: Sequence[Write]) -> bool:
-        """Raises: FencedError (kind `lease`): a leased write without an open lease. CapacityError: kind `keys`."""
+        """Raises: FencedError: kind `lease`: a leased write without an open lease. UnavailableError: kind `keys`."""
         self._check_open()
         check_transaction(checks, writes)
         if any(write.is_leased and write.value is not None for write in writes) and lease not in self._leases:
@@ -113,7 +113,7 @@ class KvServer:
         if any(self._version(check.key) != check.version for check in checks):
             return False
         if len(self._entries) + len(writes) > KEYS_MAX:
-            raise CapacityError("the coordination store is full", kind="keys", keys=len(self._entries))
+            raise UnavailableError("the coordination store is full", kind="keys", keys=len(self._entries))
         self._commit([(write, lease if write.is_leased else "") for write in writes])
         return True
 
@@ -126,7 +126,7 @@ class KvServer:
         if held is None and not is_new:
             raise _lease_ended()
         if held is None and len(self._leases) >= LEASES_MAX:
-            raise CapacityError("too many leases", kind="leases")
+            raise UnavailableError("too many leases", kind="leases")
         if held is None or held.ttl_s != ttl_s:
             self._write(("INSERT OR REPLACE INTO leases VALUES (?, ?)", (lease, ttl_s)))
         keys = held.keys if held else set()

@@ -1,9 +1,9 @@
 """The key-value store in etcd v3: for clusters of any size.
 
 The messages and stubs are those of `aetcd`; connections, deadlines, leases and watches are ours, because its client
-keeps one server only, hides most error codes, and its watches hang when a stream ends without an error (docs/adr/0007).
-Every call has a deadline. Reads and renewals are tried on each endpoint in turn; a transaction is sent once, since its
-answer may be lost.
+knows one server only and no TLS, hides most error codes, and its watch on a server that hangs does not end
+(docs/adr/0007). Every call has a deadline. Reads and renewals are tried on each endpoint in turn; a transaction is sent
+once, since its answer may be lost.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from aetcd import rpc
 
 from snapd.coordination.kv import Change, Check, Entry, Reading, Write, check_transaction
 from snapd.core.keyspace import checked_key
-from snapd.errors import AuthError, CapacityError, FencedError, SnapdError, UnavailableError
+from snapd.errors import FencedError, SnapdError, UnavailableError
 
 TIMEOUT_S = 3.0
 MESSAGE_BYTES_MAX = 64 << 20
 LEASE_S_MIN = 2  # etcd grants no shorter ones
 OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 10_000),  # etcd refuses pings closer than 5 s
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", 6_000),  # etcd refuses pings closer than 5 s
+    ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -89,6 +89,7 @@ class EtcdKeyValue:
         self._timeout_s = timeout_s
         self._at = 0
         self._lease = 0
+        self._revision = 0  # the newest that an answer named
         self._metadata: tuple[tuple[str, str], ...] | None = None if self._access.user else ()
 
     async def read(self, prefix: str) -> Reading:
@@ -96,7 +97,8 @@ class EtcdKeyValue:
         request = rpc.RangeRequest(key=first, range_end=_end_of(first))
         reply = await self._ask(lambda server, rest: server.kv.Range(request, **rest))
         items = {kv.key.decode("ascii", "replace"): Entry(kv.value, kv.version) for kv in reply.kvs}
-        return Reading(reply.header.revision, items)
+        self._revision = reply.header.revision
+        return Reading(self._revision, items)
 
     async def transact(self, checks: Sequence[Check], writes: Sequence[Write]) -> bool:
         check_transaction(checks, writes)
@@ -119,6 +121,7 @@ class EtcdKeyValue:
         except FencedError:
             self._lease = 0
             raise
+        self._revision = reply.header.revision
         return bool(reply.succeeded)
 
     async def keep_lease(self, ttl_s: float) -> None:
@@ -160,6 +163,7 @@ class EtcdKeyValue:
             while True:
                 reply = await call.read()
                 _check_watch(reply)
+                self._revision = reply.header.revision
                 for event in reply.events:
                     yield _change(event)
         except TimeoutError as error:
@@ -176,10 +180,10 @@ class EtcdKeyValue:
                 call.cancel()
 
     async def compact(self, keep_revisions: int) -> None:
-        """Let etcd forget all but the newest `keep_revisions` revisions. One client of a cluster calls it, now and
-        then.
+        """Let etcd forget all but the newest `keep_revisions` revisions that this client knows of. One client of a
+        cluster calls it, now and then.
         """
-        revision = (await self.read("/snapd/.none")).revision - keep_revisions
+        revision = self._revision - keep_revisions
         if revision <= 0:
             return
         request = rpc.CompactionRequest(revision=revision)
@@ -233,7 +237,7 @@ class EtcdKeyValue:
             except grpc.aio.AioRpcError as error:
                 if error.code() in _TRY_ANOTHER:
                     raise
-                raise AuthError(
+                raise UnavailableError(
                     f"etcd refuses user {self._access.user!r}: {error.details()}", kind="etcd_user"
                 ) from error
             self._metadata = (("token", reply.token),)
@@ -295,11 +299,11 @@ def _told(error: grpc.aio.AioRpcError, server: _Server) -> SnapdError:
     if "compacted" in details:
         return UnavailableError(text, kind="compacted")
     if "space exceeded" in details:
-        return CapacityError(
+        return UnavailableError(
             text, kind="etcd_full", hint="compact and defragment etcd, then `etcdctl alarm disarm`"
         )
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        return AuthError(text, kind="etcd_user", hint="user, password and role of etcd")
+        return UnavailableError(text, kind="etcd_user", hint="user, password and role of etcd")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(text, kind="deadline")
     return UnavailableError(text, kind="etcd")

@@ -48,7 +48,7 @@ class ClusterCoordination:
         self._is_short = False  # the store seemed to lack rows that are known here
         self._collector = ""
         self._claimed_under = 0
-        self._revision: int | None = None  # of the last reading; None: the cache is not known to be fresh
+        self._revision = 0  # of the last reading
         self._newest: Newest | None = None
         self._newest_wanted: Newest | None = None
         self._newest_written_s = float("-inf")
@@ -211,7 +211,7 @@ class ClusterCoordination:
                 except RemoteProtocolError as error:
                     self._state.note("job.unreadable", {"job": self._job, "reason": str(error)})
                 except (UnavailableError, FencedError):
-                    self._revision = None  # the state says once why the store is away
+                    pass  # the state says once why the store is away
                 await asyncio.sleep(0.2 + self._state.environment.chance())
         finally:
             publishing.cancel()
@@ -222,7 +222,7 @@ class ClusterCoordination:
         await self.refresh()
         await self._mend()
         prefix = self._state.keys.job(self._job)
-        async for change in self._state.store.watch(prefix, self._revision or 0):
+        async for change in self._state.store.watch(prefix, self._revision):
             self._take_up(change.key, change.value)
             await self._mend()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from snapd.core.keyspace import checked_key, checked_value
 from snapd.errors import ConfigError
@@ -61,7 +61,8 @@ class Change:
 
 class KeyValue(Protocol):
     """Keys are printable ASCII with '/', at most 512 characters; values at most 1 MiB (checked). Every method raises
-    UnavailableError when the store is away; after a lost answer of `transact` the caller reads and compares.
+    UnavailableError when the store is away, full, or refuses us; after a lost answer of `transact` the caller reads and
+    compares.
     """
 
     async def read(self, prefix: str) -> Reading: ...
@@ -83,6 +84,14 @@ class KeyValue(Protocol):
         """
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Compacting(Protocol):
+    """A store whose history grows until somebody bounds it; the planner does."""
+
+    async def compact(self, keep_revisions: int) -> None:
+        """Forget all but the newest revisions; watches from older ones end. Raises UnavailableError."""
 
 
 def check_transaction(checks: Sequence[Check], writes: Sequence[Write]) -> None:

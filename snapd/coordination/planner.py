@@ -6,13 +6,13 @@ Two that both believe themselves elected do no harm: a table is written only ove
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from snapd.coordination.kv import Check, Write
+from snapd.coordination.kv import Check, Compacting, Write
 from snapd.coordination.settings import Place, Placed
 from snapd.core.cluster import GroupTable
 from snapd.core.membership import table_to_json, to_json
+from snapd.errors import UnavailableError
 
 if TYPE_CHECKING:
     from snapd.coordination.cluster import ClusterState
@@ -24,10 +24,8 @@ NAMED_MAX = 32
 class Planner:
     """Belongs to one `ClusterState`; its `run` is part of a session and ends with it."""
 
-    def __init__(
-        self, state: ClusterState, place: Place, compact: Callable[[], Awaitable[None]] | None
-    ) -> None:
-        self._state, self._place, self._compact = state, place, compact
+    def __init__(self, state: ClusterState, place: Place) -> None:
+        self._state, self._place = state, place
         self._elected_under = 0
         self._rebuild_since_s: float | None = None
         self._compacted_s = state.environment.monotonic_s()
@@ -175,9 +173,14 @@ class Planner:
         ]
         if old:
             await state.store.transact([], [Write(state.keys.known_node(name), None) for name in old[:64]])
-        if self._compact is not None and now_s - self._compacted_s >= state.settings.compact_every_s:
+        if now_s - self._compacted_s >= state.settings.compact_every_s and isinstance(
+            state.store, Compacting
+        ):
             self._compacted_s = now_s
-            await self._compact()
+            try:
+                await state.store.compact(state.settings.keep_revisions)
+            except UnavailableError as error:  # nothing depends on it
+                state.note("coordination.uncompacted", {"kind": error.kind, "reason": str(error)})
 
     def _pause_s(self) -> float:
         """Until the next thing that happens by the clock alone: a node counts as lost, a wait ends."""

@@ -14,6 +14,7 @@ class ClusterSettings:
     """`lease_s`: after so long without a sign a node counts as absent; `lost_after_s`: after so long absent, as lost,
     and its place is given away. `settle_s`: how long the planner waits for further changes before it writes a table
     (plus a millisecond per member). `forget_after_s`: when a node that is lost and in no group is forgotten.
+    `keep_revisions`: what is left of the history of a store that must be compacted, each `compact_every_s`.
     """
 
     asked: Code
@@ -24,6 +25,7 @@ class ClusterSettings:
     retry_max_s: float = 5.0
     forget_after_s: float = 86_400.0
     compact_every_s: float = 300.0
+    keep_revisions: int = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

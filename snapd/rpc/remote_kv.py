@@ -14,7 +14,7 @@ import grpc
 from snapd_proto import peer_pb2, peer_pb2_grpc
 
 from snapd.coordination.kv import Change, Check, Entry, Reading, Write
-from snapd.errors import FencedError, InternalError, SnapdError, UnavailableError
+from snapd.errors import ConfigError, FencedError, SnapdError, UnavailableError
 from snapd.rpc.status import error_of
 
 TIMEOUT_S = 5.0
@@ -134,8 +134,10 @@ class RemoteKeyValue:
 
 
 def _told(error: grpc.RpcError) -> SnapdError:
-    """What the leader refused stays what it is; a bug of the leader's, or none of ours, is a leader that is away."""
+    """A lease that ended, and what is wrong with our own call, stay as they are; all else is a leader that is away."""
     told = error_of(error)
-    if type(told) is SnapdError or isinstance(told, InternalError):
-        return UnavailableError(f"the leader failed: {told.message}", kind="leader")
-    return told
+    if isinstance(told, UnavailableError | ConfigError) or (
+        isinstance(told, FencedError) and told.kind == "lease"
+    ):
+        return told
+    return UnavailableError(f"the leader refused or failed: {told.message}", kind=told.kind, hint=told.hint)

@@ -155,6 +155,22 @@ def test_a_server_that_hangs_holds_nobody(server: EtcdServer) -> None:
     really(work)
 
 
+def test_an_idle_watch_on_a_server_that_hangs_ends(server: EtcdServer) -> None:
+    async def work() -> None:
+        async with client(server.endpoint) as store:
+            await store.transact([], [Write("/snapd/t/a", b"1")])
+            changes = store.watch("/snapd/t/", 1)
+            assert (await anext(changes)).value == b"1"  # type: ignore[arg-type]
+            server.hang()
+            began = time.monotonic()
+            with pytest.raises(UnavailableError):
+                await anext(changes)  # type: ignore[arg-type]
+            assert 1 < time.monotonic() - began < 15
+            server.go_on()
+
+    really(work)
+
+
 def test_another_endpoint_is_taken_when_one_is_dead(server: EtcdServer) -> None:
     async def work() -> None:
         async with client(DEAD, server.endpoint) as store:
