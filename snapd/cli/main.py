@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import snapd
+from snapd.cli.certs import app as certs_app
 from snapd.cli.config import app as config_app
 from snapd.cli.doctor import doctor
 from snapd.cli.ls import ls
@@ -50,6 +51,7 @@ def _snapd(
 for _command in (serve, status, top, ls, show, verify, restore, rm, doctor):
     app.command(_command.__name__)(reports_errors(_command))
 app.add_typer(config_app, name="config")
+app.add_typer(certs_app, name="certs")
 
 
 def main() -> None:

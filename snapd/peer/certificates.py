@@ -88,6 +88,14 @@ def names_of(certificate: x509.Certificate) -> list[str]:
     return [f"{label}:{name.value}" for name in found for cls, label in labels if isinstance(name, cls)]
 
 
+def is_authority(certificate: x509.Certificate) -> bool:
+    """Whether it may sign others."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,

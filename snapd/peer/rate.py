@@ -44,7 +44,7 @@ class TokenBucket:
         if self._rate is not None:
             grown = self._credit + max(0.0, now_s - self._now_s) * self._rate
             self._credit = min(float(self._burst), grown)
-        self._now_s = now_s
+        self._now_s = max(self._now_s, now_s)
 
 
 def _check_rate(rate_bytes_per_s: float | None, burst_bytes: int) -> None:

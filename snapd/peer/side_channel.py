@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -17,6 +18,9 @@ from snapd.peer.tls import handshake, wrapped
 _BACKLOG = 64
 _JOIN_S = 10.0
 _ACCEPT_PAUSE_S = 0.1
+_PARTING_S = 0.5
+_PARTING_READ_BYTES = 64 << 10
+_PARTING_READS_MAX = 64
 
 
 class Contexts(Protocol):
@@ -154,7 +158,19 @@ class BulkServer:
         except OSError:
             pass  # gone before it said who it is
         finally:
+            self._part(connection)
             with self._lock:
                 del self._connections[threading.current_thread()]
-            end_socket(connection)
             connection.close()
+
+    def _part(self, connection: socket.socket) -> None:
+        """Give the other end a moment to read why it was refused: closed with its bytes unread, a connection is reset,
+        and what we said last is lost. Below TLS, which may be broken.
+        """
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(connection, socket.SHUT_WR)
+            deadline = Deadline(self._serving.clock, _PARTING_S)
+            for _ in range(_PARTING_READS_MAX):
+                connection.settimeout(deadline.remaining_s())
+                if not socket.socket.recv(connection, _PARTING_READ_BYTES):
+                    return
