@@ -41,7 +41,9 @@ class Asker:
             self.forget()
             raise
 
-    def status(self, job: str = "", *, ask_peers: bool = False, timeout_s: float = 5.0) -> admin_pb2.StatusReply:
+    def status(
+        self, job: str = "", *, ask_peers: bool = False, timeout_s: float = 5.0
+    ) -> admin_pb2.StatusReply:
         return self.ask("Status", admin_pb2.StatusRequest(job=job, ask_peers=ask_peers), timeout_s)
 
     def snapshots(self, job: str) -> list[admin_pb2.SnapshotSummary]:

@@ -22,7 +22,9 @@ class Authority:
         self._ca: Issued = make_ca(name, self.now - 3 * DAY, 30 * DAY)
         self.ca = self._write("ca.crt", self._ca.certificate)
 
-    def issue(self, node: str, *, also: Sequence[str] = (), is_expired: bool = False, file: str = "") -> dict[str, str]:
+    def issue(
+        self, node: str, *, also: Sequence[str] = (), is_expired: bool = False, file: str = ""
+    ) -> dict[str, str]:
         """The settings with which a node uses its certificate. `file`: another name for the files."""
         begin, length = (self.now - 2 * DAY, DAY) if is_expired else (self.now, DAY)
         issued = make_node(self._ca, node, begin, length, also=also)

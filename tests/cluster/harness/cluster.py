@@ -89,7 +89,9 @@ class Cluster:
                 found.add(status.epoch)
             return found.pop() if len(found) == 1 else 0
 
-        return wait_for(_patient(epoch), f"a group table of {sorted(wanted)}", timeout_s, self.says, every_s=0.1)
+        return wait_for(
+            _patient(epoch), f"a group table of {sorted(wanted)}", timeout_s, self.says, every_s=0.1
+        )
 
     def says(self) -> str:
         """What each daemon says of the cluster and its jobs, for messages."""
@@ -103,7 +105,9 @@ class Cluster:
             seen = status.cluster
             groups = "; ".join(f"{','.join(g.nodes)} {g.code}" for g in seen.groups)
             states = " ".join(f"{row.node}={row.state}" for row in seen.nodes)
-            lines.append(f"{daemon.node}: epoch {seen.epoch} [{groups}] {states} {seen.away_reason} {seen.distrust}")
+            lines.append(
+                f"{daemon.node}: epoch {seen.epoch} [{groups}] {states} {seen.away_reason} {seen.distrust}"
+            )
             lines += [f"    {job_line(job)}" for job in status.jobs]
         return "\n".join(lines)
 

@@ -33,7 +33,11 @@ class ClusterDaemon:
 
     def __init__(self, host: Host, folder: Path, arena: Path, settings: Mapping[str, str]) -> None:
         self.host, self.node = host, host.name
-        self.runtime, self.arena, self.log = folder / f"{host.name}.run", arena / host.name, folder / f"{host.name}.log"
+        self.runtime, self.arena, self.log = (
+            folder / f"{host.name}.run",
+            arena / host.name,
+            folder / f"{host.name}.log",
+        )
         self.settings = dict(settings)
         self.asker = Asker(self.runtime)
         self.process: subprocess.Popen[bytes] | None = None
@@ -84,7 +88,9 @@ class ClusterDaemon:
     def is_answering(self) -> bool:
         assert self.process is not None
         if self.process.poll() is not None:
-            raise RuntimeError(f"the daemon of {self.node} ended with {self.process.returncode}:\n{self.tail()}")
+            raise RuntimeError(
+                f"the daemon of {self.node} ended with {self.process.returncode}:\n{self.tail()}"
+            )
         try:
             return self.status(timeout_s=1.0).pid == self.process.pid
         except (OSError, grpc.RpcError, Refused):
@@ -97,13 +103,18 @@ class ClusterDaemon:
         self.process.wait()
         self.asker.forget()
 
+    def wait_ended(self, timeout_s: float = 10.0) -> int:
+        """The exit code of a daemon that something else ends."""
+        assert self.process is not None
+        code = self.process.wait(timeout_s)
+        self.asker.forget()
+        return code
+
     def stop(self, timeout_s: float = 20.0) -> int:
         """SIGTERM; the exit code."""
         assert self.process is not None
         self.process.terminate()
-        code = self.process.wait(timeout_s)
-        self.asker.forget()
-        return code
+        return self.wait_ended(timeout_s)
 
     def freeze(self) -> None:
         """SIGSTOP: it holds its connections and says nothing."""
@@ -129,7 +140,9 @@ class ClusterDaemon:
 
     # what it says
 
-    def status(self, job: str = "", *, ask_peers: bool = False, timeout_s: float = 5.0) -> admin_pb2.StatusReply:
+    def status(
+        self, job: str = "", *, ask_peers: bool = False, timeout_s: float = 5.0
+    ) -> admin_pb2.StatusReply:
         return self.asker.status(job, ask_peers=ask_peers, timeout_s=timeout_s)
 
     def job(self, name: str) -> admin_pb2.JobStatus | None:

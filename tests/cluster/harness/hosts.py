@@ -33,7 +33,9 @@ def can_have_namespaces() -> bool:
 
 def _made_one() -> bool:
     name = f"{PREFIX}-{os.getpid()}-try"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, timeout=COMMAND_S).returncode == 0
+    made = (
+        subprocess.run(["ip", "netns", "add", name], capture_output=True, timeout=COMMAND_S).returncode == 0
+    )
     if made:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=COMMAND_S, check=True)
     return made
@@ -60,7 +62,9 @@ class Host:
 
     def command(self, *command: str) -> list[str]:
         """The command line that runs a command on this host."""
-        return ["nsenter", f"--net=/run/netns/{self.namespace}", *command] if self.namespace else list(command)
+        return (
+            ["nsenter", f"--net=/run/netns/{self.namespace}", *command] if self.namespace else list(command)
+        )
 
     def run(self, *command: str, check: bool = True) -> str:
         return run(*self.command(*command), check=check)
@@ -98,7 +102,9 @@ class Host:
         """A port that nobody listens on at the moment."""
         if self.namespace:
             port = self.run(
-                sys.executable, "-c", "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
+                sys.executable,
+                "-c",
+                "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])",
             )
             return int(port)
         with socket.socket() as probe:

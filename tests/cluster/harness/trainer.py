@@ -36,10 +36,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heavy", type=int, default=-1, help="rank with three times the others' bytes; -1: none")
+    parser.add_argument(
+        "--heavy", type=int, default=-1, help="rank with three times the others' bytes; -1: none"
+    )
     parser.add_argument("--step-seconds", type=float, default=0.0, help="least time of a step")
     parser.add_argument("--interval", type=int, default=1)
-    parser.add_argument("--no-digests", action="store_true", help="for measurements: they cost more than the step")
+    parser.add_argument(
+        "--no-digests", action="store_true", help="for measurements: they cost more than the step"
+    )
     return parser.parse_args()
 
 
@@ -138,10 +142,20 @@ def train(args: argparse.Namespace, log: Log) -> None:
         handle = snap.step(step) if snap is not None else None
         ended = time.monotonic()
         is_handed = handle is not None and handle.is_handed_over
-        log("step", step=step, digest=digest, seconds=trained - began, hook=ended - handed, is_handed=is_handed)
+        log(
+            "step",
+            step=step,
+            digest=digest,
+            seconds=trained - began,
+            hook=ended - handed,
+            is_handed=is_handed,
+        )
         time.sleep(max(0.0, args.step_seconds - (time.monotonic() - began)))
     if snap is not None:
-        log("health", health={k: v for k, v in snap.health().items() if isinstance(v, (int, str, float, bool))})
+        log(
+            "health",
+            health={k: v for k, v in snap.health().items() if isinstance(v, (int, str, float, bool))},
+        )
         snap.close()
     log("ended")
 

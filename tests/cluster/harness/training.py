@@ -130,7 +130,9 @@ class Training:
             self._check_agents()
             if not all(found):
                 return []
-            return [Restored(e[-1]["step"], e[-1]["digest"], e[-1]["generation"], e[-1]["seconds"]) for e in found]
+            return [
+                Restored(e[-1]["step"], e[-1]["digest"], e[-1]["generation"], e[-1]["seconds"]) for e in found
+            ]
 
         return wait_for(all_restored, f"all ranks of {self.job} restored", timeout_s, self.tail, every_s=0.1)
 

@@ -23,5 +23,7 @@ def wait_for(
         if value:
             return value
         if time.monotonic() > until:
-            raise TimeoutError("\n".join([f"not within {timeout_s:g} s: {what}", *(tail() for tail in tails)]))
+            raise TimeoutError(
+                "\n".join([f"not within {timeout_s:g} s: {what}", *(tail() for tail in tails)])
+            )
         time.sleep(every_s)
