@@ -12,6 +12,7 @@ from snapd.cli.config import app as config_app
 from snapd.cli.doctor import doctor
 from snapd.cli.ls import ls
 from snapd.cli.outcome import reports_errors
+from snapd.cli.plan import plan
 from snapd.cli.restore import restore
 from snapd.cli.rm import rm
 from snapd.cli.serve import serve
@@ -48,7 +49,7 @@ def _snapd(
     """Keep the state of training jobs safe in memory that outlives the trainer."""
 
 
-for _command in (serve, status, top, ls, show, verify, restore, rm, doctor):
+for _command in (serve, status, top, ls, show, verify, restore, rm, plan, doctor):
     app.command(_command.__name__)(reports_errors(_command))
 app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")

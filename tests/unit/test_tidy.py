@@ -28,7 +28,10 @@ CLOCK_HOMES = {
 }
 CLOCK_BANNED_IN_HOMES = ("client/snapd_client/state/",)
 CLOCK_EXCEPTIONS = {"client/snapd_client/state/tree.py": "the moment of a capture, for display only"}
-RANDOM_HOMES = {"client/snapd_client/state/": "captures and restores the generators of the trainer"}
+RANDOM_HOMES = {
+    "client/snapd_client/state/": "captures and restores the generators of the trainer",
+    "snapd/cli/plan.py": "draws for its Monte Carlo, from the user's seed",
+}
 ENVIRON_HOMES = {
     "snapd/config.py": "reads the settings",
     "snapd/cli/": "talks to a person",
