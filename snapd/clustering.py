@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from snapd_proto import peer_pb2, peer_pb2_grpc
@@ -15,9 +16,10 @@ from snapd_proto import peer_pb2, peer_pb2_grpc
 from snapd import __version__
 from snapd.codec.ec import ErasureCodec
 from snapd.config import Config
-from snapd.config_cluster import ClusterPlan, join
+from snapd.config_cluster import ClusterPlan, is_loopback, join
 from snapd.coordination.cluster import ClusterState
 from snapd.coordination.embedded_kv import KvServer, LocalKeyValue
+from snapd.coordination.etcd_url import open_etcd
 from snapd.coordination.highwater import HighwaterFile
 from snapd.coordination.kv import KeyValue
 from snapd.coordination.settings import ClusterEnvironment, ClusterSettings
@@ -59,6 +61,9 @@ from snapd.runtime.pipeline import Pipeline
 from snapd.runtime.protecting import FetchRecords, Means
 from snapd.runtime.recovering import RecoveryMeans
 from snapd.runtime.world_restoring import WorldRestores
+
+if TYPE_CHECKING:
+    from snapd.coordination.etcd_kv import EtcdKeyValue  # its client is an extra
 
 STOP_GRACE_S = 1.0
 
@@ -151,7 +156,7 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
     def sender() -> peer_pb2.Sender:
         return sender_of(cluster)
 
-    store = _store(plan, kv_server, make_channel, sender)
+    store = _store(config, plan, kv_server, make_channel, sender)
     state = ClusterState(
         store,
         member,
@@ -287,7 +292,8 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
 def _trust(config: Config, plan: ClusterPlan, clock: Callable[[], float], log: EventLog) -> Trust | None:
     """Our certificates; None in plaintext."""
     if plan.is_plaintext:
-        log.warning("cluster.plaintext", reason="peers are not authenticated and nothing is encrypted")
+        if not is_loopback(plan.advertise):
+            log.warning("cluster.plaintext", reason="peers are not authenticated and nothing is encrypted")
         return None
     settings = config.cluster
     files = TrustFiles(Path(settings.cert), Path(settings.key), Path(settings.ca))
@@ -325,7 +331,26 @@ class _Asked:
         return row_map, [PlacedRecord(owner, record) for owner, record in records.placed]
 
 
+def _etcd(config: Config, plan: ClusterPlan) -> EtcdKeyValue:
+    """The store in etcd; `etcds://` speaks TLS with the cluster's files."""
+    settings = config.cluster
+    names = (
+        (settings.ca, settings.cert, settings.key)
+        if plan.coordinator.startswith("etcds://")
+        else ("", "", "")
+    )
+    try:
+        ca, cert, key = (Path(name).read_bytes() if name else None for name in names)
+        password = Path(settings.etcd_password_file).read_text("utf-8") if settings.etcd_password_file else ""
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}", kind="etcd_access") from error
+    return open_etcd(
+        plan.coordinator, ca=ca, cert=cert, key=key, user=settings.etcd_user, password=password.strip()
+    )
+
+
 def _store(
+    config: Config,
     plan: ClusterPlan,
     kv_server: KvServer | None,
     make_channel: MakeChannel,
@@ -335,10 +360,6 @@ def _store(
     if kv_server is not None:
         return LocalKeyValue(kv_server, f"{plan.node}/{client}")
     if plan.etcd_endpoints:
-        from snapd.coordination.etcd_kv import (
-            EtcdKeyValue,
-        )  # its client is an extra: `pip install snapd[etcd]`
-
-        return EtcdKeyValue(plan.etcd_endpoints)
+        return _etcd(config, plan)
     stub = peer_pb2_grpc.PeerStub(make_channel(plan.leader_node, plan.leader_address))
     return RemoteKeyValue(lambda: stub, sender, client=client)

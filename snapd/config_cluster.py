@@ -11,7 +11,7 @@ from snapd.errors import ConfigError
 from snapd.settings import setting
 from snapd.units import MIB
 
-ETCD = "etcd://"
+ETCD = ("etcd://", "etcds://")
 LEADER = "leader"
 PORT_MAX = 65535
 
@@ -23,8 +23,9 @@ class ClusterConfig:
     coordinator: str = setting(
         "",
         "text",
-        "Where the cluster agrees: `etcd://HOST:PORT,...`; `leader` (this daemon keeps it, for a few nodes); or"
-        " [NODE@]HOST:PORT of the daemon that is the leader. Empty: one machine, alone. etcd survives any node.",
+        "Where the cluster agrees: `etcd://HOST:PORT,...` (`etcds://` with TLS); `leader` (this daemon keeps it,"
+        " for a few nodes); or [NODE@]HOST:PORT of the daemon that is the leader. Empty: one machine, alone. etcd"
+        " survives any node.",
     )
     name: str = setting(
         "snapd",
@@ -66,6 +67,10 @@ class ClusterConfig:
     cert: str = setting("", "text", "This node's certificate (PEM). Its names must contain the node's.")
     key: str = setting("", "text", "The certificate's private key (PEM, mode 0600).")
     ca: str = setting("", "text", "The cluster's certificate authority (PEM).")
+    etcd_user: str = setting(
+        "", "text", "User at etcd, where it asks for one; its role needs the cluster's prefix."
+    )
+    etcd_password_file: str = setting("", "text", "File with that user's password.")
     plaintext: str = setting(
         "no",
         "switch",
@@ -216,7 +221,7 @@ def plan_cluster(config: ClusterConfig, hostname: str | None = None) -> ClusterP
 def _endpoints(coordinator: str) -> tuple[str, ...]:
     if not coordinator.startswith(ETCD):
         return ()
-    endpoints = tuple(filter(None, coordinator.removeprefix(ETCD).split(",")))
+    endpoints = tuple(filter(None, coordinator.partition("://")[2].split(",")))
     for endpoint in endpoints:
         split(endpoint, "cluster.coordinator")
     if not endpoints:
