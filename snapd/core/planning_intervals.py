@@ -91,7 +91,7 @@ class TwoLevels:
             return 0.0
         time_s, stays = self._segment(length_s)
         last_s, last_stays = self._segment(length_s + self.storage_stall_s)
-        before = stays ** (count - 1)  # no restart from storage in all segments but the last
+        before = math.pow(stays, count - 1)  # no restart from storage in all segments but the last
         tries = count - 1 if abs(1 - stays) < 1e-12 else (1 - before) / (1 - stays)
         done = before * last_stays
         if done <= 0:
