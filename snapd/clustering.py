@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
-from snapd_proto import peer_pb2, peer_pb2_grpc
+from snapd_proto import peer_pb2
 
 from snapd import __version__
 from snapd.codec.ec import ErasureCodec
@@ -33,13 +32,7 @@ from snapd.errors import ConfigError, NotFoundError, UnavailableError
 from snapd.obs.log import EventLog
 from snapd.obs.protection_metrics import ProtectionMetrics
 from snapd.peer.asking import Asking
-from snapd.peer.grpc_peer import (
-    TransferService,
-    channel_credentials,
-    channel_options,
-    dial_grpc,
-    server_credentials,
-)
+from snapd.peer.grpc_peer import TransferService, dial_grpc
 from snapd.peer.identity import Identity, admit_token
 from snapd.peer.limits import PeerLimits
 from snapd.peer.links import Dial, PeerLinks
@@ -48,9 +41,9 @@ from snapd.peer.serving import Serving
 from snapd.peer.side_channel import BulkServer, dial_socket
 from snapd.peer.traffic import TrafficMeter
 from snapd.peer.trust import Trust, TrustFiles
-from snapd.rpc.peer_calls import PEER_OPTIONS, MakeChannel, PeerCallsGrpc
-from snapd.rpc.peer_service import PeerService, sender_of
-from snapd.rpc.remote_kv import RemoteKeyValue
+from snapd.rpc.peer_calls import MakeChannel, PeerCallsGrpc
+from snapd.rpc.peer_server import PeerServer, channels, leader_store
+from snapd.rpc.peer_service import sender_of
 from snapd.runtime.bringing import Bringer
 from snapd.runtime.bulk_store import NodeBulkStore
 from snapd.runtime.cluster import Cluster, ClusterParts
@@ -68,29 +61,13 @@ if TYPE_CHECKING:
 STOP_GRACE_S = 1.0
 
 
-def arena_id(arena: Path) -> str:
-    """The arena's id: new when it began empty, the same for as long as its files are there."""
-    path = arena / "arena-id"
-    try:
-        known = path.read_text("ascii").strip()
-    except FileNotFoundError:
-        known = ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", kind="folder") from error
-    if not known:
-        known = secrets.token_hex(8)
-        path.write_text(known + "\n", "ascii")
-    return known
-
-
 @dataclass(slots=True)
 class Clustering:
     """Everything of a running member; `stop` takes it down in reverse."""
 
     cluster: Cluster
-    server: grpc.aio.Server
+    server: PeerServer
     bulk: BulkServer
-    transfers: TransferService
     links: PeerLinks
     calls: PeerCallsGrpc
     pipeline: Pipeline
@@ -104,12 +81,10 @@ class Clustering:
         await self.protection.close()
         for task in self.tasks:
             task.cancel()
-        self.transfers.close()
         await self.server.stop(STOP_GRACE_S)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self.bulk.close)
-        await loop.run_in_executor(None, self.links.close)
-        await loop.run_in_executor(None, self.pipeline.close)
+        for close in (self.bulk.close, self.links.close, self.pipeline.close):
+            await loop.run_in_executor(None, close)
         await self.calls.close()
         await self.store.close()
         if self.kv_server is not None:
@@ -122,196 +97,197 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
     Raises:
         ConfigError: an address that cannot be listened on, certificates that cannot be used, ...
     """
-    environment = node.context.environment
-    log = node.context.log
-    member = Member(
-        node=plan.node,
-        host=plan.host,
-        domain=plan.domain,
-        address=plan.address,
-        bulk_address=plan.bulk_address,
-        arena_id=arena_id(node.context.arena.path),
-        version=__version__,
-    )
-    kv_server = (
-        KvServer(node.context.arena.path / "coordination.db", monotonic_s=environment.monotonic_s)
-        if plan.is_leader
-        else None
-    )
-
-    trust = _trust(config, plan, environment.monotonic_s, log)
-
-    def make_channel(name: str, address: str) -> grpc.aio.Channel:
-        if trust is None:
-            return grpc.aio.insecure_channel(address, options=PEER_OPTIONS)
-        options = [*PEER_OPTIONS, *channel_options(name)]
-        return grpc.aio.secure_channel(address, channel_credentials(trust), options=options)
-
-    def note(event: str, fields: Mapping[str, object]) -> None:
-        log.info(
-            event,
-            **{key: value if isinstance(value, int | float) else str(value) for key, value in fields.items()},
-        )
-
-    def sender() -> peer_pb2.Sender:
-        return sender_of(cluster)
-
-    store = _store(config, plan, kv_server, make_channel, sender)
-    state = ClusterState(
-        store,
-        member,
-        ClusterSettings(
-            asked=plan.code,
-            lease_s=config.cluster.lease,
-            lost_after_s=config.cluster.lost_after,
-            allow_same_host=config.cluster.allow_same_host == "yes",
-        ),
-        keys=Keyspace(plan.name),
-        environment=ClusterEnvironment(
-            monotonic_s=environment.monotonic_s,
-            chance=random.random,
-            random_id=lambda: secrets.token_hex(8),
-        ),
-        highwater=HighwaterFile(node.context.arena.path / "highwater.json"),
-        place=place,
-        note=note,
-    )
-
-    def address_of(name: str) -> str | None:
-        found = state.members.get(name)
-        return found.address if found is not None else None
-
-    def bulk_address_of(name: str) -> str:
-        found = state.members.get(name)
-        if found is None:
-            raise UnavailableError(f"node {name} is no member now", kind="peer_unknown", node=name)
-        return found.address if plan.bulk == "grpc" else found.bulk_address
-
-    def identity() -> Identity:
-        return Identity(plan.node, state.token or Token("", 0))
-
-    meter = TrafficMeter()
-    links = PeerLinks(
-        bulk_address_of,
-        _dial(plan, trust),
-        Asking(identity=identity, clock=environment.monotonic_s, meter=meter),
-        pacer=Pacer(environment.monotonic_s, config.cluster.rate or None),
-    )
-    calls = PeerCallsGrpc(address_of, make_channel, sender, trust.material if trust is not None else None)
-    pipeline = Pipeline(bytes_max=config.cluster.inflight)
-    metrics = ProtectionMetrics(node.context.metrics.registry)
-    asked = _Asked(calls)
-
-    def fetch_records(job: str) -> FetchRecords:
-        return lambda name, snapshot: asked.own(name, job, snapshot)
-
-    protection = NodeProtection(
-        Means(
-            node=plan.node,
-            links=links.paced,
-            pipeline=pipeline,
-            make_codec=ErasureCodec,
-            fetch_records=fetch_records,
-            metrics=metrics,
-        ),
-        changed=lambda name: cluster.worlds[name].changed(),
-        epoch=lambda: cluster.epoch,
-        traffic=lambda: (meter.total().sent_bytes, meter.total().received_bytes),
-    )
-    settings = node.context.settings
-    cluster = Cluster(
-        ClusterParts(
-            state=state,
-            calls=calls,
-            protection=protection,
-            collector_settings=CollectorSettings(
-                restore_settle_s=settings.restore_settle_s,
-                restore_finish_s=settings.restore_finish_s,
-                restore_wait_s=config.cluster.restore_wait,
-                interval_factor_max=settings.interval_factor_max,
-            ),
-            jobs=node,
-            log=log,
-            instance=node.instance,
-            version=__version__,
-            monotonic_s=environment.monotonic_s,
-            spawn=node.context.spawn,
-            arena_bytes=lambda: sum(node.held_by_job().values()),
-            kv_server=kv_server,
-        )
-    )
-    asked.cluster = cluster
-    bulk_store = NodeBulkStore(node.jobs.get, asyncio.get_running_loop())
-    bringer = Bringer(
-        RecoveryMeans(
-            node=plan.node,
-            store=bulk_store,
-            links=links,
-            pipeline=pipeline,
-            make_codec=ErasureCodec,
-            fetch_own=asked.own,
-            fetch_rows=asked.rows,
-            metrics=metrics,
-        )
-    )
-    node.cluster = cluster
-    node.restores = WorldRestores(cluster, bringer, wait_s=config.cluster.restore_wait)
-    serving = Serving(
-        store=bulk_store,
-        identity=identity,
-        admit=admit_token(lambda: state.token or Token("", 0)),
-        clock=environment.monotonic_s,
-        log_once=log.once,
-        meter=meter,
-    )
-    bulk = BulkServer(serving, trust if plan.bulk == "tls" else None)
+    wiring = _Wiring(config, plan, node)
+    tasks = [node.context.spawn(wiring.kv_server.run(), "coordinator")] if wiring.kv_server else []
+    cluster = wiring.make_cluster()
+    serving = wiring.make_serving()
+    bulk = BulkServer(serving, wiring.trust if plan.bulk == "tls" else None)
     if plan.bulk != "grpc":
         bulk.start(plan.listen_host, plan.bulk_port)
-    transfers = TransferService(serving)
-    server = grpc.aio.server(options=[*PEER_OPTIONS, ("grpc.so_reuseport", 0)])
-    service = PeerService(node, cluster, transfers, is_tls=trust is not None)
-    peer_pb2_grpc.add_PeerServicer_to_server(service, server)
-    try:
-        listen = join(plan.listen_host, plan.port)
-        if trust is None:
-            server.add_insecure_port(listen)
-        else:
-            server.add_secure_port(listen, server_credentials(trust))
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {plan.listen_host}:{plan.port}",
-            kind="address",
-            hint="is another daemon there?",
-        ) from error
-    await server.start()
-    tasks = [node.context.spawn(kv_server.run(), "coordinator")] if kv_server is not None else []
-    parts = (cluster, server, bulk, transfers, links, calls, pipeline, protection, store, kv_server)
-    return Clustering(*parts, tasks)
+    server = PeerServer(node, cluster, TransferService(serving), wiring.trust)
+    await server.start(join(plan.listen_host, plan.port))
+    node.cluster = cluster
+    node.restores = WorldRestores(cluster, wiring.make_bringer(), wait_s=config.cluster.restore_wait)
+    return Clustering(
+        cluster=cluster,
+        server=server,
+        bulk=bulk,
+        links=wiring.links,
+        calls=wiring.calls,
+        pipeline=wiring.pipeline,
+        protection=wiring.protection,
+        store=wiring.store,
+        kv_server=wiring.kv_server,
+        tasks=tasks,
+    )
 
 
-def _trust(config: Config, plan: ClusterPlan, clock: Callable[[], float], log: EventLog) -> Trust | None:
-    """Our certificates; None in plaintext."""
-    if plan.is_plaintext:
-        if not is_loopback(plan.advertise):
-            log.warning("cluster.plaintext", reason="peers are not authenticated and nothing is encrypted")
-        return None
-    settings = config.cluster
-    files = TrustFiles(Path(settings.cert), Path(settings.key), Path(settings.ca))
-    return Trust(plan.node, files, clock=clock, log_once=log.once)
+class _Wiring:
+    """The parts, in the order in which they need one another."""
 
+    def __init__(self, config: Config, plan: ClusterPlan, node: Node) -> None:
+        self.config, self.plan, self.node = config, plan, node
+        self.log, self.clock = node.context.log, node.context.environment.monotonic_s
+        self.trust = _trust(config, plan, self.clock, self.log)
+        self.make_channel = channels(self.trust)
+        arena = node.context.arena.path
+        self.kv_server = (
+            KvServer(arena / "coordination.db", monotonic_s=self.clock) if plan.is_leader else None
+        )
+        self.asked = _Asked()
+        self.store = _store(config, plan, self.kv_server, self.make_channel, self.sender)
+        self.state = self.make_state(arena)
+        self.meter = TrafficMeter()
+        self.links = PeerLinks(
+            self.bulk_address_of,
+            _dial(plan, self.trust),
+            Asking(identity=self.identity, clock=self.clock, meter=self.meter),
+            pacer=Pacer(self.clock, config.cluster.rate or None),
+        )
+        credentials = self.trust.material if self.trust is not None else None
+        self.calls = PeerCallsGrpc(self.address_of, self.make_channel, self.sender, credentials)
+        self.pipeline = Pipeline(bytes_max=config.cluster.inflight)
+        self.metrics = ProtectionMetrics(node.context.metrics.registry)
+        self.protection = self.make_protection()
+        self.bulk_store = NodeBulkStore(node.jobs.get, asyncio.get_running_loop())
 
-def _dial(plan: ClusterPlan, trust: Trust | None) -> Dial:
-    if plan.bulk == "grpc":
-        return dial_grpc(trust)
-    return dial_socket(trust if plan.bulk == "tls" else None, stall_s=PeerLimits().stall_s)
+    # what the parts ask
+
+    @property
+    def cluster(self) -> Cluster:
+        assert self.asked.cluster is not None
+        return self.asked.cluster
+
+    def sender(self) -> peer_pb2.Sender:
+        return sender_of(self.cluster)
+
+    def token(self) -> Token:
+        return self.state.token or Token("", 0)
+
+    def identity(self) -> Identity:
+        return Identity(self.plan.node, self.token())
+
+    def address_of(self, name: str) -> str | None:
+        found = self.state.members.get(name)
+        return found.address if found is not None else None
+
+    def bulk_address_of(self, name: str) -> str:
+        found = self.state.members.get(name)
+        if found is None:
+            raise UnavailableError(f"node {name} is no member now", kind="peer_unknown", node=name)
+        return found.address if self.plan.bulk == "grpc" else found.bulk_address
+
+    def note(self, event: str, fields: Mapping[str, object]) -> None:
+        shown = {
+            key: value if isinstance(value, int | float) else str(value) for key, value in fields.items()
+        }
+        self.log.info(event, **shown)
+
+    # the parts
+
+    def make_state(self, arena: Path) -> ClusterState:
+        plan, settings = self.plan, self.config.cluster
+        member = Member(
+            node=plan.node,
+            host=plan.host,
+            domain=plan.domain,
+            address=plan.address,
+            bulk_address=plan.bulk_address,
+            arena_id=arena_id(arena),
+            version=__version__,
+        )
+        return ClusterState(
+            self.store,
+            member,
+            ClusterSettings(
+                asked=plan.code,
+                lease_s=settings.lease,
+                lost_after_s=settings.lost_after,
+                allow_same_host=settings.allow_same_host == "yes",
+            ),
+            keys=Keyspace(plan.name),
+            environment=ClusterEnvironment(
+                monotonic_s=self.clock, chance=random.random, random_id=lambda: secrets.token_hex(8)
+            ),
+            highwater=HighwaterFile(arena / "highwater.json"),
+            place=place,
+            note=self.note,
+        )
+
+    def make_protection(self) -> NodeProtection:
+        def fetch_records(job: str) -> FetchRecords:
+            return lambda name, snapshot: self.asked.own(name, job, snapshot)
+
+        means = Means(
+            node=self.plan.node,
+            links=self.links.paced,
+            pipeline=self.pipeline,
+            make_codec=ErasureCodec,
+            fetch_records=fetch_records,
+            metrics=self.metrics,
+        )
+        return NodeProtection(
+            means,
+            changed=lambda name: self.cluster.worlds[name].changed(),
+            epoch=lambda: self.cluster.epoch,
+            traffic=lambda: (self.meter.total().sent_bytes, self.meter.total().received_bytes),
+        )
+
+    def make_cluster(self) -> Cluster:
+        node, settings = self.node, self.node.context.settings
+        cluster = Cluster(
+            ClusterParts(
+                state=self.state,
+                calls=self.calls,
+                protection=self.protection,
+                collector_settings=CollectorSettings(
+                    restore_settle_s=settings.restore_settle_s,
+                    restore_finish_s=settings.restore_finish_s,
+                    restore_wait_s=self.config.cluster.restore_wait,
+                    interval_factor_max=settings.interval_factor_max,
+                ),
+                jobs=node,
+                log=self.log,
+                instance=node.instance,
+                version=__version__,
+                monotonic_s=self.clock,
+                spawn=node.context.spawn,
+                arena_bytes=lambda: sum(node.held_by_job().values()),
+                kv_server=self.kv_server,
+            )
+        )
+        self.asked.cluster = cluster
+        return cluster
+
+    def make_bringer(self) -> Bringer:
+        return Bringer(
+            RecoveryMeans(
+                node=self.plan.node,
+                store=self.bulk_store,
+                links=self.links,
+                pipeline=self.pipeline,
+                make_codec=ErasureCodec,
+                fetch_own=self.asked.own,
+                fetch_rows=self.asked.rows,
+                metrics=self.metrics,
+            )
+        )
+
+    def make_serving(self) -> Serving:
+        return Serving(
+            store=self.bulk_store,
+            identity=self.identity,
+            admit=admit_token(self.token),
+            clock=self.clock,
+            log_once=self.log.once,
+            meter=self.meter,
+        )
 
 
 class _Asked:
     """Records for the protector and for recovery, by way of the cluster (the own node is asked as any other)."""
 
-    def __init__(self, calls: PeerCallsGrpc) -> None:
-        self.calls = calls
-        self.cluster: Cluster | None = None
+    cluster: Cluster | None = None
 
     async def own(self, node: str, job: str, snapshot: SnapshotId) -> list[ShardRecord]:
         assert self.cluster is not None
@@ -331,22 +307,36 @@ class _Asked:
         return row_map, [PlacedRecord(owner, record) for owner, record in records.placed]
 
 
-def _etcd(config: Config, plan: ClusterPlan) -> EtcdKeyValue:
-    """The store in etcd; `etcds://` speaks TLS with the cluster's files."""
-    settings = config.cluster
-    names = (
-        (settings.ca, settings.cert, settings.key)
-        if plan.coordinator.startswith("etcds://")
-        else ("", "", "")
-    )
+def arena_id(arena: Path) -> str:
+    """The arena's id: new when it began empty, the same for as long as its files are there."""
+    path = arena / "arena-id"
     try:
-        ca, cert, key = (Path(name).read_bytes() if name else None for name in names)
-        password = Path(settings.etcd_password_file).read_text("utf-8") if settings.etcd_password_file else ""
-    except OSError as error:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}", kind="etcd_access") from error
-    return open_etcd(
-        plan.coordinator, ca=ca, cert=cert, key=key, user=settings.etcd_user, password=password.strip()
-    )
+        known = path.read_text("ascii").strip()
+    except FileNotFoundError:
+        known = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", kind="folder") from error
+    if not known:
+        known = secrets.token_hex(8)
+        path.write_text(known + "\n", "ascii")
+    return known
+
+
+def _trust(config: Config, plan: ClusterPlan, clock: Callable[[], float], log: EventLog) -> Trust | None:
+    """Our certificates; None in plaintext."""
+    if plan.is_plaintext:
+        if not is_loopback(plan.advertise):
+            log.warning("cluster.plaintext", reason="peers are not authenticated and nothing is encrypted")
+        return None
+    settings = config.cluster
+    files = TrustFiles(Path(settings.cert), Path(settings.key), Path(settings.ca))
+    return Trust(plan.node, files, clock=clock, log_once=log.once)
+
+
+def _dial(plan: ClusterPlan, trust: Trust | None) -> Dial:
+    if plan.bulk == "grpc":
+        return dial_grpc(trust)
+    return dial_socket(trust if plan.bulk == "tls" else None, stall_s=PeerLimits().stall_s)
 
 
 def _store(
@@ -361,5 +351,19 @@ def _store(
         return LocalKeyValue(kv_server, f"{plan.node}/{client}")
     if plan.etcd_endpoints:
         return _etcd(config, plan)
-    stub = peer_pb2_grpc.PeerStub(make_channel(plan.leader_node, plan.leader_address))
-    return RemoteKeyValue(lambda: stub, sender, client=client)
+    return leader_store(make_channel, plan.leader_node, plan.leader_address, sender, client=client)
+
+
+def _etcd(config: Config, plan: ClusterPlan) -> EtcdKeyValue:
+    """The store in etcd; `etcds://` speaks TLS with the cluster's files."""
+    settings = config.cluster
+    is_tls = plan.coordinator.startswith("etcds://")
+    names = (settings.ca, settings.cert, settings.key) if is_tls else ("", "", "")
+    try:
+        ca, cert, key = (Path(name).read_bytes() if name else None for name in names)
+        password = Path(settings.etcd_password_file).read_text("utf-8") if settings.etcd_password_file else ""
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}", kind="etcd_access") from error
+    return open_etcd(
+        plan.coordinator, ca=ca, cert=cert, key=key, user=settings.etcd_user, password=password.strip()
+    )

@@ -30,6 +30,8 @@ CLOCK_BANNED_IN_HOMES = ("client/snapd_client/state/",)
 CLOCK_EXCEPTIONS = {"client/snapd_client/state/tree.py": "the moment of a capture, for display only"}
 RANDOM_HOMES = {
     "client/snapd_client/state/": "captures and restores the generators of the trainer",
+    "snapd/clustering.py": "hands chance down to the parts, as daemon.py does the clock",
+    "snapd/sim/": "the simulation draws everything from its seed",
     "snapd/cli/plan.py": "draws for its Monte Carlo, from the user's seed",
 }
 ENVIRON_HOMES = {
