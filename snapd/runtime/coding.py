@@ -18,6 +18,7 @@ from snapd.codec.base import Codec
 from snapd.core.ids import SnapshotId
 from snapd.core.rows import Row, RowChunk
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
+from snapd.memory.parity import Reservation
 from snapd.peer.base import ChunkName, FragmentName, Links, Name
 from snapd.runtime.bulk_store import commit_fragment, discard_fragment
 from snapd.runtime.faultpoints import point
@@ -88,7 +89,7 @@ def timeout_s(nbytes: int) -> float:
 
 
 def pieces_per_row(row: Row) -> int:
-    """Buffers for its chunks, and for its parity."""
+    """Buffers for its chunks and its parity, at most: our own fragment is encoded into its frame if it has none yet."""
     return len(row.chunks) + len(row.parity_nodes)
 
 
@@ -99,27 +100,22 @@ def code_batch(bench: Bench, tasks: Sequence[RowTask], piece_bytes: int) -> Batc
         Stopped: the target was given up; what was placed by then stays.
     """
     result = BatchResult()
-    with bench.buffers.lend(
-        sum(pieces_per_row(task.row) for task in tasks), piece_bytes, bench.stop
-    ) as pieces:
-        views: dict[int, list[memoryview]] = {}
-        parity: dict[int, list[memoryview]] = {}
-        for task in tasks:
-            row = task.row
-            views[row.number] = [pieces.pop()[: chunk.nbytes] for chunk in row.chunks]
-            parity[row.number] = [pieces.pop()[: row.nbytes] for _ in row.parity_nodes]
+    count = sum(pieces_per_row(task.row) - (0 in task.lacking) for task in tasks)
+    with bench.buffers.lend(count, piece_bytes, bench.stop) as pieces:
+        views = {
+            task.row.number: [pieces.pop()[: chunk.nbytes] for chunk in task.row.chunks] for task in tasks
+        }
+        parity = {
+            task.row.number: [
+                pieces.pop()[: task.row.nbytes] for _ in task.row.parity_nodes[0 in task.lacking :]
+            ]
+            for task in tasks
+        }
         failed = _pull(bench, tasks, views, result)
         for task in tasks:
-            if task.row.number in failed:
-                continue
-            bench.check()
-            data: list[memoryview | None] = [*views[task.row.number]]
-            data.extend([None] * (bench.codec.k - len(data)))
-            fragments = parity[task.row.number]
-            bench.codec.encode(data, fragments)
-            result.rows_coded += 1
-            result.encoded_bytes += sum(chunk.nbytes for chunk in task.row.chunks)
-            _place(bench, task, fragments, result)
+            if task.row.number not in failed:
+                bench.check()
+                _code(bench, task, views[task.row.number], parity[task.row.number], result)
     return result
 
 
@@ -186,39 +182,51 @@ def _name(bench: Bench, chunk: RowChunk) -> Name:
     return ChunkName(bench.job.name, bench.snapshot.generation, bench.snapshot.step, chunk.rank, chunk.index)
 
 
-# placing
+# coding
 
 
-def _place(bench: Bench, task: RowTask, fragments: list[memoryview], result: BatchResult) -> None:
-    """Our own fragment into its frame, the others to their nodes."""
-    row = task.row
-    for number in sorted(task.lacking):
-        bench.check()
-        node = row.parity_nodes[number] if number else ""
-        view = fragments[number]
-        digest = xxhash.xxh3_128_digest(view)
-        try:
-            if number == 0:
-                _keep(bench, row, view, digest)
-            else:
-                name = FragmentName(bench.job.name, row.id, number)
-                point("daemon.protect.push.before")
-                bench.links.to(node).push(name, view, digest, timeout_s=timeout_s(view.nbytes))
-                point("daemon.protect.push.after")
-                result.pushed_bytes += view.nbytes
-        except SnapdError as error:
-            result.failures.append(Failure(row, node, error))
-        else:
-            result.placed.append((row.number, number))
-
-
-def _keep(bench: Bench, row: Row, view: memoryview, digest: bytes) -> None:
-    parity = bench.job.parity
-    reservation = parity.reserve(row.id, 0, view.nbytes)
+def _code(
+    bench: Bench, task: RowTask, chunks: list[memoryview], fragments: list[memoryview], result: BatchResult
+) -> None:
+    """Encode a row, our own fragment straight into its frame, and bring each to where it belongs."""
+    row, parity = task.row, bench.job.parity
     with ExitStack() as undo:
-        undo.callback(parity.cancel, reservation)
-        reservation.view[:] = view
-        bench.caller.call(commit_fragment, bench.job, reservation, digest)
+        own: Reservation | None = None
+        if 0 in task.lacking:
+            try:
+                own = parity.reserve(row.id, 0, row.nbytes)
+            except SnapdError as error:
+                result.failures.append(Failure(row, "", error))
+                return
+            undo.callback(parity.cancel, own)  # nothing after a commit
+            fragments = [own.view, *fragments]
+        data: list[memoryview | None] = [*chunks]
+        data.extend([None] * (bench.codec.k - len(data)))
+        bench.codec.encode(data, fragments)
+        result.rows_coded += 1
+        result.encoded_bytes += sum(chunk.nbytes for chunk in chunks)
+        for number in sorted(task.lacking):
+            bench.check()
+            node = row.parity_nodes[number] if number else ""
+            try:
+                if number == 0 and own is not None:
+                    digest = xxhash.xxh3_128_digest(own.view)
+                    bench.caller.call(commit_fragment, bench.job, own, digest)
+                else:
+                    _push(bench, row, number, fragments[number], result)
+            except SnapdError as error:
+                result.failures.append(Failure(row, node, error))
+            else:
+                result.placed.append((row.number, number))
+
+
+def _push(bench: Bench, row: Row, number: int, view: memoryview, result: BatchResult) -> None:
+    name = FragmentName(bench.job.name, row.id, number)
+    digest = xxhash.xxh3_128_digest(view)
+    point("daemon.protect.push.before")
+    bench.links.to(row.parity_nodes[number]).push(name, view, digest, timeout_s=timeout_s(view.nbytes))
+    point("daemon.protect.push.after")
+    result.pushed_bytes += view.nbytes
 
 
 def check_fragments(bench: Bench, keys: Sequence[tuple[bytes, int]]) -> None:
