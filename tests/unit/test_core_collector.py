@@ -1,0 +1,431 @@
+"""The collector: what follows from what the nodes report."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from snapd.core.collector import Collector, NodeReport
+from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
+from tests.support.collector_reports import Reporting, done, held, snap, table_of
+
+TABLE = table_of(["a", "b", "c"])
+
+
+def collector(**recorded: SnapshotId) -> Collector:
+    return Collector(8, **recorded)  # type: ignore[arg-type]
+
+
+def world(size: int = 3, generation: int = 1) -> list[Reporting]:
+    """Node i serves rank i."""
+    return [
+        Reporting(name, [rank], world_size=size, generation=generation)
+        for rank, name in zip(range(size), "abcdef", strict=False)
+    ]
+
+
+def all_take(core: Collector, nodes: list[Reporting], *steps: int, **facts: object) -> None:
+    """Every node reports its shard of these steps."""
+    for rank, node in enumerate(nodes):
+        core.take(node.has(*(held(step, rank, world_size=len(nodes)) for step in steps), **facts))
+
+
+# reports
+
+
+def test_a_report_that_a_newer_one_overtook_is_ignored() -> None:
+    core, (a, b, _) = collector(), world()
+    late, newest = a.has(held(1, 0, world_size=3)), a.has(held(2, 0, world_size=3))
+    assert core.take(newest)
+    assert not core.take(late)
+    assert not core.take(newest)
+    assert core.take(b.has())
+    assert core.reports["a"].held == held(2, 0, world_size=3)
+
+
+def test_a_restarted_daemon_counts_its_serials_anew() -> None:
+    core, (a, *_) = collector(), world()
+    for _ in range(5):
+        core.take(a.has(held(1, 0, world_size=3)))
+    a.serial = 0
+    assert core.take(a(instance=2, held=()))
+    assert core.reports["a"].held == ()
+
+
+def test_numbers_grow_with_changes_and_only_then() -> None:
+    core, nodes = collector(), world()
+    first = core.settle(TABLE).number
+    assert core.settle(TABLE).number == first
+    all_take(core, nodes, 1)
+    core.settle(TABLE)
+    second = core.settle(TABLE).number
+    assert second > first
+    core.take(nodes[0](newest_step_seen=17))
+    assert core.settle(TABLE).number == second
+    core.take(nodes[0](generation=2))
+    assert core.settle(TABLE).number == second + 1
+
+
+# complete, for every subset of what three nodes can hold of two snapshots
+
+
+PARTS = list(itertools.product((0, 1, 2), (1, 2)))  # (rank, step)
+
+
+@pytest.mark.parametrize("is_capturing", [True, False])
+def test_every_subset_of_shards_leads_to_the_newest_complete_one(is_capturing: bool) -> None:
+    for size in range(len(PARTS) + 1):
+        for subset in itertools.combinations(PARTS, size):
+            core, nodes = collector(), world()
+            for rank, node in enumerate(nodes):
+                mine = [held(step, rank, world_size=3) for r, step in subset if r == rank]
+                newest = max((step for r, step in subset if r == rank), default=0)
+                core.take(node.has(*mine, passed={rank: newest}, is_capturing=is_capturing, keep_complete=1))
+            orders = core.settle(TABLE)
+            whole = [step for step in (1, 2) if all((rank, step) in subset for rank in range(3))]
+            assert orders.complete == (snap(whole[-1]) if whole else None), subset
+            assert orders.target == orders.complete
+            dropped = {snapshot.step for snapshot, _ in orders.drop}
+            present = {step for _, step in subset}
+            expected = set()
+            if is_capturing:
+                for step in present - set(whole[-1:]):
+                    is_older = bool(whole) and step < whole[-1]
+                    never = any(
+                        (rank, step) not in subset
+                        and max((s for r, s in subset if r == rank), default=0) >= step
+                        for rank in range(3)
+                    )
+                    if is_older or never:
+                        expected.add(step)
+            assert dropped == expected, subset
+
+
+def test_the_newest_complete_one_is_remembered_when_its_holders_fall_silent() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 4)
+    core.settle(TABLE)
+    core.forget("b")
+    orders = core.settle(TABLE)
+    assert orders.complete == snap(4)
+    assert orders.drop == ()
+    core.take(nodes[0].has(held(3, 0, world_size=3), held(4, 0, world_size=3)))
+    core.take(nodes[2].has(held(3, 2, world_size=3), held(4, 2, world_size=3)))
+    core.take(nodes[1].has(held(3, 1, world_size=3)))
+    orders = core.settle(TABLE)
+    assert orders.complete == snap(4)
+    assert snap(3) not in dict(orders.drop), "the newest one that is whole stays, whatever was complete once"
+
+
+def test_a_snapshot_that_is_proved_bad_is_complete_no_more_and_all_hear_of_it() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, 2)
+    assert core.settle(TABLE).complete == snap(2)
+    core.take(nodes[1].has(held(1, 1, world_size=3), problems=((snap(2), "rank 1 chunk 0: digest"),)))
+    orders = core.settle(TABLE)
+    assert orders.complete == snap(1)
+    assert orders.target == snap(1)
+    assert orders.problems == ((snap(2), "rank 1 chunk 0: digest"),)
+
+
+def test_an_older_snapshot_never_becomes_the_newest_complete_one_afterwards() -> None:
+    core, nodes = collector(recorded_complete=snap(7)), world()
+    all_take(core, nodes, 5)
+    orders = core.settle(TABLE)
+    assert orders.complete == snap(7)
+    assert orders.target == snap(5), "what is whole is protected, even so"
+
+
+# protection
+
+
+@pytest.mark.parametrize(
+    "parts", list(itertools.product(("none", "old epoch", "other plan", "done"), repeat=3))
+)
+def test_protected_means_all_parts_under_the_tables_epoch_with_one_plan(parts: tuple[str, ...]) -> None:
+    core, nodes = collector(), world()
+    for rank, (node, part) in enumerate(zip(nodes, parts, strict=True)):
+        core.take(
+            node.has(
+                held(1, rank, world_size=3),
+                epoch=1 if part == "old epoch" else 2,
+                done={"none": (), "other plan": done(1, plan=b"other")}.get(part, done(1)),
+            )
+        )
+    orders = core.settle(table_of(["a", "b", "c"], epoch=2))
+    is_protected = set(parts) == {"done"} or set(parts) == {"other plan"}
+    assert orders.protected == (snap(1) if is_protected else None)
+    assert orders.target == (None if is_protected else snap(1))
+    missing = core.missing_parts(snap(1), core.holders()[snap(1)], table_of(["a", "b", "c"], epoch=2))
+    absent = [name for name, part in zip("abc", parts, strict=True) if part in ("none", "old epoch")]
+    if absent:
+        assert missing == "waiting for " + ", ".join(absent)
+    else:
+        assert ("planned different rows" in missing) == (not is_protected)
+
+
+def test_every_group_that_holds_a_shard_has_to_be_done() -> None:
+    table = table_of(["a", "b"], ["c", "d"], ["e", "f"])
+    core, nodes = collector(), world(4)
+    all_take(core, nodes, 1)
+    for name in "ef":
+        core.take(Reporting(name, [], world_size=0)(is_capturing=False))
+    orders = core.settle(table)
+    assert (orders.target, orders.target_groups) == (snap(1), (0, 1))
+    for node in nodes[:3]:
+        core.take(node(done=done(1)))
+    assert core.settle(table).protected is None
+    core.take(nodes[3](done=done(1)))
+    orders = core.settle(table)
+    assert (orders.protected, orders.target, orders.target_groups) == (snap(1), None, ())
+
+
+def test_plans_may_differ_between_groups() -> None:
+    table = table_of(["a", "b"], ["c", "d"])
+    core, nodes = collector(), world(4)
+    all_take(core, nodes, 1, done=done(1, plan=b"one"))
+    for node in nodes[2:]:
+        core.take(node(done=done(1, plan=b"two")))
+    assert core.settle(table).protected == snap(1)
+
+
+def test_a_target_is_finished_before_a_newer_one_is_taken_up_and_then_the_newest_is() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1)
+    assert core.settle(TABLE).target == snap(1)
+    for step in (2, 3, 4):
+        all_take(core, nodes, 1, step)
+        orders = core.settle(TABLE)
+        assert (orders.complete, orders.target) == (snap(step), snap(1))
+        assert snap(1) not in dict(orders.drop)
+    all_take(core, nodes, 1, 4, done=done(1))
+    orders = core.settle(TABLE)
+    assert (orders.protected, orders.target) == (snap(1), snap(4))
+
+
+def test_a_target_of_an_older_generation_gives_way() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 5)
+    assert core.settle(TABLE).target == snap(5)
+    for rank, node in enumerate(nodes):
+        both = (*held(5, rank, world_size=3), *held(6, rank, world_size=3, generation=2))
+        core.take(node(held=both, generation=2, closed_below=2))
+    assert core.settle(TABLE).target == snap(6, 2)
+
+
+def test_another_epoch_makes_the_newest_complete_one_the_target_again() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, done=done(1))
+    assert core.settle(TABLE).protected == snap(1)
+    orders = core.settle(table_of(["a", "b", "c"], epoch=2))
+    assert (orders.protected, orders.target) == (snap(1), snap(1)), "protected once, and to be protected anew"
+    all_take(core, nodes, 1, done=done(1), epoch=2)
+    orders = core.settle(table_of(["a", "b", "c"], epoch=2))
+    assert (orders.protected, orders.target) == (snap(1), None)
+
+
+def test_a_node_in_no_group_with_a_code_is_said_and_stops_the_target() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1)
+    orders = core.settle(table_of(["a", "b"], ["c"]))
+    assert orders.target is None
+    assert orders.reason == "rank 2's node c is in no group that could protect it"
+
+
+def test_without_a_table_nothing_new_is_begun_and_what_is_protected_stays_so() -> None:
+    core, nodes = collector(recorded_protected=snap(1)), world()
+    all_take(core, nodes, 1, 2)
+    orders = core.settle(None)
+    assert (orders.complete, orders.protected, orders.target) == (snap(2), snap(1), None)
+    assert orders.reason == "no group table"
+    assert snap(1) not in dict(orders.drop)
+
+
+def test_a_bad_protected_snapshot_is_protected_no_more() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, done=done(1))
+    assert core.settle(TABLE).protected == snap(1)
+    core.take(nodes[0](problems=((snap(1), "bad"),)))
+    orders = core.settle(TABLE)
+    assert (orders.protected, orders.complete) == (None, None)
+
+
+# what may go
+
+
+def test_slots_keep_as_many_complete_ones_as_there_is_room_for() -> None:
+    for room in (1, 2, 3):
+        core, nodes = collector(), world()
+        all_take(core, nodes, 1, 2, 3, keep_complete=room, done=done(3))
+        orders = core.settle(TABLE)
+        assert orders.protected == snap(3)
+        assert [s.step for s, _ in orders.drop] == list(range(1, 4 - room))
+
+
+def test_the_node_with_least_room_counts_and_one_without_ranks_does_not() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, 2, 3, done=done(3), keep_complete=3)
+    core.take(nodes[1](keep_complete=2))
+    core.take(Reporting("d", [], world_size=0)(keep_complete=1, is_capturing=False))
+    assert [s.step for s, _ in core.settle(TABLE).drop] == [1]
+
+
+def test_nothing_older_goes_before_the_new_generation_has_passed_a_step() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, 2, 3, keep_complete=1, is_capturing=False)
+    for node in nodes:
+        core.take(node(generation=2, closed_below=2))
+    assert core.settle(TABLE).drop == ()
+    core.take(nodes[0](is_capturing=True))
+    assert [s.step for s, _ in core.settle(TABLE).drop] == [1, 2]
+
+
+def test_a_trainer_of_an_older_generation_does_not_count_as_capturing() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, 2, keep_complete=1)
+    for node in nodes[1:]:
+        core.take(node(generation=2, is_capturing=False))
+    assert core.settle(TABLE).drop == ()
+
+
+def test_what_was_restored_stays_until_the_generation_has_a_complete_one_of_its_own() -> None:
+    core, nodes = collector(), world()
+    for rank, node in enumerate(nodes):
+        both = (*held(3, rank, world_size=3), *held(5, rank, world_size=3))
+        core.take(node(held=both, generation=2, closed_below=2, keep_complete=1))
+    core.restored(2, snap(3))
+    assert snap(3) not in dict(core.settle(TABLE).drop)
+    for rank, node in enumerate(nodes):
+        new = held(4, rank, world_size=3, generation=2)
+        core.take(node(held=(*node.facts["held"], *new)))  # type: ignore[misc]
+    assert [s for s, _ in core.settle(TABLE).drop] == [snap(3), snap(5)]
+
+
+def test_the_parent_of_an_older_generation_does_not_displace_a_newer_ones() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 3, 4, 5, keep_complete=1, generation=3, closed_below=3)
+    core.restored(3, snap(4))
+    core.restored(2, snap(3))
+    dropped = dict(core.settle(TABLE).drop)
+    assert snap(4) not in dropped
+    assert snap(3) in dropped
+
+
+@pytest.mark.parametrize("has_passed", [False, True])
+def test_an_unfinished_snapshot_goes_when_a_rank_has_gone_on_without_it(has_passed: bool) -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1)
+    core.take(nodes[0].has(held(1, 0, world_size=3), held(2, 0, world_size=3)))
+    core.take(nodes[1](passed={1: 2 if has_passed else 1}))
+    orders = core.settle(TABLE)
+    assert dict(orders.drop) == ({snap(2): "ranks 1 went on without it"} if has_passed else {})
+
+
+def unfinished_of_an_older_world(
+    *, served: int, closed_below: int, is_capturing: bool
+) -> dict[SnapshotId, str]:
+    """Step 2 of generation 1 lacks rank 2; three nodes report of generation 2."""
+    core, nodes = collector(), world(generation=2)
+    for rank, node in enumerate(nodes):
+        old = held(2, rank, world_size=3) if rank < 2 else ()
+        core.take(
+            node(
+                held=(*held(1, rank, world_size=3), *old),
+                served=(rank,) if rank < served else (),
+                closed_below=closed_below,
+                is_capturing=is_capturing,
+            )
+        )
+    return dict(core.settle(TABLE).drop)
+
+
+@pytest.mark.parametrize("served", [2, 3])
+@pytest.mark.parametrize("closed_below", [1, 2])
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_an_unfinished_one_of_an_older_world_goes_when_the_new_one_is_all_there(
+    served: int, closed_below: int, is_capturing: bool
+) -> None:
+    dropped = unfinished_of_an_older_world(
+        served=served, closed_below=closed_below, is_capturing=is_capturing
+    )
+    assert (snap(2) in dropped) == (served == 3 and closed_below == 2 and is_capturing)
+
+
+# the interval
+
+
+def interval_after(core: Collector) -> Interval:
+    return core.settle(TABLE).interval
+
+
+def test_the_interval_is_as_configured_when_a_generation_begins() -> None:
+    core, nodes = collector(), world()
+    for node in nodes:
+        core.take(node(interval_steps=5))
+    assert interval_after(core) == Interval(configured=5)
+
+
+def test_a_skipped_step_widens_it_once_from_a_step_that_nobody_has_reached() -> None:
+    core, nodes = collector(), world()
+    for node in nodes:
+        core.take(node(newest_step_seen=100))
+    interval_after(core)
+    for node in nodes:  # all of them for the same want of room
+        core.take(node(aborts=1, newest_step_seen=100))
+    widened = interval_after(core)
+    assert (widened.factor, widened.steps) == (2, 2)
+    assert widened.from_step > 100
+    core.take(nodes[0](aborts=1, newest_step_seen=widened.from_step))
+    assert interval_after(core).factor == 2, "a report that repeats a count says nothing new"
+    core.take(nodes[0](aborts=2))
+    assert interval_after(core).factor == 4
+
+
+def test_it_is_never_wider_than_its_bound_and_narrows_after_64_complete_ones() -> None:
+    core, nodes = collector(), world()
+    step = 0
+    for count in range(1, 7):
+        step = core.orders.interval.from_step + 1
+        core.take(nodes[0](aborts=count, newest_step_seen=step))
+        core.settle(TABLE)
+    assert core.orders.interval.factor == 8
+    factors = []
+    for number in range(1, 66):
+        all_take(core, nodes, step + number, newest_step_seen=step + 1000 + number)
+        factors.append(core.settle(TABLE).interval.factor)
+    assert factors[62:] == [8, 4, 4]
+    assert core.orders.interval.from_step > step + 1000 + 64
+
+
+def test_a_new_generation_begins_as_configured_again() -> None:
+    core, nodes = collector(), world()
+    core.take(nodes[0](newest_step_seen=10))
+    core.settle(TABLE)
+    core.take(nodes[0](aborts=1))
+    assert interval_after(core).factor == 2
+    core.take(nodes[0](generation=2, interval_steps=3))
+    assert interval_after(core) == Interval(configured=3)
+
+
+def test_a_collector_that_takes_over_widens_nothing_for_what_was_skipped_before() -> None:
+    _, nodes = collector(), world()
+    for node in nodes:
+        node(newest_step_seen=500, aborts=7)
+    successor = collector()
+    for node in nodes:
+        successor.take(node())
+    assert interval_after(successor).factor == 1
+    successor.take(nodes[1](aborts=8))
+    assert interval_after(successor).factor == 2
+
+
+def test_a_node_that_holds_nothing_changes_nothing() -> None:
+    core = collector()
+    empty = NodeReport(node="a", instance=1, serial=1, epoch=0, generation=0, world_size=0)
+    assert core.take(empty)
+    assert replace(core.settle(TABLE), number=0, reason="") == replace(
+        collector().orders, number=0, reason=""
+    )
