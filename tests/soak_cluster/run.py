@@ -76,11 +76,10 @@ def play(rounds: Rounds, args: argparse.Namespace) -> None:
         outcome = rounds.play()
         steps = ", ".join(f"{job}: protected {p}, restored {r}" for job, (p, r) in outcome.steps.items())
         times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in outcome.seconds.items())
-        lost = "+".join(outcome.lost)
+        lost = "+".join(outcome.lost) + (", and their replacements" if outcome.is_twice else "")
         say(f"round {number}/{args.rounds}: lost {lost}; {steps}; {times}; {time.monotonic() - began:.0f} s")
     if not args.without_excess:
-        for line in rounds.lose_too_many():
-            say(f"one more than m: {line}")
+        say(f"one more than m is refused: {rounds.lose_too_many()[0].splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from tests.cluster.harness.waiting import wait_for
 PROTECT_S = 90.0
 MOMENT_S = 1.5
 STEP_S = 0.2
+START_MOMENT_S = 10.0
+AGAIN_SHARE = 0.25
 FRESH_STEPS = 3  # steps of this start that must be protected before the next loss
 
 
@@ -54,6 +56,7 @@ class Outcome:
     lost: list[str]
     steps: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    is_twice: bool = False  # the replacements died as well, while the job started or restored
 
 
 def make_recipes(ranks: int, steps: int, seed: int, *, is_uneven: bool, is_double: bool) -> list[Recipe]:
@@ -101,25 +104,28 @@ class Rounds:
     def new_job(self, number: int) -> Job:
         self.job_count += 1
         recipe = self.recipes[number]
-        hosts = sorted(self.chance.sample(range(len(self.cluster.daemons)), recipe.ranks))
+        hosts = self.chance.sample(range(len(self.cluster.daemons)), recipe.ranks)
         return Job(f"job-{number}-{self.job_count}", recipe, hosts, self.references[number])
 
     # starting and checking
 
     def start_jobs(self) -> dict[str, int]:
-        """Start every job on its hosts, in an order of ranks of its own; returns job -> restored step."""
+        """Start every job on its hosts; returns job -> restored step."""
         for job in self.jobs:
-            daemons = [self.cluster.daemons[index] for index in job.hosts]
-            job.starts += 1
-            job.training = Training(
-                job.recipe,
-                [daemon.host for daemon in daemons],
-                [daemon.trainer_env() for daemon in daemons],
-                self.cluster.folder / f"{job.name}.{job.starts}",
-                job=job.name,
-                step_s=STEP_S,
-            )
+            self.launch(job)
         return {job.name: self.check_restored(job) for job in self.jobs}
+
+    def launch(self, job: Job) -> None:
+        daemons = [self.cluster.daemons[index] for index in job.hosts]
+        job.starts += 1
+        job.training = Training(
+            job.recipe,
+            [daemon.host for daemon in daemons],
+            [daemon.trainer_env() for daemon in daemons],
+            self.cluster.folder / f"{job.name}.{job.starts}",
+            job=job.name,
+            step_s=STEP_S,
+        )
 
     def check_restored(self, job: Job) -> int:
         """All ranks restored one step, no older than what was protected, and every byte is the reference's."""
@@ -173,6 +179,9 @@ class Rounds:
         began = time.monotonic()
         self.replace(victims)
         outcome.seconds["replacements"] = time.monotonic() - began
+        if self.chance.random() < AGAIN_SHARE:
+            outcome.is_twice = True
+            self.lose_again(victims)
         restored = self.start_jobs()
         for job in self.jobs:
             outcome.steps[job.name] = (job.protected[1], restored[job.name])
@@ -210,6 +219,14 @@ class Rounds:
         for job in self.jobs:
             job.now.kill()
 
+    def lose_again(self, victims: Sequence[ClusterDaemon]) -> None:
+        """The replacements die in their turn, at some moment of the job's start: still only m nodes are lost."""
+        for job in self.jobs:
+            self.launch(job)
+        time.sleep(self.chance.random() * START_MOMENT_S)
+        self.lose(victims)
+        self.replace(victims)
+
     def replace(self, victims: Sequence[ClusterDaemon]) -> None:
         """New daemons on the empty hosts, some under new names."""
         for daemon in victims:
@@ -226,43 +243,33 @@ class Rounds:
                 self.check_steps(job)
                 self.remove(job)
                 self.jobs[number] = new = self.new_job(number)
-                self._start_alone(new)
+                self.launch(new)
+                self.check_restored(new)
 
     def remove(self, job: Job) -> None:
         for daemon in self.cluster.running:
             if daemon.job(job.name) is not None:
                 daemon.asker.remove(job.name)
 
-    def _start_alone(self, job: Job) -> None:
-        others = [each for each in self.jobs if each is not job]
-        self.jobs, everyone = [job], self.jobs
-        try:
-            self.start_jobs()
-        finally:
-            self.jobs = everyone if job in everyone else [*others, job]
-
     # more than m
 
     def lose_too_many(self) -> list[str]:
         """m + 1 nodes of one group are lost: the job is refused, and each rank says what is missing."""
-        for job in self.jobs:
-            self.wait_protected(job)
+        for each in self.jobs:
+            self.wait_protected(each)
         job = self.jobs[0]
         victims = [self.cluster.daemons[index] for index in self.chance.sample(job.hosts, self.m + 1)]
         self.lose(victims)
-        for daemon in victims:
-            daemon.start()
-        daemons = [self.cluster.daemons[index] for index in job.hosts]
-        job.starts += 1
-        job.training = Training(
-            job.recipe,
-            [daemon.host for daemon in daemons],
-            [daemon.trainer_env() for daemon in daemons],
-            self.cluster.folder / f"{job.name}.{job.starts}",
-            job=job.name,
-        )
+        self.cluster.start(victims)
+        self.launch(job)
         said = job.now.wait_failed()
         job.now.kill()
+        lost = [job.hosts.index(self.cluster.daemons.index(daemon)) for daemon in victims]
+        for line in said:
+            if "NotRestorable" not in line or not any(
+                f"rank {rank}: its node is lost" in line for rank in lost
+            ):
+                raise Wrong(f"the loss of ranks {lost} is not what was said: {line}")
         return said
 
 
