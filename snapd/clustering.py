@@ -41,8 +41,9 @@ from snapd.peer.serving import Serving
 from snapd.peer.side_channel import BulkServer, dial_socket
 from snapd.peer.traffic import TrafficMeter
 from snapd.peer.trust import Trust, TrustFiles
+from snapd.rpc.leader_finder import LeaderStore
 from snapd.rpc.peer_calls import MakeChannel, PeerCallsGrpc
-from snapd.rpc.peer_server import PeerServer, channels, leader_store
+from snapd.rpc.peer_server import PeerServer, channels
 from snapd.rpc.peer_service import sender_of
 from snapd.runtime.bringing import Bringer
 from snapd.runtime.bulk_store import NodeBulkStore
@@ -53,6 +54,7 @@ from snapd.runtime.node_protection import NodeProtection
 from snapd.runtime.pipeline import Pipeline
 from snapd.runtime.protecting import FetchRecords, Means
 from snapd.runtime.recovering import RecoveryMeans
+from snapd.runtime.repairing import Repairs
 from snapd.runtime.world_restoring import WorldRestores
 
 if TYPE_CHECKING:
@@ -107,7 +109,9 @@ async def start_cluster(config: Config, plan: ClusterPlan, node: Node) -> Cluste
     server = PeerServer(node, cluster, TransferService(serving), wiring.trust)
     await server.start(join(plan.listen_host, plan.port))
     node.cluster = cluster
-    node.restores = WorldRestores(cluster, wiring.make_bringer(), wait_s=config.cluster.restore_wait)
+    bringer = wiring.make_bringer()
+    node.restores = WorldRestores(cluster, bringer, wait_s=config.cluster.restore_wait)
+    node.repairs = Repairs(cluster, bringer, wiring.metrics)
     return Clustering(
         cluster=cluster,
         server=server,
@@ -351,7 +355,7 @@ def _store(
         return LocalKeyValue(kv_server, f"{plan.node}/{client}")
     if plan.etcd_endpoints:
         return _etcd(config, plan)
-    return leader_store(make_channel, plan.leader_node, plan.leader_address, sender, client=client)
+    return LeaderStore(plan.seeds, make_channel, sender, client=client)
 
 
 def _etcd(config: Config, plan: ClusterPlan) -> EtcdKeyValue:

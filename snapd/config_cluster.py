@@ -6,13 +6,14 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 
-from snapd.core.cluster import Code, checked_node_name
+from snapd.core.cluster import Code, Seed, checked_node_name
 from snapd.errors import ConfigError
 from snapd.settings import setting
 from snapd.units import MIB
 
 ETCD = ("etcd://", "etcds://")
 LEADER = "leader"
+DNS = "dns:"
 PORT_MAX = 65535
 
 
@@ -24,8 +25,8 @@ class ClusterConfig:
         "",
         "text",
         "Where the cluster agrees: `etcd://HOST:PORT,...` (`etcds://` with TLS); `leader` (this daemon keeps it,"
-        " for a few nodes); or [NODE@]HOST:PORT of the daemon that is the leader. Empty: one machine, alone. etcd"
-        " survives any node.",
+        " for a few nodes); or where the leader is: [NODE@]HOST:PORT of one or several daemons (comma-separated), or"
+        " `dns:NAME:PORT` for all addresses of a name. Empty: one machine, alone. etcd survives any node.",
     )
     name: str = setting(
         "snapd",
@@ -125,8 +126,7 @@ class ClusterPlan:
 
     coordinator: str
     etcd_endpoints: tuple[str, ...]
-    leader_address: str
-    leader_node: str
+    seeds: tuple[Seed, ...]
     is_leader: bool
     name: str
     node: str
@@ -195,12 +195,10 @@ def plan_cluster(config: ClusterConfig, hostname: str | None = None) -> ClusterP
     node = checked_node_name(config.node or own)
     machine = config.host or own
     is_plain = not (config.cert or config.key or config.ca)
-    leader_node, leader_address = _leader(config.coordinator)
     plan = ClusterPlan(
         coordinator=config.coordinator,
         etcd_endpoints=_endpoints(config.coordinator),
-        leader_address=leader_address,
-        leader_node=leader_node,
+        seeds=_seeds(config.coordinator),
         is_leader=config.coordinator == LEADER,
         name=checked_node_name(config.name),
         node=node,
@@ -231,13 +229,22 @@ def _endpoints(coordinator: str) -> tuple[str, ...]:
     return endpoints
 
 
-def _leader(coordinator: str) -> tuple[str, str]:
-    """(node, address) of the leader; its certificate must name the node, by default its host."""
+def _seeds(coordinator: str) -> tuple[Seed, ...]:
+    """Daemons that may be the leader: `[NODE@]HOST:PORT,...`, `dns:NAME:PORT`.
+
+    A seed's certificate must name its node, by default its host.
+    """
     if coordinator == LEADER or coordinator.startswith(ETCD):
-        return "", ""
-    node, _, address = coordinator.rpartition("@")
-    host, _ = split(address, "cluster.coordinator")
-    return checked_node_name(node) if node else host, address
+        return ()
+    found: list[Seed] = []
+    for item in filter(None, (part.strip() for part in coordinator.split(","))):
+        is_dns = item.startswith(DNS)
+        node, _, address = item.removeprefix(DNS).rpartition("@")
+        host, _ = split(address, "cluster.coordinator")
+        found.append(Seed(checked_node_name(node) if node else host, address, is_dns))
+    if not found:
+        raise ConfigError("cluster.coordinator names nobody", kind="address", hint="HOST:PORT of the leader")
+    return tuple(found)
 
 
 def _check_trust(config: ClusterConfig, plan: ClusterPlan) -> None:

@@ -90,6 +90,17 @@ class GroupTable:
 
 
 @dataclass(frozen=True, slots=True)
+class Seed:
+    """A daemon that may be the leader: HOST:PORT, and the name that its certificate must have. `is_dns`: the host stands
+    for several addresses.
+    """
+
+    node: str
+    address: str
+    is_dns: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A daemon's fencing token: what carries another cluster's id, or an older epoch, is refused."""
 

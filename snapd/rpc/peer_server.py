@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import grpc
-from snapd_proto import peer_pb2, peer_pb2_grpc
+from snapd_proto import peer_pb2_grpc
 
 from snapd.errors import ConfigError
 from snapd.peer.grpc_peer import TransferService, channel_credentials, channel_options, server_credentials
 from snapd.peer.trust import Trust
 from snapd.rpc.peer_calls import PEER_OPTIONS, MakeChannel
 from snapd.rpc.peer_service import PeerService
-from snapd.rpc.remote_kv import RemoteKeyValue
 from snapd.runtime.cluster import Cluster
 from snapd.runtime.node import Node
 
@@ -27,14 +24,6 @@ def channels(trust: Trust | None) -> MakeChannel:
         return grpc.aio.secure_channel(address, channel_credentials(trust), options=options)
 
     return make_channel
-
-
-def leader_store(
-    make_channel: MakeChannel, node: str, address: str, sender: Callable[[], peer_pb2.Sender], *, client: str
-) -> RemoteKeyValue:
-    """The store of another daemon, the leader."""
-    stub = peer_pb2_grpc.PeerStub(make_channel(node, address))
-    return RemoteKeyValue(lambda: stub, sender, client=client)
 
 
 class PeerServer:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from snapd.errors import ConfigError
 
-POINTS = (
+MACHINE_POINTS = (
     "daemon.generation.after",
     "daemon.session.before",
     "daemon.session.after",
@@ -37,6 +37,9 @@ POINTS = (
     "daemon.parent.before",
     "daemon.parent.after",
     "daemon.finish.after",
+)
+# passed only where worlds span nodes
+CLUSTER_POINTS = (
     "daemon.protect.records.before",
     "daemon.protect.records.after",
     "daemon.protect.segment.before",
@@ -51,6 +54,7 @@ POINTS = (
     "daemon.bring.record.before",
     "daemon.bring.record.after",
 )
+POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS)
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import grpc
 import pytest
 
-from snapd.runtime.faultpoints import POINTS
+from snapd.runtime.faultpoints import MACHINE_POINTS
 from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
 from tests.support.fake_trainer import FakeTrainer, Refused
 
@@ -92,7 +92,7 @@ class Story:
         assert step == self.newest_reported
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", MACHINE_POINTS)
 def test_daemon_killed_at(point: str) -> None:
     with daemon_folders() as daemon:
         daemon.start(SNAPD_FAULT_POINTS=f"{point}:{ARRIVALS.get(point, 1)}=kill")

@@ -19,7 +19,10 @@ from snapd.coordination.embedded_kv import KvServer, LocalKeyValue
 from snapd.coordination.highwater import HighwaterStore
 from snapd.coordination.kv import KeyValue
 from snapd.coordination.settings import ClusterSettings
+from snapd.core.cluster import Seed
+from snapd.errors import UnavailableError
 from snapd.rpc.kv_service import KeyValueService
+from snapd.rpc.leader_finder import LeaderStore
 from snapd.rpc.remote_kv import CHANNEL_OPTIONS, RemoteKeyValue
 from tests.support.clusters import ASKED, Cluster, Daemon, member, settled
 
@@ -150,5 +153,38 @@ def test_a_node_that_dies_is_lost_and_its_successor_taken_up(tmp_path: Path) -> 
             daemons[2] = cluster.start(member("b", arena="arena-2"))
             await settled(daemons, "leader", "a", "b")
             assert daemons[0].state.members["b"].arena_id == "arena-2"
+
+    asyncio.run(work())
+
+
+def test_one_of_several_seeds_is_found_to_be_the_leader(tmp_path: Path) -> None:
+    """The first seed is dead, the second is a daemon that does not lead, the third leads."""
+
+    async def work() -> None:
+        bystander = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        peer_pb2_grpc.add_PeerServicer_to_server(Service(None), bystander)
+        other = bystander.add_insecure_port("127.0.0.1:0")
+        await bystander.start()
+        async with scene(tmp_path / "kv.db") as (leader, _):
+            seeds = [Seed("", f"127.0.0.1:{port}") for port in (9, other)] + [
+                Seed("", f"localhost:{leader.port}", is_dns=True)
+            ]
+            store = LeaderStore(
+                seeds,
+                lambda _, address: grpc.aio.insecure_channel(address, CHANNEL_OPTIONS),
+                lambda: peer_pb2.Sender(node="seeker"),
+                client="life",
+            )
+            kinds = []
+            for _ in range(12):
+                try:
+                    reading = await store.read("/snapd/")
+                    break
+                except UnavailableError as error:
+                    kinds.append(error.kind)
+            assert reading.revision >= 0
+            assert "not_leader" in kinds and len(set(kinds)) > 1
+            await store.close()
+        await bystander.stop(None)
 
     asyncio.run(work())

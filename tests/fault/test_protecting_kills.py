@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from snapd.core.ids import SnapshotId
-from snapd.runtime.faultpoints import POINTS
+from snapd.runtime.faultpoints import CLUSTER_POINTS
 from tests.support.cluster_nodes import CHUNK, chunk_bytes, network_of, protect, sources_now
 from tests.support.protecting_child import CHUNKS, GROUP, NODES
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = [
-    *(point for point in POINTS if point.startswith(("daemon.protect.", "daemon.bring."))),
+    *CLUSTER_POINTS,
     "daemon.protect.records.after:3",
     "daemon.protect.fragment.before:20",
     "daemon.protect.fragment.after:33",

@@ -21,8 +21,14 @@ _ONCE = (
 SETTLE_S = 0.05
 
 
+CLUSTER_POINTS = (
+    "daemon.protect.",
+    "daemon.bring.",
+)  # passed only where worlds span nodes: tests/fault/test_protecting_kills.py
+
+
 def named_points(side: str) -> list[str]:
-    """All fault points in the sources of "client" or "daemon": one that is added is tested by itself."""
+    """All fault points of one machine in the sources of "client" or "daemon": one that is added is tested by itself."""
     folder, pattern = {
         "client": (ROOT / "client" / "snapd_client", _CLIENT_POINT),
         "daemon": (ROOT / "snapd" / "runtime", _DAEMON_POINT),
@@ -30,7 +36,7 @@ def named_points(side: str) -> list[str]:
     found: set[str] = set()
     for path in sorted(folder.rglob("*.py")):
         found |= set(pattern.findall(path.read_text()))
-    return sorted(found)
+    return sorted(point for point in found if not point.startswith(CLUSTER_POINTS))
 
 
 def is_once(point: str) -> bool:
