@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONFLICT_LEASES = 2.0  # so many leases long the one before us may still be seen after its end
 POLL_S_MAX = 0.5
+RETRY_S = 0.1
 
 
 class Announcer:
@@ -51,8 +52,9 @@ class Announcer:
         while True:
             await self.wake.wait()
             self.wake.clear()
-            if not self._is_told():
-                await self._write()
+            while not self._is_told():
+                if not await self._write():
+                    await asyncio.sleep(RETRY_S)  # our view of our own key is behind; the watch brings it
 
     def check_ours(self) -> None:
         """Our key has changed.

@@ -2,7 +2,7 @@
 
 The messages and stubs are those of `aetcd`; connections, deadlines, leases and watches are ours, because its client
 knows one server only and no TLS, hides most error codes, and its watch on a server that hangs does not end
-(docs/adr/0007). Every call has a deadline. Reads and renewals are tried on each endpoint in turn; a transaction is sent
+(docs/adr/0009). Every call has a deadline. Reads and renewals are tried on each endpoint in turn; a transaction is sent
 once, since its answer may be lost.
 """
 

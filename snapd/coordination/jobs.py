@@ -33,6 +33,7 @@ from snapd.errors import ConflictError, FencedError, RemoteProtocolError, SnapdE
 
 ATTEMPTS_MAX = 16
 NEWEST_EVERY_S = 1.0
+READY_LEASES = 2.0  # so many leases long a new generation waits for the store to be there
 Answer = TypeVar("Answer")
 
 
@@ -45,6 +46,7 @@ class ClusterCoordination:
         self._state, self._job = state, job
         self._table: Table = {}
         self._interval = Interval()
+        self._unreadable = ""  # what was told last
         self._is_short = False  # the store seemed to lack rows that are known here
         self._collector = ""
         self._claimed_under = 0
@@ -59,7 +61,7 @@ class ClusterCoordination:
 
     async def next_generation(self, *, incarnation: str, rollback_count: int, world_size: int) -> Assignment:
         """Also raises UnavailableError: the store is away, or (kind `distrusted`) knows less than it did."""
-        self._require_trust()
+        await self._wait_trusted()
 
         def give(table: Table) -> tuple[Assignment, Table | None]:
             answer = assign(
@@ -209,7 +211,9 @@ class ClusterCoordination:
                 try:
                     await self._follow()
                 except RemoteProtocolError as error:
-                    self._state.note("job.unreadable", {"job": self._job, "reason": str(error)})
+                    if str(error) != self._unreadable:
+                        self._state.note("job.unreadable", {"job": self._job, "reason": str(error)})
+                    self._unreadable = str(error)
                 except (UnavailableError, FencedError):
                     pass  # the state says once why the store is away
                 await asyncio.sleep(0.2 + self._state.environment.chance())
@@ -299,10 +303,20 @@ class ClusterCoordination:
         self._table = bounded(table.values())
         self._tell()
 
-    def _require_trust(self) -> None:
-        if self._state.distrust:
+    async def _wait_trusted(self) -> None:
+        """A store that was not looked at yet is waited for; one that is away or not believed gives out nothing."""
+        state = self._state
+        deadline_s = state.environment.monotonic_s() + READY_LEASES * state.settings.lease_s
+        while state.away is not None:
+            left_s = deadline_s - state.environment.monotonic_s()
+            if left_s <= 0:
+                raise UnavailableError(
+                    f"the cluster's store is away: {state.away.reason}", kind="coordination_away"
+                )
+            await state.changed(state.serial, left_s)
+        if state.distrust:
             raise UnavailableError(
-                f"the cluster's store is not believed: {self._state.distrust}",
+                f"the cluster's store is not believed: {state.distrust}",
                 kind="distrusted",
                 hint="it is rebuilt from the daemons that are alive; `snapd status` shows which are missing",
             )
