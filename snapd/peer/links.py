@@ -40,26 +40,27 @@ class PeerLinks:
         """`resolve` gives a node's present address; raises UnavailableError (kind `peer_unknown`)."""
         self._resolve, self._dial, self._asking, self._pacer = resolve, dial, asking, pacer
         self._lock = threading.Lock()
-        self._pools: dict[str, _Pool] = {}
+        # Paced calls have connections of their own: one that waits for tokens must not hold up a restore.
+        self._pools: dict[tuple[str, bool], _Pool] = {}
         self._is_closed = False
 
     def to(self, node: str) -> PeerLink:
         """At full speed: for restores."""
-        return _Link(self._pool(node), None)
+        return _Link(self._pool(node, is_paced=False), None)
 
     @property
     def paced(self) -> Links:
-        """The same connections, at the pacer's rate: for protection."""
+        """At the pacer's rate: for protection."""
         return _PacedLinks(self)
 
     def paced_to(self, node: str) -> PeerLink:
-        return _Link(self._pool(node), self._pacer)
+        return _Link(self._pool(node, is_paced=True), self._pacer)
 
     def forget(self, node: str) -> None:
         """Close what leads to a node that is no member any more."""
         with self._lock:
-            pool = self._pools.pop(node, None)
-        if pool is not None:
+            pools = [pool for is_paced in (False, True) if (pool := self._pools.pop((node, is_paced), None))]
+        for pool in pools:
             pool.close()
 
     def close(self) -> None:
@@ -71,14 +72,15 @@ class PeerLinks:
         for pool in pools:
             pool.close()
 
-    def _pool(self, node: str) -> _Pool:
+    def _pool(self, node: str, *, is_paced: bool) -> _Pool:
         self._resolve(node)
         with self._lock:
             if self._is_closed:
                 raise UnavailableError("the links are closed", kind="closed")
-            pool = self._pools.get(node)
+            pool = self._pools.get((node, is_paced))
             if pool is None:
-                pool = self._pools[node] = _Pool(node, self._resolve, self._dial, self._asking)
+                pool = _Pool(node, self._resolve, self._dial, self._asking)
+                self._pools[node, is_paced] = pool
             return pool
 
 
@@ -119,7 +121,7 @@ class _Pool:
         self._busy: set[PeerConnection] = set()
         self._count = 0  # idle, busy, and being made
         self._is_closed = False
-        self._failure: tuple[str, SnapdError] | None = None  # of which address
+        self._failure: tuple[str, Identity, SnapdError] | None = None  # at which address, as whom
         self._pause_s, self._retry_at_s = 0.0, 0.0
 
     def run(self, call: Callable[[PeerConnection, Deadline], T], timeout_s: float) -> T:
@@ -187,14 +189,14 @@ class _Pool:
                     connection = self._idle.pop().connection
                     self._busy.add(connection)
                     return connection, address
-                self._raise_recent_failure(address)
+                self._raise_recent_failure(address, identity)
                 if self._count < limits.connections_per_peer:
                     self._count += 1
                     break
                 self._changed.wait(deadline.remaining_s())
-        return self._connect(address, deadline), address
+        return self._connect(address, identity, deadline), address
 
-    def _connect(self, address: str, deadline: Deadline) -> PeerConnection:
+    def _connect(self, address: str, identity: Identity, deadline: Deadline) -> PeerConnection:
         """Open and greet; the caller has counted it already."""
         connection: PeerConnection | None = None
         stream: ByteStream | None = None
@@ -205,7 +207,7 @@ class _Pool:
             connection.greet(soon)
         except (OSError, SnapdError) as error:
             if not (isinstance(error, TimeoutError) and deadline.is_over):
-                self._note_failure(address, error)
+                self._note_failure(address, identity, error)
             raise
         finally:
             with self._changed:
@@ -247,20 +249,20 @@ class _Pool:
         for item in idle:
             item.connection.stream.close()
 
-    def _note_failure(self, address: str, error: OSError | SnapdError) -> None:
+    def _note_failure(self, address: str, identity: Identity, error: OSError | SnapdError) -> None:
         limits = self._asking.limits
         known = error if isinstance(error, SnapdError) else self._unavailable(error)
         with self._changed:
-            self._failure = (address, known)
+            self._failure = (address, identity, known)
             self._pause_s = min(limits.backoff_max_s, self._pause_s * 2 or limits.backoff_first_s)
             self._retry_at_s = self._asking.clock() + self._pause_s
 
-    def _raise_recent_failure(self, address: str) -> None:
-        """What the last attempt ended with, while it is too early for another."""
-        if self._failure is None or self._failure[0] != address:
+    def _raise_recent_failure(self, address: str, identity: Identity) -> None:
+        """What the last attempt ended with, while it is too early for another of the same kind."""
+        if self._failure is None or self._failure[:2] != (address, identity):
             return
         if self._asking.clock() < self._retry_at_s:
-            error = self._failure[1]
+            error = self._failure[2]
             raise type(error)(error.message, kind=error.kind, hint=error.hint, **error.context)
 
     def _unavailable(self, error: OSError) -> UnavailableError:

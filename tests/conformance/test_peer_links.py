@@ -386,12 +386,38 @@ def test_the_rate_is_kept_to_and_can_be_changed(scene: Scene) -> None:
     opener.join()
 
 
+def test_who_waits_for_tokens_does_not_hold_up_a_restore(scene: Scene) -> None:
+    scene.server.store.put(chunk(0), bytes(100_000))
+    scene.pacer.set_rate(1, 1)
+    paced = scene.links.paced.to("b")
+    paced.fetch([(chunk(0), room(100_000))], timeout_s=5)  # on credit; the next would wait a day
+    refused: list[SnapdError] = []
+
+    def wait_in_vain() -> None:
+        with pytest.raises(DeadlineExceeded) as caught:
+            paced.fetch([(chunk(0), room(100_000))], timeout_s=1)
+        refused.append(caught.value)
+
+    threads = [threading.Thread(target=wait_in_vain) for _ in range(LIMITS.connections_per_peer + 1)]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    assert fetched(scene, [chunk(0)], [100_000]) == [bytes(100_000)]
+    assert time.monotonic() - began < 0.8
+    for thread in threads:
+        thread.join()
+    assert len(refused) == len(threads)
+
+
 def test_another_cluster_is_refused(scene: Scene) -> None:
     scene.identity = Identity("a", Token("cluster-2", 5))
     with pytest.raises(AuthError, match="another cluster") as caught:
         fetched(scene, [chunk(0)], [6])
     assert caught.value.kind == "cluster"
     wait_until(lambda: scene.server.log.kinds() == ["cluster"])
+    scene.server.store.put(chunk(0), b"123456")
+    scene.identity = Identity("a", Token("cluster-1", 5))
+    assert fetched(scene, [chunk(0)], [6]) == [b"123456"]  # without the pause after a failure
 
 
 def test_an_older_epoch_is_refused_until_it_is_made_good(scene: Scene) -> None:
