@@ -39,6 +39,15 @@ class PartDone:
     plan: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The newest snapshots, as some collector has said."""
+
+    complete: SnapshotId | None = None
+    protected: SnapshotId | None = None
+    protected_epoch: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
     """All that one node says of a job; a later one (instance, serial) replaces it whole.
@@ -67,12 +76,14 @@ class NodeReport:
     done: tuple[PartDone, ...] = ()
     problems: tuple[tuple[SnapshotId, str], ...] = ()
     trouble: str = ""
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
     """What every node is told. `target_groups`: whose nodes take part in protecting the target. `drop`: may go, with
-    the reason. `number` grows with every change.
+    the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so; its
+    parity of older epochs may go.
     """
 
     number: int = 0
@@ -85,6 +96,11 @@ class Orders:
     problems: tuple[tuple[SnapshotId, str], ...] = ()
     interval: Interval = field(default_factory=Interval)
     reason: str = ""
+    protected_epoch: int = 0
+
+    @property
+    def told(self) -> Told:
+        return Told(self.complete, self.protected, self.protected_epoch)
 
 
 @dataclass(slots=True)
@@ -112,7 +128,26 @@ class Collector:
             return False
         self.reports[report.node] = report
         self._note_interval(report)
+        self._note_told(report.told)
         return True
+
+    def _note_told(self, told: Told) -> None:
+        """What an earlier collector has said holds on: nothing of it is dropped before there is something newer."""
+        orders = self.orders
+        complete, protected = orders.complete, (orders.protected, orders.protected_epoch)
+        if told.complete is not None and told.complete not in self._problems:
+            complete = max(told.complete, complete or told.complete)
+        if told.protected is not None and told.protected not in self._problems:
+            theirs = (told.protected, told.protected_epoch)
+            protected = theirs if protected[0] is None else max(theirs, (protected[0], protected[1]))
+        if (complete, *protected) != (orders.complete, orders.protected, orders.protected_epoch):
+            self.orders = replace(
+                orders,
+                number=orders.number + 1,
+                complete=complete,
+                protected=protected[0],
+                protected_epoch=protected[1],
+            )
 
     def forget(self, node: str) -> None:
         """The node is lost for good, or came back with an empty arena: what it held is gone."""
@@ -140,8 +175,10 @@ class Collector:
     def world_sizes(self) -> dict[SnapshotId, int]:
         return {held.id: held.world_size for report in self.reports.values() for held in report.held}
 
-    def settle(self, table: GroupTable | None) -> Orders:
-        """Recompute the orders; a new number when they differ."""
+    def settle(self, table: GroupTable | None, *, awaited: Iterable[str] = ()) -> Orders:
+        """Recompute the orders; a new number when they differ. `awaited`: nodes that live; until each has reported,
+        nothing is dropped: one of them may remember that more was protected than this collector knows.
+        """
         holders, world_sizes = self.holders(), self.world_sizes()
         for report in self.reports.values():
             for snapshot, problem in report.problems:
@@ -155,7 +192,8 @@ class Collector:
         protected, target, reason = self._protection(whole, holders, complete, table)
         self._target = target
         kept = self._kept(holders, whole, complete, target, protected)
-        drop = tuple(self._droppable(holders, world_sizes, kept, complete))
+        is_sure = all(node in self.reports for node in awaited)
+        drop = tuple(self._droppable(holders, world_sizes, kept, complete)) if is_sure else ()
         present = set(holders) | {s for s in (complete, protected) if s is not None}
         self._problems = {s: text for s, text in self._problems.items() if s in present}
         new = Orders(
@@ -164,6 +202,7 @@ class Collector:
             complete=complete,
             target=target,
             protected=protected,
+            protected_epoch=self._protected_epoch(protected, holders, table),
             target_groups=tuple(sorted(self.groups_of(holders[target], table))) if target and table else (),
             drop=drop,
             problems=tuple(sorted(self._problems.items())),
@@ -220,6 +259,17 @@ class Collector:
         if protected is not None and newest < protected:
             return protected, None, "a newer snapshot is protected"
         return protected, newest, "the newest complete snapshot"
+
+    def _protected_epoch(
+        self,
+        protected: SnapshotId | None,
+        holders: Mapping[SnapshotId, Mapping[int, set[str]]],
+        table: GroupTable | None,
+    ) -> int:
+        before = self.orders.protected_epoch if protected == self.orders.protected else 0
+        if protected is None or table is None or protected not in holders or table.epoch <= before:
+            return before
+        return table.epoch if self.missing_parts(protected, holders[protected], table) == "" else before
 
     def _still_worth(self, target: SnapshotId, newest: SnapshotId) -> bool:
         """A target of the same generation is finished before a newer one is taken up."""
@@ -339,7 +389,7 @@ class Collector:
         if report.generation > self.orders.generation and report.served:
             self._interval = Interval(configured=max(1, report.interval_steps))
         key = (report.node, report.instance)
-        before = self._aborts.get(key, 0)
+        before = self._aborts.setdefault(key, report.aborts)  # earlier ones a collector before us has acted upon
         self._aborts[key] = max(before, report.aborts)
         if report.aborts > before and report.generation == self.generation:
             self._interval, _ = after_abort(

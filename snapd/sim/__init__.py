@@ -1,0 +1,1 @@
+"""The cluster in virtual time: the real decisions, a simulated world, faults, and the promises that are checked."""
