@@ -44,7 +44,9 @@ class _Lease:
 
 
 class NodeBulkStore:
-    """The `BulkStore` of a node, over all its jobs. Made on the loop."""
+    """The `BulkStore` of a node, over all its jobs. Made on the loop; `find_job` is called from any thread (a look into
+    a dict).
+    """
 
     def __init__(self, find_job: FindJob, loop: asyncio.AbstractEventLoop) -> None:
         self._find_job = find_job
@@ -164,7 +166,7 @@ class NodeBulkStore:
             return False
 
     def _job(self, name: str) -> Job:
-        job = self._caller.call(self._find_job, name)
+        job = self._find_job(name)
         if job is None:
             raise NotFoundError("no such job on this node", kind="fragment", job=name[:64])
         return job

@@ -38,6 +38,12 @@ class PeerBackoff:
         now = self.now_s()
         return max([0.0, *(self._not_before_s.get(peer, now) - now for peer in peers)])
 
+    def next_s(self) -> float | None:
+        """How long until somebody may be asked again who may not now; None: there is nobody."""
+        now = self.now_s()
+        waits = [until - now for until in self._not_before_s.values() if until > now]
+        return min(waits, default=None)
+
     @property
     def trouble(self) -> str:
         """All that is wrong, in words; empty if nothing is."""

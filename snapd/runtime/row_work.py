@@ -8,10 +8,11 @@ with the rows that take it; the others go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from snapd.core.protection import RowPlan
+from snapd.core.rows import Row
 from snapd.core.states import LaneState
 from snapd.errors import SnapdError
 from snapd.obs.protection_metrics import ProtectionMetrics
@@ -30,6 +31,7 @@ from snapd.runtime.pipeline import Pipeline, Stopped
 
 RECHECK_FIRST_S = 2.0
 RECHECK_LONGEST_S = 60.0
+COUNT_S = 0.02  # while fragments arrive, they are counted so often
 YIELD_MAX_S = (
     0.05  # while a copy is under way, its trainer may be waiting at the fence: a batch begins so much later
 )
@@ -65,7 +67,8 @@ class RowWork:
         self._is_first_round = True
         self._running: dict[asyncio.Task[BatchResult], Sequence[RowTask]] = {}
         self._finished: list[asyncio.Task[BatchResult]] = []
-        self._version = -1
+        self._todo: dict[int, RowTask] = {}  # by number of row
+        self._version, self._counted_s = -1, 0.0
         self._recheck_s = RECHECK_FIRST_S
         self._moved_s = self._now_s()
         self._asked_s = self._now_s()
@@ -88,6 +91,7 @@ class RowWork:
         if unchecked:
             await self._pipeline.code(check_fragments, self._bench, unchecked)
         self._count()
+        self._look_at(self._led)
 
     async def aclose(self) -> None:
         """Wait for nobody: threads see `stop`, and their results are dropped."""
@@ -112,45 +116,59 @@ class RowWork:
             self._recheck_s = min(RECHECK_LONGEST_S, 2 * self._recheck_s)
             self._confirmed.clear()
             self._unasked = {node for row in self._led for node in row.parity_nodes[1:]}
+            self._look_at(self._led)
 
     def _has_news(self) -> bool:
         job = self._bench.job
-        return bool(self._finished) or job.is_removed or job.parity.version != self._version
+        if self._finished or job.is_removed:
+            return True
+        is_counted_lately = self._is_busy() and self._now_s() - self._counted_s < COUNT_S
+        return job.parity.version != self._version and not is_counted_lately
+
+    def _is_busy(self) -> bool:
+        """Fragments come and go; they are counted every now and then, not one by one."""
+        return bool(self._running) or self.held_count < self.given_count
 
     def _patience_s(self) -> float:
         """Until a peer may be asked again, or the peers are to be asked whether they still hold what they did."""
-        waits = [self._backoff.wait_s(task.peers) for task in self._tasks()]
-        waits += [self._backoff.wait_s([peer]) for peer in self._unasked]
-        if self._running:
-            waits = [wait for wait in waits if wait > 0]  # what could start now waits for a thread
-        return max(0.01, min([*waits, self._recheck_s]))
+        wait_s = self._backoff.next_s() if self._todo or self._unasked else None
+        longest_s = COUNT_S if self._is_busy() else self._recheck_s
+        return max(0.005, min(longest_s, longest_s if wait_s is None else wait_s))
 
     def _is_recheck_due(self) -> bool:
-        is_waiting = not self._running and not self._unasked and next(self._tasks(), None) is None
+        is_waiting = not (self._running or self._unasked or self._todo)
         return is_waiting and bool(self._led) and self._now_s() - self._asked_s > self._recheck_s
 
     def _count(self) -> None:
         parity = self._bench.job.parity
-        self._version = parity.version
+        if parity.version == self._version and self._counted_s:
+            return
+        self._version, self._counted_s = parity.version, self._now_s()
         held = len(parity.held_among(self._given))
+        if held < self.held_count:  # one was found bad
+            self._look_at(self._led)
         if held != self.held_count:
             self._moved_s = self._now_s()
         self.held_count = held
 
     # what is lacking
 
-    def _tasks(self) -> Iterator[RowTask]:
-        """Rows that lack something and that nobody works at; those whose peers were asked."""
+    def _look_at(self, rows: Iterable[Row]) -> None:
+        """Note what these rows lack, for all that nobody works at."""
         busy = {task.row.number for tasks in self._running.values() for task in tasks}
-        kept = self._bench.job.parity.held_among((row.id, 0) for row in self._led)
-        for row in self._led:
-            if row.number in busy or self._unasked.intersection(row.parity_nodes[1:]):
-                continue
+        chosen = [row for row in rows if row.number not in busy]
+        kept = self._bench.job.parity.held_among((row.id, 0) for row in chosen)
+        for row in chosen:
             lacking = {n for n in range(1, len(row.parity_nodes)) if (row.number, n) not in self._confirmed}
             if (row.id, 0) not in kept:
                 lacking.add(0)
             if lacking:
-                yield RowTask(row, frozenset(lacking))
+                self._todo[row.number] = RowTask(row, frozenset(lacking))
+            else:
+                self._todo.pop(row.number, None)
+
+    def _is_asked(self, row: Row) -> bool:
+        return not self._unasked or self._unasked.isdisjoint(row.parity_nodes[1:])
 
     async def _ask(self) -> bool:
         """Ask each peer which of its fragments it holds already. True when there is something new to be told."""
@@ -158,10 +176,11 @@ class RowWork:
             self._asked_s = self._now_s()
         peers = [peer for peer in sorted(self._unasked) if self._backoff.wait_s([peer]) == 0]
         await asyncio.gather(*(self._ask_one(peer) for peer in peers))
+        if peers:
+            self._look_at(self._led)
         if self._is_first_round and not self._unasked:
             self._is_first_round = False
-            lacking = {task.row.number for task in self._tasks()}
-            self.rows_shared = len(self._led) - len(lacking)
+            self.rows_shared = len(self._led) - len(self._todo)
             self._metrics.rows_shared.inc(self.rows_shared)
             return True
         return False
@@ -220,32 +239,32 @@ class RowWork:
         self._bench.job.changes.notify()
 
     def _choose(self) -> list[RowTask]:
-        """The next batch: rows whose peers may be asked now; a peer in doubt gets one row at a time."""
+        """The next batch, taken off the list: rows whose peers may be asked now; a peer in doubt gets one row at a
+        time. Where little is left, the other threads get their share.
+        """
         asked = {peer for tasks in self._running.values() for task in tasks for peer in task.peers}
         chosen: list[RowTask] = []
         rows_max = 1
-        for task in self._tasks():
-            if self._backoff.wait_s(task.peers) > 0:
+        for task in self._todo.values():
+            if not self._is_asked(task.row) or self._backoff.wait_s(task.peers) > 0:
                 continue
             doubtful = {peer for peer in task.peers if self._backoff.is_doubtful(peer)}
             if doubtful & asked or (doubtful and chosen):
                 continue
             if not chosen:
                 rows_max = self._pipeline.rows_per_batch(pieces_per_row(task.row), self._plan.frame_bytes)
+                rows_max = min(rows_max, max(1, -(-len(self._todo) // self._pipeline.threads)))
             chosen.append(task)
             if doubtful or len(chosen) >= rows_max:
                 break
-        return self._spread(chosen)
-
-    def _spread(self, chosen: list[RowTask]) -> list[RowTask]:
-        """Leave something for the other threads where little is left."""
-        left = sum(1 for _ in self._tasks())
-        share = max(1, -(-left // self._pipeline.threads))
-        return chosen[:share]
+        for task in chosen:
+            del self._todo[task.row.number]
+        return chosen
 
     def _take(self, task: asyncio.Task[BatchResult]) -> None:
         tasks = self._running.pop(task)
         if task.cancelled():
+            self._look_at([one.row for one in tasks])
             return
         result = task.result()
         self.pulled_bytes += result.pulled_bytes
@@ -257,6 +276,7 @@ class RowWork:
         self._confirmed.update(place for place in result.placed if place[1])
         if result.placed:
             self._moved_s = self._now_s()
+        self._look_at([one.row for one in tasks])
         self._note_wrong(result)
         self._note_failures(tasks, result)
 
