@@ -580,13 +580,30 @@ class VerifyProgress(_message.Message):
     BAD_CHUNKS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    REPAIRED_CHUNKS_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    REPAIR_WAITS_FIELD_NUMBER: _builtins.int
+    FRAGMENTS_CHECKED_FIELD_NUMBER: _builtins.int
+    FRAGMENTS_BAD_FIELD_NUMBER: _builtins.int
     nbytes_done: _builtins.int
     nbytes_total: _builtins.int
     finished: _builtins.bool
     generation: _builtins.int
     step: _builtins.int
+    repair: _builtins.str
+    """why those in `bad_chunks` were not"""
+    repair_waits: _builtins.bool
+    """they may still be: a node that may have them does not answer"""
+    fragments_checked: _builtins.int
+    """parity fragments of the snapshot that this node holds"""
+    fragments_bad: _builtins.int
+    """of these; forgotten, to be coded again"""
     @_builtins.property
     def bad_chunks(self) -> _containers.RepeatedCompositeFieldContainer[_trainer_pb2.BadChunk]: ...
+    @_builtins.property
+    def repaired_chunks(self) -> _containers.RepeatedCompositeFieldContainer[_trainer_pb2.BadChunk]:
+        """were bad, and have been brought back from other nodes"""
+
     def __init__(
         self,
         *,
@@ -596,10 +613,15 @@ class VerifyProgress(_message.Message):
         bad_chunks: _abc.Iterable[_trainer_pb2.BadChunk] | None = ...,
         generation: _builtins.int = ...,
         step: _builtins.int = ...,
+        repaired_chunks: _abc.Iterable[_trainer_pb2.BadChunk] | None = ...,
+        repair: _builtins.str = ...,
+        repair_waits: _builtins.bool = ...,
+        fragments_checked: _builtins.int = ...,
+        fragments_bad: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_chunks", b"bad_chunks", "finished", b"finished", "generation", b"generation", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_chunks", b"bad_chunks", "finished", b"finished", "fragments_bad", b"fragments_bad", "fragments_checked", b"fragments_checked", "generation", b"generation", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "repair", b"repair", "repair_waits", b"repair_waits", "repaired_chunks", b"repaired_chunks", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -639,11 +639,14 @@ class FinishRestoreRequest(_message.Message):
     SUCCEEDED_FIELD_NUMBER: _builtins.int
     BAD_CHUNKS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    MENDED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.int
     round: _builtins.int
     succeeded: _builtins.bool
     failure: _builtins.str
     """not the source's fault: names or shapes differ, ..."""
+    mended: _builtins.bool
+    """between daemons: bad chunks were met, and have been brought anew"""
     @_builtins.property
     def bad_chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BadChunk]: ...
     def __init__(
@@ -654,10 +657,11 @@ class FinishRestoreRequest(_message.Message):
         succeeded: _builtins.bool = ...,
         bad_chunks: _abc.Iterable[Global___BadChunk] | None = ...,
         failure: _builtins.str = ...,
+        mended: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_chunks", b"bad_chunks", "failure", b"failure", "round", b"round", "session_id", b"session_id", "succeeded", b"succeeded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_chunks", b"bad_chunks", "failure", b"failure", "mended", b"mended", "round", b"round", "session_id", b"session_id", "succeeded", b"succeeded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,10 @@ class Verdict:
     step: int
     nbytes: int
     bad: Sequence[BadChunk] = ()
+    repaired: Sequence[BadChunk] = ()  # brought back from other nodes
+    why: str = ""  # the bad ones were not brought back
+    is_waiting: bool = False  # they may still be: a node does not answer
+    fragments: tuple[int, int] = (0, 0)  # parity on this node: hashed, of it bad
     is_gone: bool = False  # a newer one was complete before this one was read
 
 
@@ -77,20 +81,32 @@ def verify_snapshot(
     """Verify one snapshot, with a progress bar on a terminal."""
     job, generation, step = summary.job, summary.generation, summary.step
     bad: list[BadChunk] = []
-    nbytes = 0
+    repaired: list[BadChunk] = []
+    last = admin_pb2.VerifyProgress()
     try:
         with progress_bar(is_wanted=show_progress) as bar:
             task = bar.add_task(f"verifying {job} step {step}", total=summary.nbytes)
             for message in client.verify(job, step=step, generation=generation):
-                nbytes = message.nbytes_done
-                bar.update(task, completed=nbytes)
-                if message.bad_chunks:
+                last = message
+                bar.update(task, completed=last.nbytes_done)
+                if last.bad_chunks or last.repaired_chunks:
                     reply = client.get_snapshot(job, step=step, generation=generation)
-                    bad += name_bad_chunks(client, reply, message.bad_chunks)
+                    bad += name_bad_chunks(client, reply, last.bad_chunks)
+                    repaired += name_bad_chunks(client, reply, last.repaired_chunks)
     except NotFoundError:
-        if not bad:
-            return Verdict(job=job, generation=generation, step=step, nbytes=nbytes, is_gone=True)
-    return Verdict(job=job, generation=generation, step=step, nbytes=nbytes, bad=bad)
+        if not bad and not repaired:
+            return Verdict(job=job, generation=generation, step=step, nbytes=last.nbytes_done, is_gone=True)
+    return Verdict(
+        job=job,
+        generation=generation,
+        step=step,
+        nbytes=last.nbytes_done,
+        bad=bad,
+        repaired=repaired,
+        why=last.repair,
+        is_waiting=last.repair_waits,
+        fragments=(last.fragments_checked, last.fragments_bad),
+    )
 
 
 def name_bad_chunks(
@@ -119,10 +135,23 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     if verdict.is_gone:
         return [head + "given up meanwhile, a newer one is complete"]
     head += f"{format_size(verdict.nbytes)} hashed, "
-    if not verdict.bad:
-        return [head + "all good"]
-    count = len(verdict.bad)
-    return [f"{head}{count} bad chunk{'' if count == 1 else 's'}", *(bad_chunk_line(b) for b in verdict.bad)]
+    lines = [head + ("all good" if not verdict.bad and not verdict.repaired else "")]
+    if verdict.repaired:
+        lines[0] += f"{_chunks(verdict.repaired)} brought back from other nodes"
+    if verdict.bad:
+        lines[0] += ("; " if verdict.repaired else "") + _chunks(verdict.bad)
+    lines += [bad_chunk_line(bad) for bad in [*verdict.repaired, *verdict.bad]]
+    if verdict.why:
+        lines.append(f"  {'not yet' if verdict.is_waiting else 'not to be'} brought back: {verdict.why}")
+    checked, bad_fragments = verdict.fragments
+    if checked:
+        found = f"{bad_fragments} bad, forgotten and coded again" if bad_fragments else "all good"
+        lines.append(f"  {checked} parity fragments on this node hashed, {found}")
+    return lines
+
+
+def _chunks(bad: Sequence[BadChunk]) -> str:
+    return f"{len(bad)} bad chunk{'' if len(bad) == 1 else 's'}"
 
 
 def bad_chunk_line(bad: BadChunk) -> str:
@@ -140,8 +169,14 @@ def verdict_json(verdict: Verdict) -> dict[str, object]:
         "step": verdict.step,
         "nbytes": verdict.nbytes,
         "is_gone": verdict.is_gone,
-        "bad_chunks": [
-            {"rank": bad.rank, "chunk": bad.chunk, "what": bad.what, "contents": list(bad.contents)}
-            for bad in verdict.bad
-        ],
+        "bad_chunks": [_chunk_json(bad) for bad in verdict.bad],
+        "repaired_chunks": [_chunk_json(bad) for bad in verdict.repaired],
+        "not_repaired": verdict.why or None,
+        "repair_waits": verdict.is_waiting,
+        "fragments_checked": verdict.fragments[0],
+        "fragments_bad": verdict.fragments[1],
     }
+
+
+def _chunk_json(bad: BadChunk) -> dict[str, object]:
+    return {"rank": bad.rank, "chunk": bad.chunk, "what": bad.what, "contents": list(bad.contents)}

@@ -99,11 +99,25 @@ def _none(verdicts: list[Verdict], step: int | None) -> Decision:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """How one rank's restore went. `bad_chunks`: (rank whose shard it is, chunk index, what is wrong)."""
+    """How one rank's restore went. `bad_chunks`: (rank whose shard it is, chunk index, what is wrong). `is_mended`: it
+    met bad chunks, and its node has brought them anew since.
+    """
 
     has_succeeded: bool
     bad_chunks: tuple[tuple[int, int, str], ...] = ()
     failure: str = ""
+    is_mended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What came of bringing back a shard that has bad chunks. `is_proved`: not whole, and no node that may still come
+    can change that.
+    """
+
+    is_whole: bool
+    is_proved: bool = False
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +172,9 @@ class RestoreRound:
         if bad:
             return Verdicts(False, not missing, "a chunk is bad: the snapshot is unusable", describe_bad(bad))
         failed = {
-            rank: report.failure for rank, report in sorted(self.reports.items()) if not report.has_succeeded
+            rank: report.failure
+            for rank, report in sorted(self.reports.items())
+            if not report.has_succeeded and not report.is_mended
         }
         if failed:
             listed = "; ".join(f"rank {rank}: {failure or 'failed'}" for rank, failure in failed.items())
@@ -167,6 +183,9 @@ class RestoreRound:
             return Verdicts(False, False, f"not restored: the trainer of rank {gone[0]} is gone")
         if missing:
             return Verdicts(False, False, f"not restored in time: rank {missing[0]} has not reported")
+        mended = [rank for rank, report in sorted(self.reports.items()) if report.is_mended]
+        if mended:
+            return Verdicts(False, True, f"rank {mended[0]} met bad chunks, which were brought anew")
         return Verdicts(True, False, "restored on all ranks")
 
 

@@ -181,14 +181,6 @@ class Index:
         with self._transaction() as connection:
             connection.execute("INSERT INTO segments VALUES (?, ?, ?)", (rank, number, nbytes))
 
-    def remove_shard(self, snapshot: SnapshotId, rank: int) -> None:
-        """One shard's record; the snapshot's others stay."""
-        with self._transaction() as connection:
-            connection.execute(
-                "DELETE FROM shards WHERE generation = ? AND step = ? AND rank = ?",
-                (snapshot.generation, snapshot.step, rank),
-            )
-
     def remove_segments(self, rank: int) -> None:
         with self._transaction() as connection:
             connection.execute("DELETE FROM segments WHERE rank = ?", (rank,))

@@ -128,6 +128,14 @@ class ParityStore:
         with self._lock:
             return {key for key in keys if key in self._fragments}
 
+    def doubt(self, keys: Iterable[FragmentKey]) -> list[FragmentKey]:
+        """Those of these that are here: they are hashed anew before they are read again."""
+        with self._lock:
+            found = [(key, self._fragments[key]) for key in keys if key in self._fragments]
+            for _, fragment in found:
+                fragment.is_checked = False
+        return [key for key, _ in found]
+
     def unchecked(self, keys: Iterable[FragmentKey]) -> list[FragmentKey]:
         """Which of these are here and were not hashed since this process began."""
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 from snapd_proto import admin_pb2, admin_pb2_grpc, trainer_pb2
 
@@ -17,7 +17,8 @@ from snapd.rpc.cluster_status import add_protection, cluster_status
 from snapd.rpc.guard import ServicerContext, caller, refuse, told
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
-from snapd.runtime.restoring import verify
+from snapd.runtime.repairing import verify_parity
+from snapd.runtime.restoring import Verified, verify
 from snapd.runtime.session import Session
 
 PROGRESS_INTERVAL_S = 0.2
@@ -114,10 +115,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 step=facts.id.step,
             )
 
-        bad: list[tuple[int, int, str]] = []
+        found: list[Verified] = []
+        fragments: list[int] = []
 
         async def check() -> None:
-            bad.extend(await verify(job, facts.id, count))
+            found.append(await verify(job, facts.id, count))
+            fragments.extend(await verify_parity(job, facts.id))
             job.settle()
 
         work = self.node.context.keep(check())  # it ends by itself if the caller goes away
@@ -129,9 +132,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if isinstance(failure, SnapdError):
             await refuse(context, failure)
         last = progress(is_finished=True)
-        last.bad_chunks.extend(
-            trainer_pb2.BadChunk(rank=rank, chunk_index=index, what=what) for rank, index, what in bad
-        )
+        for result in found:
+            last.bad_chunks.extend(_bad_chunks(result.bad))
+            last.repaired_chunks.extend(_bad_chunks(result.repaired))
+            last.repair, last.repair_waits = result.why, result.is_waiting
+        last.fragments_checked, last.fragments_bad = fragments or (0, 0)
         yield last
 
     @told
@@ -141,6 +146,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         caller(self.node, context)
         count, freed = self.node.remove_job(request.job, is_forced=request.force)
         return admin_pb2.RemoveJobReply(snapshots_removed=count, arena_bytes_freed=freed)
+
+
+def _bad_chunks(entries: Iterable[tuple[int, int, str]]) -> list[trainer_pb2.BadChunk]:
+    return [trainer_pb2.BadChunk(rank=rank, chunk_index=index, what=what) for rank, index, what in entries]
 
 
 def _chosen(job: Job, request: admin_pb2.GetSnapshotRequest | admin_pb2.VerifyRequest) -> SnapshotFacts:

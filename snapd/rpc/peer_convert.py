@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 
 from snapd_proto import peer_pb2, trainer_pb2
 
@@ -345,6 +346,7 @@ def rank_report_to_proto(number: int, report: RankReport) -> trainer_pb2.FinishR
         round=number,
         succeeded=report.has_succeeded,
         failure=report.failure,
+        mended=report.is_mended,
         bad_chunks=[
             trainer_pb2.BadChunk(rank=rank, chunk_index=index, what=what)
             for rank, index, what in report.bad_chunks
@@ -353,7 +355,7 @@ def rank_report_to_proto(number: int, report: RankReport) -> trainer_pb2.FinishR
 
 
 def rank_report_from_proto(message: peer_pb2.FinishWorldRestoreRequest) -> RankReport:
-    return report_of(message.report)
+    return replace(report_of(message.report), is_mended=message.report.mended)
 
 
 def verdicts_from_proto(message: trainer_pb2.FinishRestoreReply) -> Verdicts:

@@ -27,13 +27,11 @@ class Bringer:
         is_here_bad: bool,
     ) -> ShardRecord:
         """Bring the shard of `rank`; the snapshot is then held once more. `is_here_bad`: this node has it, with chunks
-        that are not what they were: it is forgotten first, and brought from elsewhere.
+        that are not what they were: only these are brought, and its record is replaced then.
 
         Raises:
             NotRestorable, CapacityError, UnavailableError: see `bring_shard`.
         """
-        if is_here_bad:
-            job.forget_shard(snapshot, rank)
         return await bring_shard(job, self._means, snapshot, rank, self._sources(sources, rank, is_here_bad))
 
     def _sources(

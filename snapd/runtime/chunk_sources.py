@@ -38,14 +38,19 @@ class Need:
 @dataclass(slots=True)
 class Findings:
     """What was found out about the sources, by all threads of one work. Only ever added to. `away`: nodes that do not
-    answer, and how; `is_unreachable`: one of them might have helped.
+    answer, and how; `origins`: where the first chunks came from; `is_unreachable`: one of them might have helped.
     """
 
     away: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
     fetched_bytes: int = 0
     decoded_bytes: int = 0
     is_unreachable: bool = False
+
+    def note_origin(self, text: str) -> None:
+        if len(self.origins) < REASONS_SHOWN:
+            self.origins.append(text)
 
     def note_away(self, node: str, error: SnapdError) -> None:
         self.away[node] = error.message
@@ -107,6 +112,8 @@ def pull_whole(bench: BringBench, node: str, needs: Sequence[Need]) -> list[tupl
             return [(need, f"{node} does not answer: {error.message}") for need in lacking]
         except SnapdError as error:
             return [(need, f"{node}: {error.message}") for need in lacking]
+        for need in lacking[:REASONS_SHOWN]:
+            bench.findings.note_origin(f"chunk {need.index} from {node}")
         lacking = [need for need in lacking if xxhash.xxh3_128_digest(need.view) != need.digest]
         bench.findings.wrong.extend(
             f"peer {node} sent wrong bytes for chunk {need.index} of rank {bench.rank}" for need in lacking
@@ -129,6 +136,7 @@ class RowNeed:
     sources: list[tuple[int, str]]
     have: dict[int, memoryview] = field(default_factory=dict)
     have_count: int = 0
+    from_nodes: dict[int, str] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -244,6 +252,7 @@ def _fetch_fragments(
         expected = row.row.chunks[fragment].digest if fragment >= 0 else digest
         if xxhash.xxh3_128_digest(view) == expected:
             row.have[fragment] = view
+            row.from_nodes[fragment] = node
             continue
         text = f"peer {node} sent wrong bytes for {_words(row.row, fragment)}"
         bench.findings.wrong.append(text)
@@ -278,6 +287,8 @@ def _decode(bench: BringBench, codec: Codec, row: RowNeed, spare: list[memoryvie
     codec.decode(present, {row.number: row.need.view}, row.row.nbytes)
     if xxhash.xxh3_128_digest(row.need.view) == row.need.digest:
         bench.findings.decoded_bytes += row.need.nbytes
+        used = ", ".join(f"{_words(row.row, f)} at {row.from_nodes[f]}" for f in sorted(row.have))
+        bench.findings.note_origin(f"chunk {row.need.index} decoded from {used}")
         return True
     suspects = sorted((fragment for fragment in row.have if fragment < 0), reverse=True)
     text = f"row {row.row.number} does not decode with {', '.join(_words(row.row, f) for f in suspects)}"

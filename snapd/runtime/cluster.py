@@ -124,6 +124,11 @@ class Cluster:
         return set(self.state.absent) - set(self.state.lost)
 
     @property
+    def sees_all(self) -> bool:
+        """No member is in doubt, and the coordinator answers: what is found nowhere is nowhere."""
+        return self.table is not None and self.state.away is None and not set(self.doubtful)
+
+    @property
     def calls(self) -> Cluster:
         return self
 

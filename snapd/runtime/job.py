@@ -10,7 +10,7 @@ free, its lane is FREE before they are granted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from snapd.coordination.base import Coordination
@@ -19,7 +19,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.ledger import Ledger, ShardFacts
 from snapd.core.replicas import ReplicaState
-from snapd.core.restore import RestoreRound
+from snapd.core.restore import Repair, RestoreRound
 from snapd.core.states import LaneState, LaneStep
 from snapd.errors import CapacityError, JobUnusable
 from snapd.memory.folders import JobFolder
@@ -54,6 +54,14 @@ class WorldPart(Protocol):
         """Which snapshots may go, with the reason."""
 
 
+class Repairing(Protocol):
+    """Who brings back bad chunks from other nodes (runtime/repairing.py)."""
+
+    async def repair(
+        self, job: Job, snapshot: SnapshotId, rank: int, bad: Sequence[tuple[int, str]]
+    ) -> Repair: ...
+
+
 class Job:
     """A healthy job; one whose files are broken is kept as an error by the node instead."""
 
@@ -80,6 +88,7 @@ class Job:
         self.has_new_writers = True  # since its chunks were last distrusted
         self.is_removed = False
         self.world: WorldPart | None = None  # set where worlds span nodes
+        self.repairs: Repairing | None = None  # likewise
         self.newest_generation = coordination.current()  # whose predecessors' sessions are fenced
         self.abort_count = 0  # steps that ranks here skipped for want of a slot
         self._announced: SnapshotId | None = None
@@ -216,16 +225,6 @@ class Job:
                 segment.path.unlink(missing_ok=True)
             self.context.metrics.arena_bytes.dec(arena.memory.nbytes)
             self.context.log.info("arena.released", job=self.name, rank=rank, nbytes=arena.memory.nbytes)
-
-    def forget_shard(self, snapshot: SnapshotId, rank: int) -> None:
-        """A shard's bytes here are bad, and it is to be had elsewhere: its record and its frames are given up."""
-        facts = self.ledger.snapshots[snapshot]
-        self.index.remove_shard(snapshot, rank)
-        shard = facts.shards.pop(rank)
-        self.arena(rank).pool.release(shard.record.places)
-        self.context.log.warning(
-            "shard.forgotten", job=self.name, generation=snapshot.generation, step=snapshot.step, rank=rank
-        )
 
     def _shard_is_gone(self, rank: int, shard: ShardFacts) -> None:
         """A session's newest shard was dropped: its page says so."""

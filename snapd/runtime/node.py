@@ -34,6 +34,7 @@ from snapd.runtime.liveness import Peer, Process
 from snapd.runtime.opening import overtake
 from snapd.runtime.readers import Readers
 from snapd.runtime.recovery import take_up
+from snapd.runtime.repairing import Repairs
 from snapd.runtime.restoring import distrust
 from snapd.runtime.session import Session
 from snapd.runtime.world_restoring import WorldRestores
@@ -52,6 +53,7 @@ class Node:
         self._processes: set[Process] = set()
         self.cluster: Cluster | None = None
         self.restores: WorldRestores | None = None
+        self.repairs: Repairs | None = None
         self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
         context.quarantine = self.quarantine
@@ -114,6 +116,7 @@ class Node:
     def _join_world(self, job: Job) -> None:
         if self.cluster is not None:
             job.world = self.cluster.worlds[job.name]
+            job.repairs = self.repairs
             job.world.changed()
 
     def overtake(self, job: Job) -> None:

@@ -46,6 +46,7 @@ ATTEMPTS = 3
 PAUSE_FIRST_S = 0.5
 PULL_BYTES = 16 * MIB  # of one call
 PULL_CHUNKS = 64
+ORIGINS_SHOWN = 4
 
 FetchOwn = Callable[[str, str, SnapshotId], Awaitable[Sequence[ShardRecord]]]
 """(node, job, snapshot) -> records of the shards whose bytes that node has."""
@@ -165,6 +166,7 @@ class _Bringing:
             reused_chunks=len(writer.reused),
             fetched_bytes=self.findings.fetched_bytes,
             decoded_bytes=self.findings.decoded_bytes,
+            origins="; ".join(self.findings.origins[:ORIGINS_SHOWN]),
             seconds=round(self.job.context.environment.monotonic_s() - started_s, 3),
         )
         metrics = self.means.metrics.recovered_bytes
@@ -180,9 +182,7 @@ class _Bringing:
         facts = self.job.ledger.snapshots.get(self.snapshot)
         if facts is not None and self.rank in facts.shards:
             return facts.shards[self.rank].record
-        for plan in self.job.parity.plans():
-            if plan.map.id == self.snapshot:
-                self._take_map(plan.map, self.job.parity.records(plan.map))
+        self._take_own_maps()
         source = self.sources.get(self.rank)
         for node in self._others(source.whole if source else ()):
             own = await self._asked(node, self.means.fetch_own(node, self.job.name, self.snapshot))
@@ -209,6 +209,11 @@ class _Bringing:
             )
             if rows is not None:
                 self._take_map(*rows)
+
+    def _take_own_maps(self) -> None:
+        for plan in self.job.parity.plans():
+            if plan.map.id == self.snapshot:
+                self._take_map(plan.map, self.job.parity.records(plan.map))
 
     def _take_map(self, row_map: RowMap, records: Sequence[PlacedRecord]) -> None:
         if any(placed.record.rank == self.rank for placed in records):
@@ -295,6 +300,8 @@ class _Bringing:
 
     async def _decode(self, left: list[Need]) -> list[Need]:
         """What the rows of any row map give. Returns what they do not."""
+        if not self.maps:
+            self._take_own_maps()
         if not self.maps:
             await self._fetch_maps()
         for epoch in sorted(self.maps, reverse=True):

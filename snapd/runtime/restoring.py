@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
@@ -20,6 +21,8 @@ from snapd.runtime.session import Session
 
 ROUNDS_MAX = 64
 VERIFY_PIECE_CHUNKS = 32
+REPAIR_PAUSE_S = 1.0
+REPAIR_PAUSE_MAX_S = 60.0
 Progress = Callable[[int], None]
 
 
@@ -82,11 +85,21 @@ async def _decide(job: Job, session: Session, step: int | None) -> Decision:
         await verify(job, decision.chosen)
 
 
-async def verify(
-    job: Job, snapshot: SnapshotId, progress: Progress | None = None
-) -> list[tuple[int, int, str]]:
-    """Hash every chunk of a snapshot again; mark it verified or unusable. Returns the bad ones: (rank, index,
-    what).
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What hashing a snapshot again found: (rank, index, what). `repaired`: bad, and brought back from other nodes;
+    `bad`: not. `is_waiting`: they may still be brought, so that the snapshot is not condemned; `why` they were not.
+    """
+
+    bad: tuple[tuple[int, int, str], ...] = ()
+    repaired: tuple[tuple[int, int, str], ...] = ()
+    is_waiting: bool = False
+    why: str = ""
+
+
+async def verify(job: Job, snapshot: SnapshotId, progress: Progress | None = None) -> Verified:
+    """Hash every chunk of a snapshot again, and bring back what is bad, where there are other nodes; mark it verified,
+    or unusable if it is proved to be.
     """
     facts = job.ledger.snapshots.get(snapshot)
     if facts is None:
@@ -104,16 +117,37 @@ async def verify(
             *(_verify_piece(job, parallel, shard, first, progress) for shard, first in pieces)
         )
         bad = sorted(entry for part in found for entry in part)
+        ranks = {rank for rank, _, _ in bad}
+        for rank, shard in facts.shards.items():
+            shard.is_verified = rank not in ranks
+        if not bad:
+            return Verified()
+        job.context.metrics.chunks_bad.inc(len(bad))
+        result = await _repaired(job, snapshot, bad)
     finally:
         job.ledger.unhold(snapshot)
-    if bad:
-        job.context.metrics.chunks_bad.inc(len(bad))
-        listed = "; ".join(f"rank {rank} chunk {index}: {what}" for rank, index, what in bad[:4])
-        condemn(job, snapshot, listed + (f" and {len(bad) - 4} more" if len(bad) > 4 else ""))
-    else:
-        for shard in facts.shards.values():
-            shard.is_verified = True
-    return bad
+    if result.bad and not result.is_waiting:
+        listed = "; ".join(f"rank {rank} chunk {index}: {what}" for rank, index, what in result.bad[:4])
+        more = f" and {len(result.bad) - 4} more" if len(result.bad) > 4 else ""
+        condemn(job, snapshot, listed + more + (f"; {result.why}" if result.why else ""))
+    return result
+
+
+async def _repaired(job: Job, snapshot: SnapshotId, found: Sequence[tuple[int, int, str]]) -> Verified:
+    if job.repairs is None:
+        return Verified(tuple(found))
+    bad: list[tuple[int, int, str]] = []
+    repaired: list[tuple[int, int, str]] = []
+    reasons: list[str] = []
+    is_waiting = False
+    for rank in sorted({rank for rank, _, _ in found}):
+        mine = [entry for entry in found if entry[0] == rank]
+        result = await job.repairs.repair(job, snapshot, rank, [(index, what) for _, index, what in mine])
+        (repaired if result.is_whole else bad).extend(mine)
+        if not result.is_whole:
+            reasons.append(result.why)
+            is_waiting = is_waiting or not result.is_proved
+    return Verified(tuple(bad), tuple(repaired), is_waiting, "; ".join(reasons[:4]))
 
 
 async def _verify_piece(
@@ -143,24 +177,44 @@ def condemn(job: Job, snapshot: SnapshotId, problem: str) -> None:
 
 
 def distrust(job: Job) -> None:
-    """The writers of the job are gone: hash its newest complete snapshot again, beside everything else."""
+    """The writers of the job are gone: hash its newest complete snapshot again, beside everything else. Where worlds
+    span nodes and it is not known yet which that is: the newest that is here.
+    """
     if not job.has_new_writers or job.is_removed:
         return
     job.has_new_writers = False
     for facts in job.ledger.snapshots.values():
         for shard in facts.shards.values():
             shard.is_verified = False
-    if job.ledger.newest_complete() is not None:
+    if _newest_to_verify(job) is not None:
         job.context.spawn(_verify_newest(job), f"verify {job.name}")
 
 
 async def _verify_newest(job: Job) -> None:
-    async with job.planning:  # so that a plan that comes meanwhile uses the result
-        newest = job.ledger.newest_complete()
-        while newest is not None and not newest.is_verified and not job.is_removed:
-            await verify(job, newest.id)
-            newest = job.ledger.newest_complete()
+    pause_s = REPAIR_PAUSE_S
+    while not await _is_newest_verified(job):
+        await asyncio.sleep(pause_s)  # bad chunks wait for a node that may have them
+        pause_s = min(REPAIR_PAUSE_MAX_S, 2 * pause_s)
     job.settle()
+
+
+async def _is_newest_verified(job: Job) -> bool:
+    async with job.planning:  # so that a plan that comes meanwhile uses the result
+        newest = _newest_to_verify(job)
+        while newest is not None and not job.is_removed:
+            if all(shard.is_verified for shard in newest.shards.values()):
+                return True
+            if (await verify(job, newest.id)).is_waiting:
+                return False
+            newest = _newest_to_verify(job)
+    return True
+
+
+def _newest_to_verify(job: Job) -> SnapshotFacts | None:
+    newest = job.ledger.newest_complete()
+    if newest is None and job.world is not None:
+        newest = next((facts for facts in job.ledger.newest_first() if not facts.problem), None)
+    return newest
 
 
 async def shards_for(job: Job, facts: SnapshotFacts, rank: int) -> list[ShardRecord]:

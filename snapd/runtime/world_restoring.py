@@ -170,6 +170,9 @@ class WorldRestores:
         Raises:
             NotFoundError: kind `restore_round`.
         """
+        round_ = self._rounds.get((job.name, session.generation, number))
+        if round_ is not None and report.bad_chunks:
+            report = await self._mended(job, round_, report)
         answer = await self._cluster.finish_restore(
             job.name,
             session.generation,
@@ -178,7 +181,6 @@ class WorldRestores:
             report,
             timeout_s=job.context.settings.restore_finish_s + MARGIN_S,
         )
-        round_ = self._rounds.get((job.name, session.generation, number))
         chosen = round_.plan.decision.chosen if round_ is not None else None
         if round_ is None or chosen is None or round_.local.is_concluded:
             return answer
@@ -199,6 +201,25 @@ class WorldRestores:
         )
         job.settle()
         return answer
+
+    async def _mended(self, job: Job, round_: _Round, report: RankReport) -> RankReport:
+        """Bring anew what a rank found bad in shards that are here; what the world is then told."""
+        chosen, left = round_.plan.decision.chosen, []
+        facts = job.ledger.snapshots.get(chosen) if chosen is not None else None
+        if facts is None or job.repairs is None:
+            return report
+        job.context.metrics.chunks_bad.inc(len(report.bad_chunks))
+        for rank in sorted({rank for rank, _, _ in report.bad_chunks}):
+            mine = [(index, what) for owner, index, what in report.bad_chunks if owner == rank]
+            if rank not in facts.shards:  # it could not be brought at all, and why is what the rank says
+                left += [(rank, *entry) for entry in mine]
+                continue
+            repair = await job.repairs.repair(job, facts.id, rank, mine)
+            if not repair.is_whole and not repair.is_proved:
+                return RankReport(False, failure=f"bad chunks cannot be brought anew now: {repair.why}")
+            if not repair.is_whole:
+                left += [(rank, index, f"{what}; {repair.why}") for index, what in mine]
+        return RankReport(False, tuple(left)) if left else RankReport(False, is_mended=True)
 
     async def _commit_parent(self, job: Job, generation: int, parent: SnapshotId) -> None:
         try:

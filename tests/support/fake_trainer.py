@@ -144,7 +144,7 @@ class FakeTrainer:
             incarnation=incarnation,
             rank=rank,
             world_size=world_size,
-            local_rank=rank,
+            local_rank=more.pop("local_rank", rank),
             local_world_size=more.pop("local_world_size", world_size),
             pid=os.getpid(),
             **more,
