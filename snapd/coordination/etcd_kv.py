@@ -23,11 +23,12 @@ from snapd.errors import FencedError, SnapdError, UnavailableError
 
 TIMEOUT_S = 3.0
 MESSAGE_BYTES_MAX = 64 << 20
+SILENCE_S = 5.0  # a watch that has told nothing for so long asks whether its server is alive
 LEASE_S_MIN = 2  # etcd grants no shorter ones
 OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 6_000),  # etcd refuses pings closer than 5 s
-    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.keepalive_time_ms", 10_000),  # etcd refuses pings closer than 5 s
+    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -161,7 +162,7 @@ class EtcdKeyValue:
             if created.header.revision < after_revision:
                 raise UnavailableError("the store's revision has gone back", kind="compacted")
             while True:
-                reply = await call.read()
+                reply = await self._next_of(call, server, first)
                 _check_watch(reply)
                 self._revision = reply.header.revision
                 for event in reply.events:
@@ -178,6 +179,21 @@ class EtcdKeyValue:
         finally:
             if call is not None:
                 call.cancel()
+
+    async def _next_of(self, call: Any, server: _Server, key: bytes) -> Any:
+        """The watch's next answer. Silence is broken by a small question: pings do not find a server that hangs."""
+        reading = asyncio.ensure_future(call.read())
+        try:
+            while True:
+                done, _ = await asyncio.wait({reading}, timeout=SILENCE_S)
+                if done:
+                    return reading.result()
+                probe = rpc.RangeRequest(key=key, count_only=True, serializable=True)
+                await server.kv.Range(
+                    probe, timeout=self._timeout_s, metadata=await self._credentials(server)
+                )
+        finally:
+            reading.cancel()
 
     async def compact(self, keep_revisions: int) -> None:
         """Let etcd forget all but the newest `keep_revisions` revisions that this client knows of. One client of a

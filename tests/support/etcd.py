@@ -66,7 +66,13 @@ class EtcdServer:
             self._process = None
 
     def hang(self) -> None:
+        """Returns when it has stopped: until then it may still answer."""
         os.kill(self.pid, signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.pid}/task")
+        while any(
+            (task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()
+        ):
+            time.sleep(0.01)
 
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
