@@ -41,6 +41,7 @@ class _Lease:
     pool: FramePool
     readers: int = 0
     reads: int = 0  # counts them, so that the idle time is measured from the last
+    is_timed: bool = False  # somebody looks whether it is idle
 
 
 class NodeBulkStore:
@@ -131,16 +132,26 @@ class NodeBulkStore:
     def _leave(self, key: LeaseKey, lease: _Lease) -> None:
         with self._lock:
             lease.readers -= 1
-            is_idle, reads = lease.readers == 0, lease.reads
-        if is_idle:
-            self._caller.post(self._loop.call_later, LEASE_IDLE_S, self._close_if_idle, key, lease, reads)
+            is_new = (
+                lease.readers == 0 and not lease.is_timed
+            )  # a timer looks again by itself while it is read
+            lease.is_timed |= is_new
+        if is_new:
+            self._caller.post(self._look_later, key, lease)
+
+    def _look_later(self, key: LeaseKey, lease: _Lease) -> None:
+        """On the loop."""
+        self._loop.call_later(LEASE_IDLE_S, self._close_if_idle, key, lease, lease.reads)
 
     def _close_if_idle(self, key: LeaseKey, lease: _Lease, reads: int) -> None:
-        """On the loop: nobody has read it since."""
+        """On the loop: let go of what nobody has read since; else look again."""
         with self._lock:
-            if lease.readers or lease.reads != reads or self._leases.get(key) is not lease:
-                return
-            del self._leases[key]
+            is_idle = not lease.readers and lease.reads == reads
+            if is_idle:
+                del self._leases[key]
+        if not is_idle:
+            self._look_later(key, lease)
+            return
         lease.pool.release(lease.record.places)
         job = self._find_job(key[0])
         if job is not None:
