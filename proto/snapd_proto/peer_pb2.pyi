@@ -212,6 +212,9 @@ class ReportRequest(_message.Message):
     KEEP_COMPLETE_FIELD_NUMBER: _builtins.int
     IS_CAPTURING_FIELD_NUMBER: _builtins.int
     FINAL_RANKS_FIELD_NUMBER: _builtins.int
+    TOLD_COMPLETE_FIELD_NUMBER: _builtins.int
+    TOLD_PROTECTED_FIELD_NUMBER: _builtins.int
+    TOLD_PROTECTED_EPOCH_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     """the newest that this node knows"""
@@ -236,6 +239,8 @@ class ReportRequest(_message.Message):
     """complete snapshots that the slots have room for"""
     is_capturing: _builtins.bool
     """a trainer of `generation` has asked for room"""
+    told_protected_epoch: _builtins.int
+    """under that epoch"""
     @_builtins.property
     def sender(self) -> Global___Sender: ...
     @_builtins.property
@@ -259,6 +264,14 @@ class ReportRequest(_message.Message):
     @_builtins.property
     def final_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """closed for good"""
+
+    @_builtins.property
+    def told_complete(self) -> Global___SnapshotKey:
+        """the newest that this node was ever told to be complete; absent: none"""
+
+    @_builtins.property
+    def told_protected(self) -> Global___SnapshotKey:
+        """and protected,"""
 
     def __init__(
         self,
@@ -285,10 +298,13 @@ class ReportRequest(_message.Message):
         keep_complete: _builtins.int = ...,
         is_capturing: _builtins.bool = ...,
         final_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        told_complete: Global___SnapshotKey | None = ...,
+        told_protected: Global___SnapshotKey | None = ...,
+        told_protected_epoch: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender", "told_complete", b"told_complete", "told_protected", b"told_protected"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "told_complete", b"told_complete", "told_protected", b"told_protected", "told_protected_epoch", b"told_protected_epoch", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,6 +381,7 @@ class Orders(_message.Message):
     TARGET_GROUPS_FIELD_NUMBER: _builtins.int
     INTERVAL_FACTOR_FIELD_NUMBER: _builtins.int
     IS_FINAL_FIELD_NUMBER: _builtins.int
+    PROTECTED_EPOCH_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """grows with every change"""
     generation: _builtins.int
@@ -375,6 +392,8 @@ class Orders(_message.Message):
     interval_factor: _builtins.int
     is_final: _builtins.bool
     """all ranks have closed the job for good: it may be removed"""
+    protected_epoch: _builtins.int
+    """the newest under which `protected` was found so: what older ones made of it may go"""
     @_builtins.property
     def complete(self) -> Global___SnapshotKey:
         """absent: none"""
@@ -411,10 +430,11 @@ class Orders(_message.Message):
         target_groups: _abc.Iterable[_builtins.int] | None = ...,
         interval_factor: _builtins.int = ...,
         is_final: _builtins.bool = ...,
+        protected_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "protected", b"protected", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "protected_epoch", b"protected_epoch", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -695,8 +715,14 @@ class InventoryReply(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    IS_HERE_FIELD_NUMBER: _builtins.int
+    LIVE_RANKS_FIELD_NUMBER: _builtins.int
+    ARENA_BYTES_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """the newest that this node has seen"""
+    is_here: _builtins.bool
+    """it has something of the job, or a trainer"""
+    arena_bytes: _builtins.int
     @_builtins.property
     def answerer(self) -> Global___Sender: ...
     @_builtins.property
@@ -705,6 +731,10 @@ class InventoryReply(_message.Message):
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldRows]: ...
     @_builtins.property
     def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotProblem]: ...
+    @_builtins.property
+    def live_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """with a trainer there"""
+
     def __init__(
         self,
         *,
@@ -713,10 +743,13 @@ class InventoryReply(_message.Message):
         rows: _abc.Iterable[Global___HeldRows] | None = ...,
         problems: _abc.Iterable[Global___SnapshotProblem] | None = ...,
         generation: _builtins.int = ...,
+        is_here: _builtins.bool = ...,
+        live_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        arena_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer", "generation", b"generation", "held", b"held", "problems", b"problems", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer", "arena_bytes", b"arena_bytes", "generation", b"generation", "held", b"held", "is_here", b"is_here", "live_ranks", b"live_ranks", "problems", b"problems", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -47,6 +47,12 @@ class Told:
     protected: SnapshotId | None = None
     protected_epoch: int = 0
 
+    def newest(self, other: Told) -> Told:
+        """Of each the newer one: what was said once holds on."""
+        complete = max((s for s in (self.complete, other.complete) if s is not None), default=None)
+        pairs = [(t.protected, t.protected_epoch) for t in (self, other) if t.protected is not None]
+        return Told(complete, *max(pairs, default=(None, 0)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
@@ -55,7 +61,7 @@ class NodeReport:
     `passed`: rank -> newest step of `generation` that it captures no more. `served`: its ranks with a live session of
     `generation`. `closed_below`: generations below it capture nothing more on this node. `keep_complete`: complete
     snapshots that its slots have room for. `is_capturing`: a trainer of `generation` has passed a step, so what it
-    restored, if anything, is behind it.
+    restored, if anything, is behind it. `final`: its ranks that have closed `generation` for good.
     """
 
     node: str
@@ -77,13 +83,14 @@ class NodeReport:
     problems: tuple[tuple[SnapshotId, str], ...] = ()
     trouble: str = ""
     told: Told = Told()
+    final: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
     """What every node is told. `target_groups`: whose nodes take part in protecting the target. `drop`: may go, with
-    the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so; its
-    parity of older epochs may go.
+    the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so;
+    its parity of older epochs may go.
     """
 
     number: int = 0
@@ -133,20 +140,18 @@ class Collector:
 
     def _note_told(self, told: Told) -> None:
         """What an earlier collector has said holds on: nothing of it is dropped before there is something newer."""
-        orders = self.orders
-        complete, protected = orders.complete, (orders.protected, orders.protected_epoch)
-        if told.complete is not None and told.complete not in self._problems:
-            complete = max(told.complete, complete or told.complete)
-        if told.protected is not None and told.protected not in self._problems:
-            theirs = (told.protected, told.protected_epoch)
-            protected = theirs if protected[0] is None else max(theirs, (protected[0], protected[1]))
-        if (complete, *protected) != (orders.complete, orders.protected, orders.protected_epoch):
+        if told.complete in self._problems:
+            told = replace(told, complete=None)
+        if told.protected in self._problems:
+            told = replace(told, protected=None)
+        orders, known = self.orders, self.orders.told.newest(told)
+        if known != orders.told:
             self.orders = replace(
                 orders,
                 number=orders.number + 1,
-                complete=complete,
-                protected=protected[0],
-                protected_epoch=protected[1],
+                complete=known.complete,
+                protected=known.protected,
+                protected_epoch=known.protected_epoch,
             )
 
     def forget(self, node: str) -> None:

@@ -7,6 +7,7 @@ refused by name (`JobUnusable`), and nothing of the job is touched. Used from on
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import xxhash
 
+from snapd.core.collector import Told
 from snapd.core.generations import Generation
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
@@ -136,6 +138,22 @@ class Index:
     def set_chunk_bytes(self, nbytes: int) -> None:
         with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('chunk_bytes', ?)", (str(nbytes),))
+
+    def told(self) -> Told:
+        """What collectors have said of the newest snapshots, as noted by `set_told`."""
+        row = self._connection.execute("SELECT value FROM meta WHERE key = 'told'").fetchone()
+        if row is None:
+            return Told()
+        complete, protected, epoch = json.loads(row[0])
+        return Told(
+            SnapshotId(*complete) if complete else None, SnapshotId(*protected) if protected else None, epoch
+        )
+
+    def set_told(self, told: Told) -> None:
+        names = [[s.generation, s.step] if s is not None else None for s in (told.complete, told.protected)]
+        text = json.dumps([*names, told.protected_epoch])
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('told', ?)", (text,))
 
     # generations
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from snapd_proto import peer_pb2, trainer_pb2
 
 from snapd.core.cluster import DATA_FRAGMENTS_MAX, PARITY_FRAGMENTS_MAX, Code, checked_node_name
-from snapd.core.collector import Held, NodeReport, Orders, PartDone
+from snapd.core.collector import Held, NodeReport, Orders, PartDone, Told
 from snapd.core.ids import STEP_MAX, WORLD_SIZE_MAX, SnapshotId, checked_job_name
 from snapd.core.interval import Interval
 from snapd.core.recovery import HeldRows, Inventory
@@ -89,6 +89,7 @@ def report_to_proto(
         closed_below=report.closed_below,
         keep_complete=report.keep_complete,
         is_capturing=report.is_capturing,
+        final_ranks=report.final,
     )
     message.held.extend(_held_to(held) for held in report.held)
     message.passed.extend(
@@ -103,6 +104,11 @@ def report_to_proto(
         peer_pb2.SnapshotProblem(generation=s.generation, step=s.step, problem=text[:TEXT_MAX])
         for s, text in report.problems
     )
+    for name in ("complete", "protected"):
+        told = getattr(report.told, name)
+        if told is not None:
+            getattr(message, f"told_{name}").CopyFrom(_key(told))
+    message.told_protected_epoch = report.told.protected_epoch
     return message
 
 
@@ -112,6 +118,7 @@ def report_from_proto(message: peer_pb2.ReportRequest) -> NodeReport:
     _few(message.held, HELD_MAX, "held shards")
     _few(message.passed, WORLD_SIZE_MAX, "ranks")
     _few(message.served_ranks, WORLD_SIZE_MAX, "ranks")
+    _few(message.final_ranks, WORLD_SIZE_MAX, "ranks")
     for part in message.parts_done:
         _bounded(len(part.plan), PLAN_BYTES_MAX, "plan")
     return NodeReport(
@@ -133,7 +140,17 @@ def report_from_proto(message: peer_pb2.ReportRequest) -> NodeReport:
         done=tuple(PartDone(snapshot_of(p.generation, p.step), p.plan) for p in message.parts_done),
         problems=tuple((snapshot_of(p.generation, p.step), p.problem[:TEXT_MAX]) for p in message.problems),
         trouble=message.trouble[:TEXT_MAX],
+        told=Told(
+            _snapshot(message.told_complete, message.HasField("told_complete")),
+            _snapshot(message.told_protected, message.HasField("told_protected")),
+            message.told_protected_epoch,
+        ),
+        final=tuple(message.final_ranks),
     )
+
+
+def _snapshot(key: peer_pb2.SnapshotKey, is_there: bool) -> SnapshotId | None:
+    return snapshot_of(key.generation, key.step) if is_there else None
 
 
 def orders_to_proto(orders: Orders) -> peer_pb2.Orders:
@@ -145,6 +162,7 @@ def orders_to_proto(orders: Orders) -> peer_pb2.Orders:
         interval_from_step=orders.interval.from_step,
         reason=orders.reason,
         target_groups=orders.target_groups,
+        protected_epoch=orders.protected_epoch,
     )
     for name in ("complete", "target", "protected"):
         snapshot = getattr(orders, name)
@@ -161,16 +179,14 @@ def orders_to_proto(orders: Orders) -> peer_pb2.Orders:
 
 
 def orders_from_proto(message: peer_pb2.Orders) -> Orders:
-    def snapshot(key: peer_pb2.SnapshotKey, is_there: bool) -> SnapshotId | None:
-        return snapshot_of(key.generation, key.step) if is_there else None
-
     _few(message.drop, LIST_MAX, "snapshots")
     return Orders(
         number=message.number,
         generation=message.generation,
-        complete=snapshot(message.complete, message.HasField("complete")),
-        target=snapshot(message.target, message.HasField("target")),
-        protected=snapshot(message.protected, message.HasField("protected")),
+        complete=_snapshot(message.complete, message.HasField("complete")),
+        target=_snapshot(message.target, message.HasField("target")),
+        protected=_snapshot(message.protected, message.HasField("protected")),
+        protected_epoch=message.protected_epoch,
         target_groups=tuple(message.target_groups),
         drop=tuple((snapshot_of(d.generation, d.step), d.reason) for d in message.drop),
         problems=tuple((snapshot_of(p.generation, p.step), p.problem) for p in message.problems),
@@ -191,7 +207,13 @@ def answer_from_proto(message: peer_pb2.ReportReply) -> ReportAnswer:
 
 
 def inventory_to_proto(sender: peer_pb2.Sender, inventory: Inventory) -> peer_pb2.InventoryReply:
-    reply = peer_pb2.InventoryReply(answerer=sender)
+    reply = peer_pb2.InventoryReply(
+        answerer=sender,
+        generation=inventory.generation,
+        is_here=inventory.is_here,
+        live_ranks=inventory.live_ranks,
+        arena_bytes=inventory.arena_bytes,
+    )
     reply.held.extend(_held_to(held) for held in inventory.held)
     reply.rows.extend(
         peer_pb2.HeldRows(
@@ -216,6 +238,7 @@ def inventory_to_proto(sender: peer_pb2.Sender, inventory: Inventory) -> peer_pb
 
 def inventory_from_proto(message: peer_pb2.InventoryReply) -> Inventory:
     _few(message.held, HELD_MAX, "held shards")
+    _few(message.live_ranks, WORLD_SIZE_MAX, "ranks")
     for rows in message.rows:
         _few(rows.row_ids, LIST_MAX, "rows")
         if any(len(row_id) != ROW_ID_BYTES for row_id in rows.row_ids):
@@ -236,6 +259,10 @@ def inventory_from_proto(message: peer_pb2.InventoryReply) -> Inventory:
             for rows in message.rows
         ),
         problems=tuple((snapshot_of(p.generation, p.step), p.problem) for p in message.problems),
+        is_here=message.is_here,
+        generation=_bounded(message.generation, STEP_MAX, "generation"),
+        live_ranks=tuple(message.live_ranks),
+        arena_bytes=message.arena_bytes,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector, NodeReport, Orders
+from snapd.core.ending import Ending, inventory_without, report_without
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
@@ -23,6 +24,7 @@ from snapd.runtime.peers import Records, ShardSource, WorldAsk, WorldPlan
 
 SETTLE_AFTER_S = 0.02  # reports that come together are settled together
 ASK_AGAIN_S = 0.5
+GRACE_S = 5.0  # so long a new collector waits for the reports of all who live before it has anything dropped
 ROUNDS_MAX = 64
 ROUNDS_KEPT = 256
 
@@ -71,12 +73,18 @@ class CollectorHost:
         protected: SnapshotId | None,
         parent: tuple[int, SnapshotId] | None,
         record: Callable[[Orders], None],
+        removed_through: int = 0,
+        ended: Callable[[int], None] = lambda generation: None,
     ) -> None:
+        """`removed_through`: generations up to it are gone. `ended`: all ranks have closed that generation for good."""
         self.job = job
         self.changes = Changes()
         self._around = surroundings
         self._settings = settings
         self._record = record
+        self._removed_through = removed_through
+        self._ended = ended
+        self._ending = Ending()
         self._core = Collector(
             settings.interval_factor_max, recorded_complete=complete, recorded_protected=protected
         )
@@ -85,6 +93,9 @@ class CollectorHost:
         self._rounds: dict[tuple[int, int], tuple[RestoreRound, tuple[ShardSource, ...]]] = {}
         self._planning = asyncio.Lock()
         self._settling: asyncio.TimerHandle | None = None
+        loop = asyncio.get_running_loop()
+        self._began_s = loop.time()
+        self._growing_up = loop.call_later(GRACE_S + SETTLE_AFTER_S, self._settle_soon)
 
     @property
     def orders(self) -> Orders:
@@ -102,7 +113,13 @@ class CollectorHost:
             return "no group table" if table is None else "no node holds it"
         return self._core.missing_parts(snapshot, ranks, table)
 
+    @property
+    def _is_young(self) -> bool:
+        """Nodes may still have to tell what collectors before this one have promised."""
+        return asyncio.get_running_loop().time() < self._began_s + GRACE_S
+
     def close(self) -> None:
+        self._growing_up.cancel()
         if self._settling is not None:
             self._settling.cancel()
         self.changes.notify()
@@ -111,7 +128,7 @@ class CollectorHost:
 
     async def report(self, report: NodeReport, *, known_orders: int, hold_s: float) -> Orders:
         """Take up a report; answer at once when its node does not know the newest orders, else after `hold_s`."""
-        if self._core.take(report):
+        if self._core.take(report_without(report, self._removed_through)):
             self._settle_soon()
         await self.changes.wait_until(lambda: self.orders.number != known_orders, hold_s)
         return self.orders
@@ -129,10 +146,14 @@ class CollectorHost:
     def _settle(self) -> None:
         self._settling = None
         before = self.orders
-        after = self._core.settle(self._around.table)
+        awaited = self._around.living if self._is_young else ()
+        after = self._core.settle(self._around.table, awaited=awaited)
         if after.number != before.number:
             if (after.complete, after.protected) != (before.complete, before.protected):
                 self._record(after)
+        if self._ending.is_over(self.reports.values()) and self._ending.generation > self._removed_through:
+            self._removed_through = self._ending.generation
+            self._ended(self._removed_through)
         self.changes.notify()  # also without new orders: a restore may wait for what a report says
 
     # restoring
@@ -217,7 +238,7 @@ class CollectorHost:
         silent = list(self._around.doubtful)
         for node, answer in zip(nodes, answers, strict=True):
             if isinstance(answer, Inventory):
-                inventories.append(answer)
+                inventories.append(inventory_without(answer, self._removed_through))
             elif isinstance(answer, SnapdError):
                 silent.append(node)
             else:

@@ -81,17 +81,17 @@ class NodeProtection:
             return False
         return now_s - part.done_since_s > REPLAN_AFTER_S
 
-    def forget(self, job: Job, keep: set[SnapshotId], *, protected: SnapshotId | None) -> None:
-        """Parity of snapshots older than the newest protected one may go, and what an older epoch made of the others
-        once the newest epoch's is done.
+    def forget(
+        self, job: Job, keep: set[SnapshotId], *, protected: SnapshotId | None, protected_epoch: int
+    ) -> None:
+        """Parity of snapshots older than the newest protected one may go, and what older epochs made of that one once
+        the parts of all nodes are done under a newer one: until then the old parity is all that protects it.
         """
-        epoch = self._epoch()
-        done = {part.id for part in self.done(job)}
         for row_map in [plan.map for plan in job.parity.plans()]:
             if protected is not None and row_map.id < protected and row_map.id not in keep:
                 drop_protection(job, row_map.id)
-            elif row_map.epoch < epoch and row_map.id in done:
-                drop_protection(job, row_map.id, below_epoch=epoch)
+            elif row_map.id == protected and row_map.epoch < protected_epoch:
+                drop_protection(job, row_map.id, below_epoch=protected_epoch)
 
     # what is told
 

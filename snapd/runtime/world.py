@@ -6,22 +6,25 @@ A node without ranks of the job takes part too when its group protects some: it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import Held, NodeReport, Orders, PartDone
+from snapd.core.collector import Held, NodeReport, Orders, PartDone, Told
+from snapd.core.ending import is_gone, orders_without, told_without
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.recovery import HeldRows, Inventory
-from snapd.errors import SnapdError
+from snapd.errors import CapacityError, SnapdError
 from snapd.runtime.job import Job
 from snapd.runtime.peers import ReportAnswer
 from snapd.runtime.restoring import condemn
 
 HOLD_S = 5.0
 RETRY_S = 0.5
+IDLE_S = 5.0
 GATHER_S = 0.01  # facts that come together are reported together
 AWAY_AFTER_S = 5.0
 
@@ -32,8 +35,12 @@ class Protection(Protocol):
     def aim(self, job: Job, target: SnapshotId | None, table: GroupTable | None) -> None:
         """The snapshot to protect from now on; None: none. Returns at once."""
 
-    def forget(self, job: Job, keep: set[SnapshotId], *, protected: SnapshotId | None) -> None:
-        """Parity, records and row maps of snapshots older than the protected one may go, but for those in `keep`."""
+    def forget(
+        self, job: Job, keep: set[SnapshotId], *, protected: SnapshotId | None, protected_epoch: int
+    ) -> None:
+        """Parity, records and row maps of snapshots older than the protected one may go, but for those in `keep`; and
+        what epochs before `protected_epoch`, under which it is everywhere, made of the protected one.
+        """
 
     def done(self, job: Job) -> tuple[PartDone, ...]: ...
 
@@ -87,7 +94,9 @@ class World:
         self._heard_at_s = here.monotonic_s()
         self._last: NodeReport | None = None
         self.away_reason = ""
-        self._newest_known: tuple[SnapshotId | None, SnapshotId | None] = (None, None)
+        self._told = Told()
+        self._is_told_read = False
+        self._removed_through = 0
 
     # reporting
 
@@ -112,7 +121,7 @@ class World:
                 answer = await self._answer_or_news(asking, report)
             except SnapdError as error:
                 self.away_reason = error.message
-                await asyncio.sleep(RETRY_S)
+                await self._pause()
                 continue
             finally:
                 asking.cancel()
@@ -121,6 +130,16 @@ class World:
                 self.away_reason = ""
                 self.collector = answer.collector
                 self.obey(answer.orders)
+
+    async def _pause(self) -> None:
+        """Before the collector is asked again. A job that is not here is of interest when something happens to it."""
+        if self._find_job() is not None:
+            await asyncio.sleep(RETRY_S)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_S):
+                await self._changed.wait()
+        await asyncio.sleep(GATHER_S)
 
     async def _answer_or_news(
         self, asking: asyncio.Future[ReportAnswer], report: NodeReport
@@ -158,13 +177,14 @@ class World:
             )
         generation = job.coordination.current()
         served = [session for session in job.served_sessions() if session.generation == generation]
+        row = job.coordination.generation(generation)
         return NodeReport(
             node=here.node,
             instance=here.instance,
             serial=self._serial,
             epoch=here.epoch(),
             generation=generation,
-            world_size=max((session.row.world_size for session in served), default=0),
+            world_size=row.world_size if row is not None else 0,
             held=_held(job),
             passed=job.ledger.passed_steps(generation),
             served=tuple(sorted(session.rank for session in served)),
@@ -177,6 +197,8 @@ class World:
             done=self._protection.done(job),
             problems=tuple((facts.id, facts.problem) for facts in job.ledger.newest_first() if facts.problem),
             trouble=self._protection.trouble(job),
+            told=self._told_before(job),
+            final=tuple(sorted(job.final_ranks)),
         )
 
     def inventory(self) -> Inventory:
@@ -189,6 +211,10 @@ class World:
             held=_held(job),
             rows=self._protection.held_rows(job),
             problems=tuple((f.id, f.problem) for f in job.ledger.newest_first() if f.problem),
+            is_here=True,
+            generation=job.coordination.current(),
+            live_ranks=tuple(sorted({session.rank for session in job.live_sessions()})),
+            arena_bytes=job.arena_bytes,
         )
 
     @property
@@ -211,19 +237,28 @@ class World:
             return f"the collector cannot be asked: {self.away_reason}"
         return self._protection.trouble(job) if job is not None else ""
 
+    # ending
+
+    def forget_through(self, through: int) -> None:
+        """All of the generations up to this one was removed in the whole world."""
+        self._removed_through = max(self._removed_through, through)
+        self.orders = orders_without(self.orders, through)
+        job = self._find_job()
+        if job is not None:
+            self._protection.aim(job, None, None)
+            self._protection.forget(job, set(), protected=SnapshotId(through + 1, 0), protected_epoch=0)
+        self.changed()
+
     # obeying
 
     def obey(self, orders: Orders) -> None:
         """Take up orders; older ones than those that are known come from a collector before this one and count too."""
-        self.orders = orders
-        self._newest_known = (
-            newer(self._newest_known[0], orders.complete),
-            newer(self._newest_known[1], orders.protected),
-        )
+        self.orders = orders = orders_without(orders, self._removed_through)
         table = self._here.table()
         job = self._find_job()
         if job is None and self._is_involved(orders, table):
             job = self._make_job()
+        self._note_told(orders.told, job)
         if job is None:
             return
         for snapshot, problem in orders.problems:
@@ -232,9 +267,25 @@ class World:
             job.ledger.announce(orders.complete)
         self._take_interval(job, orders.interval)
         self._protection.aim(job, orders.target if self._is_involved(orders, table) else None, table)
-        kept = {s for s in (orders.target, orders.protected, self._newest_known[1]) if s is not None}
-        self._protection.forget(job, kept, protected=orders.protected)
+        kept = {s for s in (orders.target, orders.protected, self._told.protected) if s is not None}
+        self._protection.forget(job, kept, protected=orders.protected, protected_epoch=orders.protected_epoch)
         job.settle()
+
+    def _note_told(self, told: Told, job: Job | None) -> None:
+        """Remember what was promised, also across a restart: a later collector, or a wiped store, may not know it."""
+        newest = self._told_before(job).newest(told)
+        if newest != self._told:
+            self._told = newest
+            if job is not None:
+                with contextlib.suppress(CapacityError):  # it is remembered until this process ends, at least
+                    job.index.set_told(newest)
+
+    def _told_before(self, job: Job | None) -> Told:
+        if job is not None and not self._is_told_read:
+            self._is_told_read = True
+            self._told = self._told.newest(job.index.told())
+        self._told = told_without(self._told, self._removed_through)
+        return self._told
 
     def _is_involved(self, orders: Orders, table: GroupTable | None) -> bool:
         group = table.group_of(self._here.node) if table is not None else None
@@ -254,7 +305,15 @@ class World:
         """What this node may drop: what the collector says; without it, its own captures that nobody waits for."""
         # a collector that has just begun may know less than was promised before: what was complete or protected stays
         # until it names newer ones
-        pinned = {known for known in self._newest_known if known is not None}
+        gone = [
+            (facts.id, "the job was removed")
+            for facts in job.ledger.snapshots.values()
+            if is_gone(facts.id, self._removed_through) and not facts.hold_count
+        ]
+        if gone:
+            return gone
+        told = self._told_before(job)
+        pinned = {known for known in (told.complete, told.protected) if known is not None}
         named = [
             (snapshot, reason)
             for snapshot, reason in self.orders.drop
@@ -265,15 +324,13 @@ class World:
         if named or not self.is_away:
             return named
         kept = pinned | ({self.orders.target} if self.orders.target is not None else set())
+        # what has parity here may have become protected while nobody could tell us
+        kept |= {rows.id for rows in self._protection.held_rows(job)}
         return job.ledger.to_drop_alone(kept, room=self._room(job))
 
     def _room(self, job: Job) -> int:
         """How many snapshots may stay so that one slot is free to capture into."""
         return max((session.row.slots for session in job.served_sessions()), default=1 << 30) - 1
-
-
-def newer(one: SnapshotId | None, other: SnapshotId | None) -> SnapshotId | None:
-    return max((s for s in (one, other) if s is not None), default=None)
 
 
 def _held(job: Job) -> tuple[Held, ...]:
