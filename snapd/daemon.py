@@ -36,7 +36,7 @@ EXIT_BUG = 70
 SOCKET_PATH_MAX = 107
 
 
-def run_daemon(config: Config) -> int:
+def run_daemon(config: Config, *, is_embedded: bool = False) -> int:
     """Serve until SIGTERM or SIGINT; a second one ends at once. Returns the exit code, after one line on what
     is wrong.
     """
@@ -47,7 +47,7 @@ def run_daemon(config: Config) -> int:
             faultpoints.arm(config.fault.points)
             log = configure_logging(_log_stream(config, stack), config.log.level)
             arena = _take_folders(where, stack)
-            return asyncio.run(serve(config, where, arena, log))
+            return asyncio.run(serve(config, where, arena, log, is_embedded=is_embedded))
         except (ConfigError, ConflictError, IntegrityError) as error:
             print(f"snapd: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
             return EXIT_USAGE
@@ -89,7 +89,9 @@ def real_environment() -> Environment:
     )
 
 
-async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog) -> int:
+async def serve(
+    config: Config, where: Paths, arena: ArenaFolder, log: EventLog, *, is_embedded: bool = False
+) -> int:
     """Run until a signal or a fatal error; the arena stays as it is. Returns the exit code."""
     stop = asyncio.Event()
     failures: list[BaseException] = []
@@ -119,7 +121,7 @@ async def serve(config: Config, where: Paths, arena: ArenaFolder, log: EventLog)
         )
         if config.metrics.port:
             context.metrics.serve(config.metrics.address, config.metrics.port)
-        node = Node(context)
+        node = Node(context, is_embedded=is_embedded)
         clustering: Clustering | None = None
         try:
             clustering = await _join_cluster(config, node)

@@ -128,7 +128,7 @@ class ControlThread:
             self._on_lost(error)
 
     def _attempt(self) -> None:
-        if not self._session.sockets.is_configured and time.monotonic() - self._lost_since > START_AFTER_S:
+        if self._session.may_start_daemon and time.monotonic() - self._lost_since > START_AFTER_S:
             connect_or_start(self._session.sockets, timeout_s=10.0).close()
         self._session.reconnect()
         self._delay_s = RECONNECT_FIRST_S

@@ -107,7 +107,12 @@ class Snapshotter:
             state, gradients=gradients, rank=self.world.rank, world_size=self.world.world_size, job=self.job
         )
         self._tree.trust(trust)
-        self._session = Session(locate.find_sockets(runtime_dir), VERSION)
+        self._session = Session(
+            locate.find_sockets(
+                runtime_dir, is_one_machine=self.world.local_world_size == self.world.world_size
+            ),
+            VERSION,
+        )
         self._open(slots)
         self._engine = CopyEngine(copy_threads)
         self._control = ControlThread(self._session, self._trouble.lose)

@@ -29,6 +29,7 @@ class Sockets:
 
     folder: Path
     is_configured: bool  # the user named it: it is not started by us
+    is_one_machine: bool = True  # the world does not span machines
 
     @property
     def handshake(self) -> Path:
@@ -39,12 +40,13 @@ class Sockets:
         return self.folder / "snapd.sock"
 
 
-def find_sockets(runtime_dir: str | None = None) -> Sockets:
+def find_sockets(runtime_dir: str | None = None, *, is_one_machine: bool = True) -> Sockets:
     """The folder of the daemon's sockets: argument, `SNAPD_RUNTIME_DIR`, `XDG_RUNTIME_DIR`, `/tmp`.
 
-    `SNAPD_AUTOSTART=0`, or a folder that another user owns, means that the daemon is somebody else's to start.
+    `SNAPD_AUTOSTART=0`, a folder that another user owns, or a world that spans machines (its daemons need
+    coordination) means that the daemon is somebody else's to start.
     """
-    autostart = os.environ.get("SNAPD_AUTOSTART", "1") != "0"
+    autostart = os.environ.get("SNAPD_AUTOSTART", "1") != "0" and is_one_machine
     named = runtime_dir or os.environ.get("SNAPD_RUNTIME_DIR")
     if named:
         folder = Path(named)
@@ -52,7 +54,7 @@ def find_sockets(runtime_dir: str | None = None) -> Sockets:
         folder = Path(os.environ["XDG_RUNTIME_DIR"]) / "snapd-train"
     else:
         folder = Path(f"/tmp/snapd-train-{os.getuid()}")
-    return Sockets(folder=folder, is_configured=not autostart)
+    return Sockets(folder=folder, is_configured=not autostart, is_one_machine=is_one_machine)
 
 
 def connect(sockets: Sockets, timeout_s: float) -> socket.socket:
@@ -98,6 +100,8 @@ def connect_or_start(sockets: Sockets, timeout_s: float = START_TIMEOUT_S) -> so
     try:
         return connect(sockets, timeout_s)
     except UnavailableError:
+        if not sockets.is_one_machine:
+            return _await_cluster(sockets, timeout_s)
         if sockets.is_configured:
             raise
     with contextlib.suppress(FileExistsError):
@@ -108,6 +112,23 @@ def connect_or_start(sockets: Sockets, timeout_s: float = START_TIMEOUT_S) -> so
             return connect(sockets, timeout_s)  # another rank was first
         pid = _spawn(sockets)
         return _await(sockets, pid, timeout_s)
+
+
+def _await_cluster(sockets: Sockets, timeout_s: float) -> socket.socket:
+    """The daemon is not ours to start, and may just be starting: after a machine's restart both do, job and daemon."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return connect(sockets, timeout_s)
+        except UnavailableError as error:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    "no snapd daemon answers, and a world that spans machines cannot start one",
+                    hint="start `snapd serve` with a coordinator on each machine",
+                    socket=sockets.handshake,
+                    waited_s=timeout_s,
+                ) from error
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

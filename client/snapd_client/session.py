@@ -68,6 +68,7 @@ class Session:
         self._segments_version = -1
         self._secret = b""
         self._token = ""
+        self.may_start_daemon = False  # the one that was there last had been started by a trainer
         self._connection: socket.socket | None = None
         self._channel: grpc.Channel | None = None
         self._lock = threading.RLock()
@@ -120,6 +121,7 @@ class Session:
         with self._lock:
             self._close_connection()
             self._connection, self._token = connection, reply.welcome.token
+            self.may_start_daemon = reply.welcome.is_embedded and not self.sockets.is_configured
             self.is_connected = True
 
     def reconnect(self) -> None:

@@ -651,21 +651,41 @@ Global___RemoveJobRequest: _TypeAlias = RemoveJobRequest  # noqa: Y015
 
 @_typing.final
 class RemoveJobReply(_message.Message):
+    """In a cluster the job is removed on all nodes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SNAPSHOTS_REMOVED_FIELD_NUMBER: _builtins.int
     ARENA_BYTES_FREED_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    LATE_NODES_FIELD_NUMBER: _builtins.int
+    ABSENT_NODES_FIELD_NUMBER: _builtins.int
     snapshots_removed: _builtins.int
     arena_bytes_freed: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """that had something of it"""
+
+    @_builtins.property
+    def late_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of these, not done yet"""
+
+    @_builtins.property
+    def absent_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """could not be asked; they drop what they have when they come back"""
+
     def __init__(
         self,
         *,
         snapshots_removed: _builtins.int = ...,
         arena_bytes_freed: _builtins.int = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        late_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        absent_nodes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_bytes_freed", b"arena_bytes_freed", "snapshots_removed", b"snapshots_removed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_nodes", b"absent_nodes", "arena_bytes_freed", b"arena_bytes_freed", "late_nodes", b"late_nodes", "nodes", b"nodes", "snapshots_removed", b"snapshots_removed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

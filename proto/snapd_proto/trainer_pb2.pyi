@@ -206,11 +206,14 @@ class Welcome(_message.Message):
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     DAEMON_INSTANCE_FIELD_NUMBER: _builtins.int
+    IS_EMBEDDED_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     software_version: _builtins.str
     token: _builtins.str
     daemon_instance: _builtins.int
     """another number after each restart of the daemon"""
+    is_embedded: _builtins.bool
+    """a trainer started it, so a trainer may start it again"""
     def __init__(
         self,
         *,
@@ -218,10 +221,11 @@ class Welcome(_message.Message):
         software_version: _builtins.str = ...,
         token: _builtins.str = ...,
         daemon_instance: _builtins.int = ...,
+        is_embedded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["daemon_instance", b"daemon_instance", "protocol_version", b"protocol_version", "software_version", b"software_version", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["daemon_instance", b"daemon_instance", "is_embedded", b"is_embedded", "protocol_version", b"protocol_version", "software_version", b"software_version", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

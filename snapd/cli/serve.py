@@ -33,7 +33,8 @@ def serve(
     from snapd.daemon import run_daemon
 
     loaded = load_settings(config, flags_from(settings))
-    return run_daemon(prepare_embedded(loaded.config) if embedded else loaded.config)
+    settled = prepare_embedded(loaded.config) if embedded else loaded.config
+    return run_daemon(settled, is_embedded=embedded)
 
 
 def prepare_embedded(config: Config) -> Config:

@@ -138,6 +138,7 @@ class HandshakeServer:
                 software_version=__version__,
                 token=peer.token,
                 daemon_instance=self._node.instance,
+                is_embedded=self._node.is_embedded,
             )
         )
 

@@ -43,8 +43,10 @@ from snapd.runtime.world_restoring import WorldRestores
 class Node:
     """Single-threaded: everything runs on the event loop."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, *, is_embedded: bool = False) -> None:
+        """`is_embedded`: a trainer started this daemon, and may start it again."""
         self.context = context
+        self.is_embedded = is_embedded
         self.instance = context.environment.random_id()
         self.started_s = context.environment.monotonic_s()
         self.jobs: dict[str, Job] = {}
@@ -412,6 +414,20 @@ class Node:
             job.final_ranks.add(rank)
         self._remove_if_final(job, world_size)
 
+    def end_job(self, job: Job, through: int) -> None:
+        """All of the generations up to this one was removed in the whole world: what is newer here stays."""
+        newest = max(
+            [session.generation for session in job.live_sessions()]
+            + [s.generation for s in job.ledger.snapshots],
+            default=0,
+        )
+        if newest <= through and self.jobs.get(job.name) is job:
+            self._remove(job)
+        else:
+            job.settle()
+
     def _remove_if_final(self, job: Job, world_size: int) -> None:
-        if len(job.final_ranks) == world_size and not any(True for _ in job.live_sessions()):
+        if job.world is not None:  # the collector hears of it, and has the job removed on all nodes
+            job.world.changed()
+        elif len(job.final_ranks) == world_size and not any(True for _ in job.live_sessions()):
             self._remove(job)
