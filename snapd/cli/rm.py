@@ -16,12 +16,15 @@ from snapd.units import format_size
 def rm(
     job: Annotated[str, typer.Argument(help="The job.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Also when trainers are attached; they can save no more.")
+        bool,
+        typer.Option(
+            "--force", help="Also when trainers are attached (they save no more) or a node is absent."
+        ),
     ] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> ExitCode:
-    """Remove a job: its snapshots are gone, its memory is free."""
+    """Remove a job, on all nodes: its snapshots are gone, its memory is free."""
     with connected(runtime_dir) as client:
         reply = client.remove_job(job, force=force)
     if as_json:
@@ -30,11 +33,19 @@ def rm(
                 "job": job,
                 "snapshots_removed": reply.snapshots_removed,
                 "arena_bytes_freed": reply.arena_bytes_freed,
+                "nodes": list(reply.nodes),
+                "late_nodes": list(reply.late_nodes),
+                "absent_nodes": list(reply.absent_nodes),
             }
         )
     else:
         freed = format_size(reply.arena_bytes_freed)
         count = reply.snapshots_removed
         what = f"{count} snapshot{'' if count == 1 else 's'}"
-        print(f"{job}: {what} removed, {freed} given back")
+        where = f" on {', '.join(reply.nodes)}" if reply.nodes else ""
+        print(f"{job}: {what} removed{where}, {freed} given back")
+        if reply.late_nodes:
+            print(f"  not done yet: {', '.join(reply.late_nodes)}")
+        if reply.absent_nodes:
+            print(f"  absent, and will drop what they have of it: {', '.join(reply.absent_nodes)}")
     return ExitCode.DONE

@@ -12,6 +12,7 @@ from snapd.core.ids import SnapshotId
 from snapd.errors import RemoteProtocolError
 
 GENERATIONS_KEPT = 64
+REMOVED_DIGITS_MAX = 20
 Table = dict[GenerationKey, Generation]
 
 
@@ -58,6 +59,15 @@ def generations_from_json(value: bytes | None) -> Table:
         return bounded(_row(*fields) for fields in json.loads(value))
     except (ValueError, TypeError, RecursionError) as error:
         raise RemoteProtocolError("not a table of generations", kind="record") from error
+
+
+def removed_from_bytes(value: bytes | None) -> int:
+    """Raise RemoteProtocolError (kind `record`) for anything but a number. None: 0."""
+    if value is None:
+        return 0
+    if not value.isdigit() or len(value) > REMOVED_DIGITS_MAX:
+        raise RemoteProtocolError("not the number of a generation", kind="record")
+    return int(value)
 
 
 def newest_to_json(newest: Newest) -> bytes:

@@ -24,6 +24,7 @@ from snapd.coordination.job_records import (
     newest_from_json,
     newest_number,
     newest_to_json,
+    removed_from_bytes,
 )
 from snapd.coordination.kv import Check, Entry, Write
 from snapd.core.generations import Assignment, Generation, assign
@@ -49,6 +50,7 @@ class ClusterCoordination:
         self._unreadable = ""  # what was told last
         self._is_short = False  # the store seemed to lack rows that are known here
         self._collector = ""
+        self._removed_through = 0
         self._claimed_under = 0
         self._revision = 0  # of the last reading
         self._newest: Newest | None = None
@@ -192,13 +194,39 @@ class ClusterCoordination:
         self._newest = newest_from_json(entry.value) if entry else None
         return self._newest
 
+    # Its end.
+
+    @property
+    def removed_through(self) -> int:
+        """Everything of generations up to this one is gone, on all nodes; 0: nothing was removed."""
+        return self._removed_through
+
+    async def remove_through(self, generation: int) -> None:
+        """Have every node drop all of the generations up to this one, and forget the newest snapshots if they are of
+        these. The generations themselves are never deleted. Raises UnavailableError, FencedError.
+        """
+        state, keys = self._state, self._state.keys
+        for _ in range(ATTEMPTS_MAX):
+            found = (await state.store.read(keys.removed(self._job))).items.get(keys.removed(self._job))
+            through = max(generation, removed_from_bytes(found.value if found else None))
+            newest = await self.read_newest()
+            writes = [Write(keys.removed(self._job), str(through).encode("ascii"))]
+            known = newest.complete or newest.protected if newest else None
+            if known is not None and known.generation <= through:
+                writes.append(Write(keys.newest(self._job), None))
+            check = Check(keys.removed(self._job), found.version if found else 0)
+            if await state.store.transact([check], writes):
+                self._take_up(keys.removed(self._job), writes[0].value)
+                return
+        raise UnavailableError("the job is removed by others too", kind="contention", job=self._job)
+
     # Its life.
 
     async def refresh(self) -> None:
         """Read generations and collector now. Raises UnavailableError; RemoteProtocolError (kind `record`)."""
         keys, job = self._state.keys, self._job
         reading = await self._state.store.read(keys.job(job))
-        for key in (keys.generations(job), keys.collector(job)):
+        for key in (keys.generations(job), keys.collector(job), keys.removed(job)):
             entry = reading.items.get(key)
             self._take_up(key, entry.value if entry else None)
         self._revision = reading.revision
@@ -240,6 +268,8 @@ class ClusterCoordination:
                 self._state.saw_generation(self._job, newest_number(self._table))
         elif key == keys.collector(self._job):
             self._collector = value.decode("ascii", "replace") if value else ""
+        elif key == keys.removed(self._job):
+            self._removed_through = max(self._removed_through, removed_from_bytes(value))
         self._tell()
 
     def _known(self) -> int:
@@ -340,6 +370,8 @@ class ClusterCoordination:
     async def _write_newest(self, wanted: Newest) -> None:
         """Never over a record of a later epoch or generation: then this collector is an old one."""
         key = self._state.keys.newest(self._job)
+        if wanted.complete is None or wanted.complete.generation <= self._removed_through:
+            return
         entry = (await self._state.store.read(key)).items.get(key)
         if entry is not None and _is_after(newest_from_json(entry.value), wanted):
             raise FencedError("another collector has written something newer", kind="collector")

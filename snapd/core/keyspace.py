@@ -12,6 +12,7 @@
 /snapd/NAME/cluster/drains/NODE     the node is to be emptied
 /snapd/NAME/jobs/JOB/generations    the job's newest generations
 /snapd/NAME/jobs/JOB/collector      leased: the node that collects the job's reports
+/snapd/NAME/jobs/JOB/removed        all of the job's generations up to this number are gone for good
 /snapd/NAME/newest/JOB              the newest complete and protected snapshot; outside `jobs/`, so that nobody who
                                     watches a job is woken by it
 ```
@@ -74,6 +75,9 @@ class Keyspace:
 
     def collector(self, job: str) -> str:
         return self.job(job) + "collector"
+
+    def removed(self, job: str) -> str:
+        return self.job(job) + "removed"
 
     def newest(self, job: str) -> str:
         return f"{self.root}newest/{job}"

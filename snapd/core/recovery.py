@@ -35,12 +35,18 @@ class HeldRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """All that one node holds of a job."""
+    """All that one node holds of a job. `is_here`: it has the job at all; `generation`: the newest that it knows;
+    `live_ranks`: those with a trainer there.
+    """
 
     node: str
     held: tuple[Held, ...] = ()
     rows: tuple[HeldRows, ...] = ()
     problems: tuple[tuple[SnapshotId, str], ...] = ()
+    is_here: bool = False
+    generation: int = 0
+    live_ranks: tuple[int, ...] = ()
+    arena_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from snapd_proto import admin_pb2, admin_pb2_grpc, trainer_pb2
 
 from snapd import __version__
-from snapd.core.ids import SnapshotId
+from snapd.core.ids import SnapshotId, checked_job_name
 from snapd.core.ledger import SnapshotFacts
 from snapd.errors import NotFoundError, SnapdError
 from snapd.memory.records import record_to_proto
@@ -144,8 +144,18 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.RemoveJobRequest, context: ServicerContext
     ) -> admin_pb2.RemoveJobReply:
         caller(self.node, context)
-        count, freed = self.node.remove_job(request.job, is_forced=request.force)
-        return admin_pb2.RemoveJobReply(snapshots_removed=count, arena_bytes_freed=freed)
+        node, name = self.node, checked_job_name(request.job)
+        if node.cluster is None or name in node.broken:
+            count, freed = node.remove_job(name, is_forced=request.force)
+            return admin_pb2.RemoveJobReply(snapshots_removed=count, arena_bytes_freed=freed)
+        removed = await node.cluster.removals.remove(name, is_forced=request.force)
+        return admin_pb2.RemoveJobReply(
+            snapshots_removed=removed.snapshots,
+            arena_bytes_freed=removed.nbytes,
+            nodes=removed.nodes,
+            late_nodes=removed.late,
+            absent_nodes=removed.absent,
+        )
 
 
 def _bad_chunks(entries: Iterable[tuple[int, int, str]]) -> list[trainer_pb2.BadChunk]:

@@ -7,6 +7,7 @@ when another daemon begins to collect it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -26,6 +27,7 @@ from snapd.runtime.changes import Changes
 from snapd.runtime.collecting import CollectorHost, CollectorSettings
 from snapd.runtime.job import Job
 from snapd.runtime.peers import NodeFacts, PeerCalls, Records, ReportAnswer, WorldAsk, WorldPlan
+from snapd.runtime.removing import Removals
 from snapd.runtime.world import Here, Protection, World
 
 RETRY_S = 0.5
@@ -49,7 +51,9 @@ class Jobs(Protocol):
     @property
     def jobs(self) -> Mapping[str, Job]: ...
     def job_for(self, name: str) -> Job: ...
-    def remove_job(self, name: str, *, is_forced: bool) -> tuple[int, int]: ...
+    def end_job(self, job: Job, through: int) -> None:
+        """All of the generations up to this one was removed in the whole world."""
+
     def overtake(self, job: Job) -> None:
         """A newer generation has begun somewhere: sessions of older ones are fenced."""
 
@@ -86,6 +90,7 @@ class Cluster:
         self._asked: dict[str, str] = {}
         self._arenas: dict[str, str] = {}
         self._epoch_seen = (False, 0)
+        self.removals = Removals(self, parts.jobs, parts.log, parts.monotonic_s)
         self._tasks: list[asyncio.Task[None]] = []
 
     # who we are
@@ -122,6 +127,10 @@ class Cluster:
     @property
     def doubtful(self) -> Iterable[str]:
         return set(self.state.absent) - set(self.state.lost)
+
+    @property
+    def absent(self) -> Iterable[str]:
+        return self.state.absent
 
     @property
     def sees_all(self) -> bool:
@@ -212,6 +221,8 @@ class Cluster:
     async def _follow_job(self, name: str, coordination: ClusterCoordination) -> None:
         while True:
             await coordination.changed(POLL_S)
+            self.removals.follow(name, coordination)
+            self.worlds[name].changed()
             job = self._parts.jobs.jobs.get(name)
             if job is not None and coordination.current() > job.newest_generation:
                 self._parts.jobs.overtake(job)
@@ -306,8 +317,29 @@ class Cluster:
             protected=newest.protected if newest else None,
             parent=(current.number, current.parent) if current and current.parent else None,
             record=record,
+            removed_through=coordination.removed_through,
+            ended=lambda generation: self._job_ended(name, generation),
         )
         self._parts.log.info("collector.taken_up", job=name)
+
+    def _job_ended(self, name: str, generation: int) -> None:
+        self._tasks.append(self._parts.spawn(self.removals.end(name, generation), f"end {name}"))
+
+    def stop_collecting(self, name: str) -> None:
+        """A collector of a job that was removed knows only what is gone; who has to do with the job anew claims it."""
+        host = self._collectors.pop(name, None)
+        if host is not None:
+            host.close()
+            self._tasks.append(self._parts.spawn(self._release(name), f"release {name}"))
+
+    async def _release(self, name: str) -> None:
+        with contextlib.suppress(UnavailableError, FencedError):
+            await self.coordination(name).release_collector()
+
+    async def is_recorded(self, name: str) -> bool:
+        """Whether the coordinator knows of snapshots of the job. Raises UnavailableError."""
+        key = self.state.keys.newest(name)
+        return key in (await self.state.store.read(key)).items
 
     async def take_report(
         self, name: str, report: NodeReport, *, known_orders: int, hold_s: float
