@@ -6,8 +6,8 @@ import pytest
 
 from tests.cluster.harness import etcd
 from tests.cluster.harness.cluster import cluster
-from tests.cluster.harness.observer import Observer
-from tests.cluster.harness.rounds import Rounds, make_recipes, runtimes_of
+from tests.cluster.harness.observer import Observer, runtimes_of
+from tests.cluster.harness.rounds import Rounds, make_recipes
 
 STEPS = 120
 

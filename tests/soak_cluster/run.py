@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from snapd.core.cluster import Code
 from tests.cluster.harness.cluster import cluster
-from tests.cluster.harness.observer import Observer
-from tests.cluster.harness.rounds import Rounds, make_recipes, runtimes_of
+from tests.cluster.harness.observer import Observer, runtimes_of
+from tests.cluster.harness.rounds import Rounds, make_recipes
 
 
 def say(text: str) -> None:

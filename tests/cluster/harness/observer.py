@@ -17,6 +17,7 @@ import grpc
 from snapd_proto import admin_pb2
 
 from tests.cluster.harness.asking import Asker
+from tests.cluster.harness.cluster import Cluster
 from tests.support.fake_trainer import Refused
 
 EVERY_S = 0.1
@@ -88,3 +89,8 @@ class Observer:
                     seen.append(Seen(time.monotonic(), node, complete, protected))
                 self._complete[job.job] = max(self._complete[job.job], complete)
                 self._protected[job.job] = max(self._protected[job.job], protected)
+
+
+def runtimes_of(cluster: Cluster) -> Callable[[], dict[str, Path]]:
+    """For an Observer: the daemons that run at the moment."""
+    return lambda: {daemon.node: daemon.runtime for daemon in list(cluster.daemons) if daemon.is_running}

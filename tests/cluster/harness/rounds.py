@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.daemon import PYTHON_PATH, ClusterDaemon
@@ -271,8 +270,3 @@ class Rounds:
             ):
                 raise Wrong(f"the loss of ranks {lost} is not what was said: {line}")
         return said
-
-
-def runtimes_of(cluster: Cluster) -> Callable[[], dict[str, Path]]:
-    """For an Observer: the daemons that run at the moment."""
-    return lambda: {daemon.node: daemon.runtime for daemon in list(cluster.daemons) if daemon.is_running}
