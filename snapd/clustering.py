@@ -302,7 +302,7 @@ class _Asked:
         self, node: str, job: str, snapshot: SnapshotId, epoch: int
     ) -> tuple[RowMap, list[PlacedRecord]]:
         assert self.cluster is not None
-        records = await self.cluster.fetch_records(node, job, snapshot)
+        records = await self.cluster.fetch_records(node, job, snapshot, epoch=epoch)
         if records.code is None or records.epoch != epoch:
             raise NotFoundError(
                 "the node has no row map of that epoch", kind="row_map", node=node, epoch=epoch

@@ -782,6 +782,8 @@ Global___PlacedRecord: _TypeAlias = PlacedRecord  # noqa: Y015
 
 @_typing.final
 class FetchRecordsRequest(_message.Message):
+    """`epoch`: of the row map whose records are wanted; 0: of the newest one."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_FIELD_NUMBER: _builtins.int
@@ -790,10 +792,12 @@ class FetchRecordsRequest(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     OWN_ONLY_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     step: _builtins.int
     own_only: _builtins.bool
+    epoch: _builtins.int
     @_builtins.property
     def sender(self) -> Global___Sender: ...
     @_builtins.property
@@ -807,10 +811,11 @@ class FetchRecordsRequest(_message.Message):
         step: _builtins.int = ...,
         ranks: _abc.Iterable[_builtins.int] | None = ...,
         own_only: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "job", b"job", "own_only", b"own_only", "ranks", b"ranks", "sender", b"sender", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "job", b"job", "own_only", b"own_only", "ranks", b"ranks", "sender", b"sender", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -853,6 +858,53 @@ class FetchRecordsReply(_message.Message):
 Global___FetchRecordsReply: _TypeAlias = FetchRecordsReply  # noqa: Y015
 
 @_typing.final
+class TakeShardRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENDER_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    generation: _builtins.int
+    step: _builtins.int
+    rank: _builtins.int
+    @_builtins.property
+    def sender(self) -> Global___Sender: ...
+    def __init__(
+        self,
+        *,
+        sender: Global___Sender | None = ...,
+        job: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "job", b"job", "rank", b"rank", "sender", b"sender", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeShardRequest: _TypeAlias = TakeShardRequest  # noqa: Y015
+
+@_typing.final
+class TakeShardReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeShardReply: _TypeAlias = TakeShardReply  # noqa: Y015
+
+@_typing.final
 class NodeStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -885,6 +937,8 @@ class NodeStatusReply(_message.Message):
     JOBS_FIELD_NUMBER: _builtins.int
     EXPOSURE_BYTE_S_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
+    IS_DRAINING_FIELD_NUMBER: _builtins.int
+    DRAIN_WAITS_FOR_FIELD_NUMBER: _builtins.int
     arena_bytes: _builtins.int
     parity_bytes: _builtins.int
     sent_bytes: _builtins.int
@@ -892,6 +946,10 @@ class NodeStatusReply(_message.Message):
     trouble: _builtins.str
     exposure_byte_s: _builtins.float
     software_version: _builtins.str
+    is_draining: _builtins.bool
+    """it is to be emptied"""
+    drain_waits_for: _builtins.str
+    """what keeps it; empty: it may be taken away"""
     @_builtins.property
     def answerer(self) -> Global___Sender: ...
     @_builtins.property
@@ -908,10 +966,12 @@ class NodeStatusReply(_message.Message):
         jobs: _abc.Iterable[_builtins.str] | None = ...,
         exposure_byte_s: _builtins.float = ...,
         software_version: _builtins.str = ...,
+        is_draining: _builtins.bool = ...,
+        drain_waits_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer", "arena_bytes", b"arena_bytes", "exposure_byte_s", b"exposure_byte_s", "jobs", b"jobs", "parity_bytes", b"parity_bytes", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "software_version", b"software_version", "trouble", b"trouble"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerer", b"answerer", "arena_bytes", b"arena_bytes", "drain_waits_for", b"drain_waits_for", "exposure_byte_s", b"exposure_byte_s", "is_draining", b"is_draining", "jobs", b"jobs", "parity_bytes", b"parity_bytes", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "software_version", b"software_version", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

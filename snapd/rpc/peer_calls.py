@@ -19,6 +19,7 @@ from snapd.runtime.peers import NodeFacts, Records, ReportAnswer, WorldAsk, Worl
 
 CALL_TIMEOUT_S = 5.0
 RECORDS_TIMEOUT_S = 30.0
+TAKE_TIMEOUT_S = 600.0
 MESSAGE_BYTES_MAX = 256 << 20
 PEER_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -94,7 +95,14 @@ class PeerCallsGrpc:
         return convert.inventory_from_proto(reply)
 
     async def fetch_records(
-        self, node: str, job: str, snapshot: SnapshotId, *, ranks: Sequence[int] = (), own_only: bool = False
+        self,
+        node: str,
+        job: str,
+        snapshot: SnapshotId,
+        *,
+        ranks: Sequence[int] = (),
+        own_only: bool = False,
+        epoch: int = 0,
     ) -> Records:
         request = peer_pb2.FetchRecordsRequest(
             sender=self._sender(),
@@ -103,6 +111,7 @@ class PeerCallsGrpc:
             step=snapshot.step,
             ranks=ranks,
             own_only=own_only,
+            epoch=epoch,
         )
         reply = await self._call(node, self.stub(node).FetchRecords(request, timeout=RECORDS_TIMEOUT_S))
         return convert.records_from_proto(reply)
@@ -132,6 +141,12 @@ class PeerCallsGrpc:
         )
         reply = await self._call(node, self.stub(node).FinishWorldRestore(request, timeout=timeout_s))
         return convert.verdicts_from_proto(reply)
+
+    async def take_shard(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None:
+        request = peer_pb2.TakeShardRequest(
+            sender=self._sender(), job=job, generation=snapshot.generation, step=snapshot.step, rank=rank
+        )
+        await self._call(node, self.stub(node).TakeShard(request, timeout=TAKE_TIMEOUT_S))
 
     async def node_facts(self, node: str) -> NodeFacts:
         request = peer_pb2.NodeStatusRequest(sender=self._sender())

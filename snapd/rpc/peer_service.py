@@ -9,7 +9,7 @@ from snapd_proto import peer_pb2, peer_pb2_grpc, trainer_pb2
 from snapd import __version__
 from snapd.core.cluster import checked_node_name
 from snapd.core.ids import checked_job_name
-from snapd.errors import AuthError, ConfigError, FencedError
+from snapd.errors import AuthError, ConfigError, FencedError, UnavailableError
 from snapd.peer.grpc_peer import CallContext, TransferService, certificate_names
 from snapd.rpc import peer_convert as convert
 from snapd.rpc.guard import ServicerContext, told
@@ -116,8 +116,21 @@ class PeerService(KeyValueService, peer_pb2_grpc.PeerServicer):
             convert.snapshot_of(request.generation, request.step),
             ranks=set(request.ranks),
             own_only=request.own_only,
+            epoch=request.epoch,
         )
         return convert.records_to_proto(records)
+
+    @told
+    async def TakeShard(
+        self, request: peer_pb2.TakeShardRequest, context: ServicerContext
+    ) -> peer_pb2.TakeShardReply:
+        self._admit(request.sender, context)
+        checked_job_name(request.job)
+        snapshot = convert.snapshot_of(request.generation, request.step)
+        if self.node.repairs is None:
+            raise UnavailableError("this node is not ready", kind="starting")
+        await self.node.repairs.take(self.node.job_for(request.job), snapshot, request.rank)
+        return peer_pb2.TakeShardReply()
 
     @told
     async def NodeStatus(
@@ -135,6 +148,8 @@ class PeerService(KeyValueService, peer_pb2_grpc.PeerServicer):
             jobs=facts.jobs,
             exposure_byte_s=facts.exposure_byte_s,
             software_version=__version__,
+            is_draining=facts.is_draining,
+            drain_waits_for=facts.drain_waits_for,
         )
 
     async def Transfer(  # type: ignore[override]  # read and write on the context: the stubs know generators only

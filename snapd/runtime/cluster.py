@@ -25,6 +25,7 @@ from snapd.errors import FencedError, NotFoundError, RemoteProtocolError, SnapdE
 from snapd.obs.log import EventLog
 from snapd.runtime.changes import Changes
 from snapd.runtime.collecting import CollectorHost, CollectorSettings
+from snapd.runtime.draining import Drainer
 from snapd.runtime.job import Job
 from snapd.runtime.peers import NodeFacts, PeerCalls, Records, ReportAnswer, WorldAsk, WorldPlan
 from snapd.runtime.removing import Removals
@@ -39,7 +40,9 @@ UNKNOWN_ORDERS = 1 << 62  # a number that no collector has: it answers at once
 class ClusterProtection(Protection, Protocol):
     """The protection of all jobs of this node, and what it serves to peers."""
 
-    def records(self, job: Job, snapshot: SnapshotId, *, ranks: set[int], own_only: bool) -> Records: ...
+    def records(
+        self, job: Job, snapshot: SnapshotId, *, ranks: set[int], own_only: bool, epoch: int = 0
+    ) -> Records: ...
 
     def facts(self) -> tuple[int, int, int, float]:
         """(parity bytes, bytes sent, bytes received, exposure in byte seconds)."""
@@ -90,6 +93,7 @@ class Cluster:
         self._asked: dict[str, str] = {}
         self._arenas: dict[str, str] = {}
         self._epoch_seen = (False, 0)
+        self.drainer = Drainer(self, lambda: parts.jobs.jobs, parts.log)
         self.removals = Removals(self, parts.jobs, parts.log, parts.monotonic_s)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -152,6 +156,7 @@ class Cluster:
         self._tasks.append(spawn(self._run_state(), "cluster"))
         self._tasks.append(spawn(self._watch_jobs(), "cluster jobs"))
         self._tasks.append(spawn(self._follow(), "cluster follow"))
+        self._tasks.append(spawn(self.drainer.run(), "drain"))
 
     async def stop(self) -> None:
         """Let go of leases, so that others take over at once."""
@@ -425,12 +430,14 @@ class Cluster:
         world = self.worlds.get(name)
         return world.inventory() if world is not None else Inventory(node=self.name)
 
-    def own_records(self, name: str, snapshot: SnapshotId, *, ranks: set[int], own_only: bool) -> Records:
+    def own_records(
+        self, name: str, snapshot: SnapshotId, *, ranks: set[int], own_only: bool, epoch: int = 0
+    ) -> Records:
         """Raise NotFoundError (kind `job`)."""
         job = self._parts.jobs.jobs.get(name)
         if job is None:
             raise NotFoundError(f"no job {name[:64]!r} on this node", kind="job")
-        return self._parts.protection.records(job, snapshot, ranks=ranks, own_only=own_only)
+        return self._parts.protection.records(job, snapshot, ranks=ranks, own_only=own_only, epoch=epoch)
 
     def own_facts(self) -> NodeFacts:
         parity, sent, received, exposure = self._parts.protection.facts()
@@ -447,6 +454,8 @@ class Cluster:
             sent_bytes=sent,
             received_bytes=received,
             exposure_byte_s=exposure,
+            is_draining=self.drainer.status.is_asked,
+            drain_waits_for=self.drainer.status.waits_for,
         )
 
     async def inventory(self, node: str, job: str) -> Inventory:
@@ -455,11 +464,23 @@ class Cluster:
         return await self._parts.calls.inventory(node, job)
 
     async def fetch_records(
-        self, node: str, job: str, snapshot: SnapshotId, *, ranks: Sequence[int] = (), own_only: bool = False
+        self,
+        node: str,
+        job: str,
+        snapshot: SnapshotId,
+        *,
+        ranks: Sequence[int] = (),
+        own_only: bool = False,
+        epoch: int = 0,
     ) -> Records:
         if node == self.name:
-            return self.own_records(job, snapshot, ranks=set(ranks), own_only=own_only)
-        return await self._parts.calls.fetch_records(node, job, snapshot, ranks=ranks, own_only=own_only)
+            return self.own_records(job, snapshot, ranks=set(ranks), own_only=own_only, epoch=epoch)
+        return await self._parts.calls.fetch_records(
+            node, job, snapshot, ranks=ranks, own_only=own_only, epoch=epoch
+        )
+
+    async def take_shard(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None:
+        await self._parts.calls.take_shard(node, job, snapshot, rank)
 
     async def node_facts(self, node: str) -> NodeFacts:
         if node == self.name:

@@ -34,7 +34,9 @@ class Asking(Protocol):
 
     async def inventory(self, node: str, job: str) -> Inventory: ...
 
-    async def fetch_records(self, node: str, job: str, snapshot: SnapshotId) -> Records: ...
+    async def fetch_records(
+        self, node: str, job: str, snapshot: SnapshotId, *, epoch: int = 0
+    ) -> Records: ...
 
 
 class Surroundings(Protocol):
@@ -230,12 +232,11 @@ class CollectorHost:
 
     async def _gather(self) -> tuple[list[Inventory], list[str]]:
         """What every member holds, and who did not say."""
-        nodes = sorted(self._around.living)
+        nodes, silent = sorted(self._around.living), list(self._around.doubtful)  # both as of the same moment
         answers = await asyncio.gather(
             *(self._around.calls.inventory(node, self.job) for node in nodes), return_exceptions=True
         )
         inventories: list[Inventory] = []
-        silent = list(self._around.doubtful)
         for node, answer in zip(nodes, answers, strict=True):
             if isinstance(answer, Inventory):
                 inventories.append(inventory_without(answer, self._removed_through))
@@ -267,17 +268,20 @@ class CollectorHost:
     ) -> RowSet | None:
         for node in record_nodes:
             try:
-                records = await self._around.calls.fetch_records(node, self.job, snapshot)
+                records = await self._around.calls.fetch_records(node, self.job, snapshot, epoch=epoch)
             except SnapdError:
                 continue
-            if records.code is None:
+            if records.code is None or records.epoch != epoch:
                 continue
             chunks = {
                 owner: chunks_of(owner, [record for place, record in records.placed if place == owner])
                 for owner in records.nodes
             }
             rows = plan_rows(records.code, records.nodes, chunks)
-            return RowSet(snapshot, group, epoch, records.nodes, records.code, rows, tuple(record_nodes))
+            world_size = max((record.world_size for _, record in records.placed), default=0)
+            return RowSet(
+                snapshot, group, epoch, records.nodes, records.code, rows, tuple(record_nodes), world_size
+            )
         return None
 
     async def finish(self, generation: int, number: int, rank: int, report: RankReport) -> Verdicts:

@@ -115,12 +115,14 @@ class NodeProtection:
     def trouble(self, job: Job) -> str:
         return self._part(job).protector.state.trouble
 
-    def records(self, job: Job, snapshot: SnapshotId, *, ranks: set[int], own_only: bool) -> Records:
-        """Our own records of a snapshot; without `own_only` all of the newest row map that covers it."""
+    def records(
+        self, job: Job, snapshot: SnapshotId, *, ranks: set[int], own_only: bool, epoch: int = 0
+    ) -> Records:
+        """Our own records of a snapshot; without `own_only` all of the row map of that epoch (0: of the newest)."""
         own = own_records(job, snapshot)
         if own_only:
             return Records(tuple((self._means.node, r) for r in own if not ranks or r.rank in ranks))
-        row_map = self._newest_map(job, snapshot)
+        row_map = self._map(job, snapshot, epoch)
         if row_map is None:
             return Records(tuple((self._means.node, record) for record in own))
         try:
@@ -136,8 +138,12 @@ class NodeProtection:
             row_map.group,
         )
 
-    def _newest_map(self, job: Job, snapshot: SnapshotId) -> RowMap | None:
-        maps = [plan.map for plan in job.parity.plans() if plan.map.id == snapshot]
+    def _map(self, job: Job, snapshot: SnapshotId, epoch: int) -> RowMap | None:
+        maps = [
+            plan.map
+            for plan in job.parity.plans()
+            if plan.map.id == snapshot and epoch in (0, plan.map.epoch)
+        ]
         return max(maps, key=lambda row_map: row_map.epoch, default=None)
 
     def facts(self) -> tuple[int, int, int, float]:

@@ -79,6 +79,8 @@ class NodeFacts:
     sent_bytes: int = 0
     received_bytes: int = 0
     exposure_byte_s: float = 0.0
+    is_draining: bool = False
+    drain_waits_for: str = ""
 
 
 class PeerCalls(Protocol):
@@ -91,8 +93,16 @@ class PeerCalls(Protocol):
     async def inventory(self, node: str, job: str) -> Inventory: ...
 
     async def fetch_records(
-        self, node: str, job: str, snapshot: SnapshotId, *, ranks: Sequence[int] = (), own_only: bool = False
-    ) -> Records: ...
+        self,
+        node: str,
+        job: str,
+        snapshot: SnapshotId,
+        *,
+        ranks: Sequence[int] = (),
+        own_only: bool = False,
+        epoch: int = 0,
+    ) -> Records:
+        """`epoch`: of the row map whose records are wanted; 0: of the newest one."""
 
     async def plan_world_restore(
         self, node: str, job: str, ask: WorldAsk, *, timeout_s: float
@@ -109,5 +119,7 @@ class PeerCalls(Protocol):
         *,
         timeout_s: float,
     ) -> Verdicts: ...
+
+    async def take_shard(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None: ...
 
     async def node_facts(self, node: str) -> NodeFacts: ...
