@@ -91,8 +91,8 @@ class GroupTable:
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A daemon that may be the leader: HOST:PORT, and the name that its certificate must have. `is_dns`: the host stands
-    for several addresses.
+    """A daemon that may be the leader: HOST:PORT, and the name that its certificate must have. `is_dns`: the host
+    stands for several addresses.
     """
 
     node: str

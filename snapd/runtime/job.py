@@ -265,7 +265,7 @@ class Job:
                 return
 
     def _tell_slots_held(self, session: Session) -> None:
-        """Where snapshots stay until a newer one is protected, a trainer must not wait for a slot: it may be minutes."""
+        """Where snapshots stay until a newer one is protected, no trainer must wait for a slot: it may be minutes."""
         arena, wanted = self.arena(session.rank), session.page.load("wanted_frames")
         is_held = (
             self.world is not None

@@ -106,7 +106,7 @@ def test_config_explain_says_who_won(tmp_path: Path) -> None:
     lines = CliRunner().invoke(app, ["config", "explain"], env=environment).stdout.splitlines()
     slots = next(line for line in lines if line.startswith("arena.slots"))
     headroom = next(line for line in lines if line.startswith("arena.headroom"))
-    assert slots == "arena.slots = 3  (from SNAPD_ARENA_SLOTS; 2 .. 8; default 2)"
+    assert slots == "arena.slots = 3  (from SNAPD_ARENA_SLOTS; 0 .. 8; default 0)"
     assert headroom.startswith(f"arena.headroom = 1 GiB  (from {file};")
 
 
