@@ -60,6 +60,7 @@ class RowSet:
     code: Code
     rows: tuple[Row, ...]
     record_nodes: tuple[str, ...]
+    world_size: int = 0  # of the snapshot, as its records say; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +103,21 @@ class _Facts:
 
 
 def gaps(inventories: Iterable[Inventory]) -> dict[SnapshotId, list[int]]:
-    """Snapshots of which some shards are whole on no node: the ranks whose rows have to be looked at."""
+    """Snapshots of which some shards are whole on no node (or all of them: then others have parity at most): the ranks
+    whose rows have to be looked at.
+    """
+    inventories = list(inventories)
     facts = _facts(inventories)
-    return {
+    found = {
         snapshot: missing
         for snapshot, known in facts.items()
         if (missing := [rank for rank in range(known.world_size) if rank not in known.nodes_of])
     }
+    for inventory in inventories:
+        for rows in inventory.rows:
+            if rows.id not in facts:
+                found[rows.id] = sorted({*found.get(rows.id, ()), *rows.record_ranks})
+    return found
 
 
 def choose_among_nodes(situation: Situation) -> Choice:
@@ -117,7 +126,7 @@ def choose_among_nodes(situation: Situation) -> Choice:
     Outcomes: as `restore.choose`, and UNREACHABLE when a member that did not answer may hold what makes a newer
     snapshot whole (unless `accept_older`).
     """
-    facts = _facts(situation.inventories)
+    facts = _facts(situation.inventories, situation.row_sets)
     problems = {s: text for inventory in situation.inventories for s, text in inventory.problems}
     candidates = set(facts) | ({situation.newest_known} if situation.newest_known is not None else set())
     verdicts: list[Verdict] = []
@@ -191,12 +200,15 @@ def _was_complete(verdicts: Iterable[Verdict]) -> bool:
     return any("lost" in verdict.reason for verdict in verdicts)
 
 
-def _facts(inventories: Iterable[Inventory]) -> dict[SnapshotId, _Facts]:
+def _facts(inventories: Iterable[Inventory], row_sets: Iterable[RowSet] = ()) -> dict[SnapshotId, _Facts]:
     found: dict[SnapshotId, _Facts] = {}
     for inventory in inventories:
         for held in inventory.held:
             known = found.setdefault(held.id, _Facts(held.world_size))
             known.nodes_of.setdefault(held.rank, set()).add(inventory.node)
+    for row_set in row_sets:
+        if row_set.world_size:
+            found.setdefault(row_set.id, _Facts(row_set.world_size))
     return found
 
 

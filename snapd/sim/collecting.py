@@ -189,10 +189,10 @@ class SimCollector:
         """What every member holds, and who did not say."""
         daemon = self._daemon
         nodes = sorted(daemon.state.members)
+        silent = sorted(set(daemon.state.absent) - set(daemon.state.lost))  # as of the same moment
         calls = [daemon.call(node, "inventory", timeout_s=CALL_S) for node in nodes]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         inventories: list[Inventory] = []
-        silent = sorted(set(daemon.state.absent) - set(daemon.state.lost))
         for node, answer in zip(nodes, answers, strict=True):
             if isinstance(answer, Inventory):
                 inventories.append(answer)
@@ -227,7 +227,10 @@ class SimCollector:
                 continue
             row_map = RowMap(snapshot, epoch, group, records.nodes, records.code)
             rows = daemon.plans.of(row_map, records.placed).rows
-            return RowSet(snapshot, group, epoch, records.nodes, records.code, rows, tuple(record_nodes))
+            world_size = max((placed.record.world_size for placed in records.placed), default=0)
+            return RowSet(
+                snapshot, group, epoch, records.nodes, records.code, rows, tuple(record_nodes), world_size
+            )
         return None
 
     async def finish(self, generation: int, number: int, rank: int, report: RankReport) -> Verdicts:

@@ -67,7 +67,7 @@ class SimDaemon:
         self.node, self.disk = machine.name, machine.disk
         self.settings, self.bugs, self.truth, self.plans = sim.settings, sim.bugs, sim.truth, sim.plans
         self.instance = sim.next_number()
-        self.chance: Callable[[], float] = sim.rng.random
+        self.chance: Callable[[], float] = sim.chance_of(life.name).random
         client = SimKeyValue(sim.store, sim.loop, life, self.node, f"{self.node}-{self.instance}")
         highwater: HighwaterStore = DiskHighwater(
             self.disk, life, is_stored=Bug.HIGHWATER_NOT_STORED not in self.bugs

@@ -22,7 +22,7 @@ Counted as node-faults: crash, lose (also of a rack, each machine), trainer, cut
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from snapd.coordination.kv import Write
@@ -53,6 +53,7 @@ class Faults:
 
     def __init__(self, sim: Simulation) -> None:
         self._sim = sim
+        self._rng = sim.chance_of("faults")
         self._backup = sim.store.backup()
         self.is_over = False
         self.node_faults = 0
@@ -78,11 +79,11 @@ class Faults:
             "rollback": self._rollback,
         }
         while self.node_faults < sim.settings.faults:
-            await asyncio.sleep(sim.rng.expovariate(1 / sim.settings.fault_every_s))
-            if sim.rng.random() < 0.05:
+            await asyncio.sleep(self._rng.expovariate(1 / sim.settings.fault_every_s))
+            if self._rng.random() < 0.05:
                 self._backup = sim.store.backup()
-            strikes[sim.rng.choices(self._kinds, self._weights)[0]]()
-        await asyncio.sleep(sim.rng.random() * 3)
+            strikes[self._rng.choices(self._kinds, self._weights)[0]]()
+        await asyncio.sleep(self._rng.random() * 3)
         self.mend()
 
     def mend(self) -> None:
@@ -131,16 +132,16 @@ class Faults:
         self._sim.loop.call_later(seconds, lambda: None if self.is_over else work())
 
     def _pick(self, names: list[str]) -> str:
-        return names[self._sim.rng.randrange(len(names))]
+        return names[self._rng.randrange(len(names))]
 
     def _crash(self) -> None:
         sim = self._sim
         names = [machine.name for machine in sim.machines.values() if machine.is_serving]
         if names:
             name = self._pick(names)
-            after = 0 if sim.rng.random() < 0.2 else sim.rng.randrange(1, 120)
+            after = 0 if self._rng.random() < 0.2 else self._rng.randrange(1, 120)
             sim.note("*", f"{name}'s daemon will be killed before its {after}th next effect")
-            sim.machines[name].crash_daemon(after, restart_after_s=0.1 + sim.rng.random() ** 3 * 12)
+            sim.machines[name].crash_daemon(after, restart_after_s=0.1 + self._rng.random() ** 3 * 12)
             self._count("crash", 1)
 
     def _lose(self) -> None:
@@ -155,20 +156,21 @@ class Faults:
         long_s = sim.settings.lost_after_s * 2
         for name in names:
             sim.lose_machine(name)
-            away_s = sim.rng.random() * (3.0 if sim.rng.random() < 0.5 else long_s)
+            away_s = self._rng.random() * (3.0 if self._rng.random() < 0.5 else long_s)
             self._later(0.2 + away_s, sim.machines[name].come_back)
 
     def _rack(self) -> None:
         sim = self._sim
         racks = sorted({machine.domain for machine in sim.machines.values()})
-        names = [m.name for m in sim.machines.values() if m.domain == self._pick(racks) and m.is_up]
+        rack = self._pick(racks)
+        names = [m.name for m in sim.machines.values() if m.domain == rack and m.is_up]
         if names and self.may_be_lost(names):
             self._lose_all(names)
             self._count("rack", len(names))
 
     def _trainer(self) -> None:
         sim = self._sim
-        sim.training.kill(sim.rng.randrange(sim.settings.ranks))
+        sim.training.kill(self._rng.randrange(sim.settings.ranks))
         self._count("trainer", 1)
 
     def _cut(self) -> None:
@@ -176,9 +178,9 @@ class Faults:
         sim = self._sim
         name = self._pick(list(sim.machines))
         others = [other for other in sim.machines if other != name]
-        way = sim.rng.choice(["all", "half", "out", "in", "store"])
+        way = self._rng.choice(["all", "half", "out", "in", "store"])
         if way == "half":
-            others = sim.rng.sample(others, (len(others) + 1) // 2)
+            others = self._rng.sample(others, (len(others) + 1) // 2)
         pairs: list[tuple[str, str]] = []
         for other in [STORE] if way == "store" else [*others, STORE]:
             if way != "in":
@@ -198,14 +200,14 @@ class Faults:
             sim.note("*", "a cut is mended")
             sim.network.cut.difference_update(fresh)
 
-        self._later(0.3 + sim.rng.random() ** 2 * sim.settings.lost_after_s * 2, mend)
+        self._later(0.3 + self._rng.random() ** 2 * sim.settings.lost_after_s * 2, mend)
 
     def _halves(self) -> None:
         sim = self._sim
         names = list(sim.machines)
-        few = sim.rng.sample(names, max(1, len(names) // 2))
+        few = self._rng.sample(names, max(1, len(names) // 2))
         many = [name for name in names if name not in few]
-        with_store = sim.rng.random() < 0.5
+        with_store = self._rng.random() < 0.5
         one, other = (few, [*many, STORE]) if with_store else ([*few, STORE], many)
         sim.note("*", f"the network falls apart: {'+'.join(one)} and the others")
         self._cut_for([pair for a in one for b in other for pair in ((a, b), (b, a))])
@@ -218,7 +220,7 @@ class Faults:
         if sim.store.is_up and key not in sim.store.entries:
             sim.note("*", f"{name} is drained")
             sim.store.transact("", [], [Write(key, b"1")])
-            self._later(5 + sim.rng.random() * 10, lambda: self._undrain(key))
+            self._later(5 + self._rng.random() * 10, lambda: self._undrain(key))
             self._count("drain", 0)
 
     def _undrain(self, key: str) -> None:
@@ -230,7 +232,7 @@ class Faults:
         if sim.store.is_up:
             sim.note(STORE, "goes away")
             sim.store.stop()
-            self._later(0.5 + sim.rng.random() ** 2 * 15, self._store_comes_back)
+            self._later(0.5 + self._rng.random() ** 2 * 15, self._store_comes_back)
             self._count("store", 0)
 
     def _store_comes_back(self) -> None:
@@ -248,7 +250,7 @@ class Faults:
 
     def _weather(self) -> None:
         sim = self._sim
-        chance = sim.rng.random
+        chance = self._rng.random
         sim.note("*", "bad weather")
         sim.network.weather = Weather(
             loss=chance() * 0.1, repeat=chance() * 0.1, slow=chance() * 0.2, slow_s=0.2 + chance()
@@ -264,6 +266,3 @@ class Faults:
         if self._sim.training.is_running:
             self._sim.training.roll_back()
             self._count("rollback", 0)
-
-
-Strike = Callable[[], Awaitable[None]]

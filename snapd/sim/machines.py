@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from snapd.core.cluster import Member
 from snapd.sim.daemon import SimDaemon
 from snapd.sim.disk import Disk
-from snapd.sim.life import Life
+from snapd.sim.life import Life, LifeEnded
 
 if TYPE_CHECKING:
     from snapd.sim.simulation import Simulation
@@ -48,12 +49,10 @@ class Machine:
         self.lives += 1
         life = Life(f"{self.name}#{self.lives}", self._sim.loop, self._crashed)
         self.daemon = SimDaemon(self._sim, self, life)
+        self._sim.arenas[self.daemon.instance] = self.disk.arena_id
         self._sim.note(self.name, f"daemon {self.lives} starts, {len(self.disk.shards)} shards here")
-        try:
+        with contextlib.suppress(LifeEnded):  # killed while it starts
             self.daemon.start()
-        except BaseException:
-            if life.is_alive:
-                raise
 
     def crash_daemon(self, after: int, *, restart_after_s: float) -> None:
         """Kill it before its `after`th next effect, and have it started again."""

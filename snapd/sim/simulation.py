@@ -65,7 +65,7 @@ class Simulation:
         self.rng = random.Random(f"snapd {seed}")
         self.loop = VirtualLoop()
         self.keys = Keyspace("sim")
-        self.network = Network(self.loop, self.rng)
+        self.network = Network(self.loop, self.chance_of("network"))
         self.store = SimStore(self.loop, self.network)
         self.plans = Plans()
         self.truth = Truth(self)
@@ -73,6 +73,7 @@ class Simulation:
         self.trace: deque[Line] = deque(maxlen=TRACE_KEPT)
         self.timings: dict[str, Timing] = {}
         self.faults_done: dict[str, int] = {}
+        self.noted_count = 0
         self.store_was_replaced = False
         self._clock = clock
         self._numbers = itertools.count(1)
@@ -127,6 +128,10 @@ class Simulation:
 
     # small things
 
+    def chance_of(self, who: str) -> random.Random:
+        """A generator of its own: what one part draws does not change what another one does."""
+        return random.Random(f"snapd {self.seed} {who}")
+
     def next_number(self) -> int:
         return next(self._numbers)
 
@@ -137,6 +142,7 @@ class Simulation:
         """A line of the trace. `is_repeated`: many nodes say the same; only changes are shown."""
         if is_repeated and any(line.what == what for line in itertools.islice(reversed(self.trace), 40)):
             return
+        self.noted_count += 1
         self.trace.append(Line(self.loop.now_s, who, what))
 
     def noted(self, node: str, event: str, fields: Mapping[str, object]) -> None:

@@ -7,6 +7,7 @@ on others. A trainer that cannot be reached cannot be killed either: it goes on 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,12 @@ class Training:
     is_paused: bool = False
     rollbacks: int = 0
     move_ranks: float = 0.2
+    rng: random.Random = field(init=False)
     _rollback_count: int = 0
     _wants_rollback: bool = False
+
+    def __post_init__(self) -> None:
+        self.rng = self.sim.chance_of("training")
 
     async def run(self) -> None:
         while True:
@@ -73,7 +78,7 @@ class Training:
                 self.is_running = False
                 self.sim.note("job", f"the world ends: {error}")
             self._kill_all()
-            await asyncio.sleep(RESTART_S * (0.5 + self.sim.rng.random()))
+            await asyncio.sleep(RESTART_S * (0.5 + self.rng.random()))
 
     def kill(self, rank: int) -> None:
         """A trainer process dies."""
@@ -107,8 +112,8 @@ class Training:
                 break
             await asyncio.sleep(RETRY_S)
         former = [trainer.machine for trainer in self.trainers]
-        if len(former) == self.sim.settings.ranks and self.sim.rng.random() < self.move_ranks:
-            self.sim.rng.shuffle(former)
+        if len(former) == self.sim.settings.ranks and self.rng.random() < self.move_ranks:
+            self.rng.shuffle(former)
         load = {machine.name: 0 for machine in up}
         chosen: list[Machine] = []
         for rank in range(self.sim.settings.ranks):
@@ -243,7 +248,7 @@ class Training:
         """Step after step, all ranks together."""
         self.is_running = True
         while True:
-            await asyncio.sleep(self.sim.settings.step_s * (0.8 + 0.4 * self.sim.rng.random()))
+            await asyncio.sleep(self.sim.settings.step_s * (0.8 + 0.4 * self.rng.random()))
             for trainer in self.trainers:
                 if not trainer.is_alive:
                     raise WorldDied(f"rank {trainer.rank} is gone")
@@ -258,7 +263,7 @@ class Training:
                 self.step += 1
                 self.steps_done += 1
                 for trainer in self.trainers:
-                    delay = self.sim.rng.random() * self.sim.settings.step_s / 4
+                    delay = self.rng.random() * self.sim.settings.step_s / 4
                     self.sim.loop.call_later(delay, self._do_step, trainer, self.step)
                 await asyncio.sleep(self.sim.settings.step_s / 4)
 
@@ -316,7 +321,7 @@ class Training:
     def _wake(self, trainer: Trainer) -> None:
         daemon = trainer.machine.daemon
         if daemon is not None and daemon.life.is_alive:
-            self.sim.loop.call_later(WAKE_S * self.sim.rng.random(), _woken, daemon, trainer.row)
+            self.sim.loop.call_later(WAKE_S * self.rng.random(), _woken, daemon, trainer.row)
 
     def _end(self, trainer: Trainer) -> None:
         if trainer.is_alive:

@@ -76,6 +76,8 @@ class Truth:
     restores: int = 0
     refusals: int = 0
     alone_drops: int = 0
+    commits: int = 0
+    targets: int = 0
 
     def fail(self, promise: str, text: str) -> None:
         self.sim.note("!", f"BROKEN {promise}: {text}")
@@ -92,6 +94,7 @@ class Truth:
             self.sim.note(node, f"complete: {after.complete}")
             self._note_complete(core, after.complete)
         if after.target != before.target:
+            self.targets += 1
             self.sim.note(node, f"target: {after.target} ({after.reason})")
         protected = after.protected
         if protected is None or table is None:
@@ -129,7 +132,7 @@ class Truth:
         self.captured = Captured(snapshot, holders)
 
     def _arena_of_report(self, core: Collector, node: str) -> str:
-        return self.sim.arenas.get(core.reports[node].instance, "")
+        return self.sim.arenas[core.reports[node].instance]
 
     def _establish(self, core: Collector, snapshot: SnapshotId, table: GroupTable) -> None:
         """P5: hold what counts as protected against what lies on the disks."""
@@ -213,6 +216,8 @@ class Truth:
             self.fail("P3", f"{node} drops its part of {snapshot}, the newest protected one ({reason})")
         if self.captured is not None and snapshot == self.captured.id:
             holders = [rank for rank, nodes in self.captured.holders.items() if node in nodes]
+            if not self._is_captured_there():
+                return  # a shard of it was lost with its node
             daemon = self.sim.machines[node].daemon
             if daemon is not None and daemon.world.is_away and daemon.instance not in self.captured.told:
                 self.alone_drops += 1  # DESIGN 8: it could not know; nothing is promised of this one any more
@@ -270,14 +275,17 @@ class Truth:
         captured = self.captured
         if captured is None or captured.id in self.bad or (found is not None and found >= captured.id):
             return
-        arenas = {m.name: m.disk.arena_id for m in self.sim.machines.values()}
-        is_there = all(
-            any(arenas[name] == arena for name, arena in holders.items())
-            for holders in captured.holders.values()
-        )
-        if is_there and captured.id.generation < generation:
+        if self._is_captured_there() and captured.id.generation < generation:
             text = f"restore takes {found} ({decision.outcome.value}), {captured.id} was complete, nothing was lost"
             self.fail("P2", f"{text}: {decision.reason}")
+
+    def _is_captured_there(self) -> bool:
+        """Of each shard of the newest complete snapshot some holder still has its arena."""
+        arenas = {m.name: m.disk.arena_id for m in self.sim.machines.values()}
+        return self.captured is not None and all(
+            any(arenas[name] == arena for name, arena in holders.items())
+            for holders in self.captured.holders.values()
+        )
 
     def finished(self, generation: int, number: int, choice: Choice, verdict: Verdicts) -> None:
         self.sim.note("job", f"restore {generation}.{number}: {verdict.reason}", is_repeated=True)
@@ -297,6 +305,7 @@ class Truth:
             self.fail("P1", f"generation {generation} goes on, and rank {missing[0]} has not restored")
         if len(set(snapshots.values())) > 1:
             self.fail("P1", f"generation {generation} is a mix: {snapshots}")
+        self.commits += 1
 
     # trainers
 
