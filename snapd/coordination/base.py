@@ -32,6 +32,9 @@ class Coordination(Protocol):
         `generations.assign`.
         """
 
+    async def agree_chunk_bytes(self, chosen: int) -> int:
+        """The one chunk size of the job on all nodes: `chosen`, unless another node named one before."""
+
     async def commit_parent(self, generation: int, parent: SnapshotId) -> None:
         """Record what a generation was restored from. Idempotent; a second, other parent is refused with
         ConflictError.

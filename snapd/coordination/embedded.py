@@ -33,6 +33,9 @@ class EmbeddedCoordination:
             self._table[incarnation, rollback_count] = answer.generation
         return answer
 
+    async def agree_chunk_bytes(self, chosen: int) -> int:
+        return chosen
+
     async def commit_parent(self, generation: int, parent: SnapshotId) -> None:
         row = self.generation(generation)
         if row is None or (row.parent is not None and row.parent != parent):

@@ -28,6 +28,7 @@ from snapd.coordination.job_records import (
 )
 from snapd.coordination.kv import Check, Entry, Write
 from snapd.core.generations import Assignment, Generation, assign
+from snapd.core.geometry import is_chunk_size
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.errors import ConflictError, FencedError, RemoteProtocolError, SnapdError, UnavailableError
@@ -78,6 +79,18 @@ class ClusterCoordination:
         answer, is_ours = await self._update(give)
         self._state.saw_generation(self._job, answer.generation.number)
         return replace(answer, is_new=is_ours)
+
+    async def agree_chunk_bytes(self, chosen: int) -> int:
+        """Also raises UnavailableError."""
+        key = self._state.keys.chunk_bytes(self._job)
+        for _ in range(ATTEMPTS_MAX):
+            entry = (await self._state.store.read(key)).items.get(key)
+            if entry is not None and entry.value.isdigit() and is_chunk_size(int(entry.value)):
+                return int(entry.value)
+            check = Check(key, entry.version if entry else 0)
+            if await self._state.store.transact([check], [Write(key, str(chosen).encode("ascii"))]):
+                return chosen
+        raise UnavailableError("the chunk size changes too fast", kind="contention", job=self._job)
 
     async def commit_parent(self, generation: int, parent: SnapshotId) -> None:
         def set_parent(table: Table) -> tuple[None, Table | None]:

@@ -13,6 +13,7 @@
 /snapd/NAME/jobs/JOB/generations    the job's newest generations
 /snapd/NAME/jobs/JOB/collector      leased: the node that collects the job's reports
 /snapd/NAME/jobs/JOB/removed        all of the job's generations up to this number are gone for good
+/snapd/NAME/jobs/JOB/chunk_bytes    the job's one chunk size, as the first node named it
 /snapd/NAME/newest/JOB              the newest complete and protected snapshot; outside `jobs/`, so that nobody who
                                     watches a job is woken by it
 ```
@@ -75,6 +76,9 @@ class Keyspace:
 
     def collector(self, job: str) -> str:
         return self.job(job) + "collector"
+
+    def chunk_bytes(self, job: str) -> str:
+        return self.job(job) + "chunk_bytes"
 
     def removed(self, job: str) -> str:
         return self.job(job) + "removed"

@@ -73,7 +73,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
                 hint="two processes have the same RANK, or two Snapshotters the same job",
                 rank=opening.rank,
             )
-        _choose_chunk_bytes(context, job, opening)
+        await _choose_chunk_bytes(context, job, opening)
         session = same or _create(context, job, peer, opening, generation)
         if is_new:
             job.coordination.configure_interval(opening.interval_steps)
@@ -139,7 +139,8 @@ def _is_unanswered(session: Session, peer: Peer) -> bool:
     )
 
 
-def _choose_chunk_bytes(context: Context, job: Job, opening: Opening) -> None:
+async def _choose_chunk_bytes(context: Context, job: Job, opening: Opening) -> None:
+    """One size on all nodes: a shard must fit into the frames of any other node."""
     if job.chunk_bytes and (job.arena_bytes or any(True for _ in job.live_sessions())):
         return
     chunk_bytes, reason = choose_chunk_bytes(
@@ -148,6 +149,9 @@ def _choose_chunk_bytes(context: Context, job: Job, opening: Opening) -> None:
         kept=0,
         default=context.settings.chunk_bytes,
     )
+    agreed = await job.coordination.agree_chunk_bytes(chunk_bytes)
+    if agreed != chunk_bytes:
+        chunk_bytes, reason = agreed, "another node named it first"
     job.index.set_chunk_bytes(chunk_bytes)
     job.chunk_bytes = chunk_bytes
     job.arenas.clear()
