@@ -133,6 +133,9 @@ async def serve(
             if clustering is not None:
                 await clustering.stop()
             node.stop()
+    refused = next((error for error in failures if isinstance(error, (ConfigError, ConflictError))), None)
+    if refused is not None:
+        raise refused  # its name is taken, its host has a daemon already, ...: one line, not a bug of ours
     for error in failures:
         log.error("daemon.failed", exception=error, reason=str(error))
     log.info("daemon.stopped", pid=os.getpid())

@@ -41,7 +41,7 @@ class Cluster:
     etcd: EtcdServer | None
     authority: Authority | None
     daemons: list[ClusterDaemon] = field(default_factory=list)
-    removed: list[ClusterDaemon] = field(default_factory=list)
+    guests: list[ClusterDaemon] = field(default_factory=list)  # hosts for what is no member, at first
 
     def __getitem__(self, node: str) -> ClusterDaemon:
         return next(daemon for daemon in self.daemons if daemon.node == node)
@@ -58,6 +58,10 @@ class Cluster:
         if self.authority is None:
             return {"SNAPD_CLUSTER_PLAINTEXT": "yes", "SNAPD_CLUSTER_BULK": "plain"}
         return self.authority.issue(daemon.node, also=[daemon.host.address])
+
+    def trust_of(self, node: str) -> dict[str, str]:
+        """The settings of another node's certificate."""
+        return self.trust(self[node])
 
     def rename(self, daemon: ClusterDaemon, node: str) -> None:
         """The next start of this daemon is another node of the cluster."""
@@ -117,7 +121,7 @@ class Cluster:
     def close(self) -> None:
         for host in self.hosts.all:
             host.kill_everything()
-        for daemon in self.daemons:
+        for daemon in [*self.daemons, *self.guests]:
             daemon.asker.forget()
 
 

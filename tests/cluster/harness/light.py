@@ -115,23 +115,26 @@ class LightWorld:
         steps = {step for step, _ in found}
         assert len(steps) == 1, f"ranks went on from different steps: {found}"
         self.rounds = max(rounds for _, rounds in found)
-        return steps.pop()
+        step = steps.pop()
+        self.last = max(0, step)
+        return step
 
-    rounds = 0
+    rounds = 0  # that the last restore took
+    last = 0  # the newest step, taken or restored
 
     def capture(self, step: int) -> float:
         """Hand one step over on all ranks; returns the longest that one was held, in seconds."""
         began = time.monotonic()
         answers = self.all("timed_capture", step=step, chunk_count=self.chunk_count)
         held_s = max(held_ms for held_ms, _ in answers) / 1000
+        self.last = step
         self.steps.append(Step(step, began, held_s, all(is_handed for _, is_handed in answers)))
         return held_s
 
     # stepping in the background
 
     def __enter__(self) -> LightWorld:
-        first = self.steps[-1].number + 1 if self.steps else 1
-        self._thread = threading.Thread(target=self._run, args=(first,), name=f"light {self.job}")
+        self._thread = threading.Thread(target=self._run, args=(self.last + 1,), name=f"light {self.job}")
         self._thread.start()
         return self
 
