@@ -263,7 +263,7 @@ class Collector:
             return protected, current, "being protected"
         if protected is not None and newest < protected:
             return protected, None, "a newer snapshot is protected"
-        return protected, newest, "the newest complete snapshot"
+        return protected, newest, "being protected"  # the words of the next settling: no news in between
 
     def _protected_epoch(
         self,
@@ -394,7 +394,8 @@ class Collector:
         if report.generation > self.orders.generation and report.served:
             self._interval = Interval(configured=max(1, report.interval_steps))
         key = (report.node, report.instance)
-        before = self._aborts.setdefault(key, report.aborts)  # earlier ones a collector before us has acted upon
+        # what was skipped before the first report a collector before this one has acted upon
+        before = self._aborts.setdefault(key, report.aborts)
         self._aborts[key] = max(before, report.aborts)
         if report.aborts > before and report.generation == self.generation:
             self._interval, _ = after_abort(

@@ -25,6 +25,7 @@ from snapd.runtime.restoring import condemn
 HOLD_S = 5.0
 RETRY_S = 0.5
 IDLE_S = 5.0
+HEAR_EVERY_S = 1.0  # beyond it the collector's answer is waited for, whatever news there are
 GATHER_S = 0.01  # facts that come together are reported together
 AWAY_AFTER_S = 5.0
 
@@ -92,7 +93,6 @@ class World:
         self._serial = 0
         self._changed = asyncio.Event()
         self._heard_at_s = here.monotonic_s()
-        self._last: NodeReport | None = None
         self.away_reason = ""
         self._told = Told()
         self._is_told_read = False
@@ -114,11 +114,14 @@ class World:
         while True:
             self._changed.clear()
             report = self._report()
+            # an answer that takes longer than news to come would be given up for them again and again
+            is_due = self._here.monotonic_s() - self._heard_at_s > HEAR_EVERY_S
+            hold_s = 0.0 if is_due else HOLD_S
             asking = asyncio.ensure_future(
-                self._reporter.report(self.name, report, known_orders=self.orders.number, hold_s=HOLD_S)
+                self._reporter.report(self.name, report, known_orders=self.orders.number, hold_s=hold_s)
             )
             try:
-                answer = await self._answer_or_news(asking, report)
+                answer = await asking if is_due else await self._answer_or_news(asking, report)
             except SnapdError as error:
                 self.away_reason = error.message
                 await self._pause()
