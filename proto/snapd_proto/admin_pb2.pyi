@@ -628,6 +628,74 @@ class VerifyProgress(_message.Message):
 Global___VerifyProgress: _TypeAlias = VerifyProgress  # noqa: Y015
 
 @_typing.final
+class DrainRequest(_message.Message):
+    """Have a node of the cluster emptied, or take that back; `is_question`: change nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    IS_QUESTION_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    undo: _builtins.bool
+    is_question: _builtins.bool
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        undo: _builtins.bool = ...,
+        is_question: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_question", b"is_question", "node", b"node", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    IS_ASKED_FIELD_NUMBER: _builtins.int
+    IS_MEMBER_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    IS_DRAINED_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    is_asked: _builtins.bool
+    """the node is to be emptied"""
+    is_member: _builtins.bool
+    """it is alive"""
+    answered: _builtins.bool
+    """what follows is known"""
+    is_drained: _builtins.bool
+    """it may be taken away"""
+    waits_for: _builtins.str
+    warning: _builtins.str
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        is_asked: _builtins.bool = ...,
+        is_member: _builtins.bool = ...,
+        answered: _builtins.bool = ...,
+        is_drained: _builtins.bool = ...,
+        waits_for: _builtins.str = ...,
+        warning: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "is_asked", b"is_asked", "is_drained", b"is_drained", "is_member", b"is_member", "node", b"node", "waits_for", b"waits_for", "warning", b"warning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
+
+@_typing.final
 class RemoveJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

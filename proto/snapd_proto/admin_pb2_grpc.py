@@ -59,6 +59,11 @@ class AdminStub:
                 request_serializer=snapd_dot_v1_dot_admin__pb2.RemoveJobRequest.SerializeToString,
                 response_deserializer=snapd_dot_v1_dot_admin__pb2.RemoveJobReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/snapd.v1.Admin/Drain',
+                request_serializer=snapd_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=snapd_dot_v1_dot_admin__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -94,6 +99,12 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -121,6 +132,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.RemoveJob,
                     request_deserializer=snapd_dot_v1_dot_admin__pb2.RemoveJobRequest.FromString,
                     response_serializer=snapd_dot_v1_dot_admin__pb2.RemoveJobReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=snapd_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=snapd_dot_v1_dot_admin__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -258,6 +274,33 @@ class Admin:
             '/snapd.v1.Admin/RemoveJob',
             snapd_dot_v1_dot_admin__pb2.RemoveJobRequest.SerializeToString,
             snapd_dot_v1_dot_admin__pb2.RemoveJobReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snapd.v1.Admin/Drain',
+            snapd_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            snapd_dot_v1_dot_admin__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

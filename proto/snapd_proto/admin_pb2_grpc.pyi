@@ -36,6 +36,7 @@ class AdminStub:
     GetSnapshot: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSnapshotRequest, _admin_pb2.GetSnapshotReply]
     Verify: _grpc.UnaryStreamMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyProgress]
     RemoveJob: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemoveJobRequest, _admin_pb2.RemoveJobReply]
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainReply]
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -45,6 +46,7 @@ class AdminAsyncStub(AdminStub):
     GetSnapshot: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSnapshotRequest, _admin_pb2.GetSnapshotReply]  # type: ignore[assignment]
     Verify: _aio.UnaryStreamMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyProgress]  # type: ignore[assignment]
     RemoveJob: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemoveJobRequest, _admin_pb2.RemoveJobReply]  # type: ignore[assignment]
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainReply]  # type: ignore[assignment]
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -81,5 +83,12 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.RemoveJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RemoveJobReply, _abc.Awaitable[_admin_pb2.RemoveJobReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainReply, _abc.Awaitable[_admin_pb2.DrainReply]]: ...
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -65,6 +65,11 @@ class PeerStub:
                 request_serializer=snapd_dot_v1_dot_peer__pb2.FetchRecordsRequest.SerializeToString,
                 response_deserializer=snapd_dot_v1_dot_peer__pb2.FetchRecordsReply.FromString,
                 _registered_method=True)
+        self.TakeShard = channel.unary_unary(
+                '/snapd.v1.Peer/TakeShard',
+                request_serializer=snapd_dot_v1_dot_peer__pb2.TakeShardRequest.SerializeToString,
+                response_deserializer=snapd_dot_v1_dot_peer__pb2.TakeShardReply.FromString,
+                _registered_method=True)
         self.NodeStatus = channel.unary_unary(
                 '/snapd.v1.Peer/NodeStatus',
                 request_serializer=snapd_dot_v1_dot_peer__pb2.NodeStatusRequest.SerializeToString,
@@ -146,6 +151,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakeShard(self, request, context):
+        """Bring a shard of another node, which is to be emptied, to this one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def NodeStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -222,6 +234,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.FetchRecords,
                     request_deserializer=snapd_dot_v1_dot_peer__pb2.FetchRecordsRequest.FromString,
                     response_serializer=snapd_dot_v1_dot_peer__pb2.FetchRecordsReply.SerializeToString,
+            ),
+            'TakeShard': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeShard,
+                    request_deserializer=snapd_dot_v1_dot_peer__pb2.TakeShardRequest.FromString,
+                    response_serializer=snapd_dot_v1_dot_peer__pb2.TakeShardReply.SerializeToString,
             ),
             'NodeStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.NodeStatus,
@@ -421,6 +438,33 @@ class Peer:
             '/snapd.v1.Peer/FetchRecords',
             snapd_dot_v1_dot_peer__pb2.FetchRecordsRequest.SerializeToString,
             snapd_dot_v1_dot_peer__pb2.FetchRecordsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snapd.v1.Peer/TakeShard',
+            snapd_dot_v1_dot_peer__pb2.TakeShardRequest.SerializeToString,
+            snapd_dot_v1_dot_peer__pb2.TakeShardReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,8 @@ class PeerStub:
     """What a node holds of a job."""
     FetchRecords: _grpc.UnaryUnaryMultiCallable[_peer_pb2.FetchRecordsRequest, _peer_pb2.FetchRecordsReply]
     """Shard records of a snapshot, as this node holds them (its own, and replicas of its group's)."""
+    TakeShard: _grpc.UnaryUnaryMultiCallable[_peer_pb2.TakeShardRequest, _peer_pb2.TakeShardReply]
+    """Bring a shard of another node, which is to be emptied, to this one."""
     NodeStatus: _grpc.UnaryUnaryMultiCallable[_peer_pb2.NodeStatusRequest, _peer_pb2.NodeStatusReply]
     KvRead: _grpc.UnaryUnaryMultiCallable[_peer_pb2.KvReadRequest, _peer_pb2.KvReadReply]
     """The store of an embedded coordinator, for daemons that name this one their leader."""
@@ -73,6 +75,8 @@ class PeerAsyncStub(PeerStub):
     """What a node holds of a job."""
     FetchRecords: _aio.UnaryUnaryMultiCallable[_peer_pb2.FetchRecordsRequest, _peer_pb2.FetchRecordsReply]  # type: ignore[assignment]
     """Shard records of a snapshot, as this node holds them (its own, and replicas of its group's)."""
+    TakeShard: _aio.UnaryUnaryMultiCallable[_peer_pb2.TakeShardRequest, _peer_pb2.TakeShardReply]  # type: ignore[assignment]
+    """Bring a shard of another node, which is to be emptied, to this one."""
     NodeStatus: _aio.UnaryUnaryMultiCallable[_peer_pb2.NodeStatusRequest, _peer_pb2.NodeStatusReply]  # type: ignore[assignment]
     KvRead: _aio.UnaryUnaryMultiCallable[_peer_pb2.KvReadRequest, _peer_pb2.KvReadReply]  # type: ignore[assignment]
     """The store of an embedded coordinator, for daemons that name this one their leader."""
@@ -131,6 +135,14 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.FetchRecordsReply, _abc.Awaitable[_peer_pb2.FetchRecordsReply]]:
         """Shard records of a snapshot, as this node holds them (its own, and replicas of its group's)."""
+
+    @_abc_1.abstractmethod
+    def TakeShard(
+        self,
+        request: _peer_pb2.TakeShardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.TakeShardReply, _abc.Awaitable[_peer_pb2.TakeShardReply]]:
+        """Bring a shard of another node, which is to be emptied, to this one."""
 
     @_abc_1.abstractmethod
     def NodeStatus(

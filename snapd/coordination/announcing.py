@@ -81,7 +81,8 @@ class Announcer:
     async def _write(self) -> bool:
         state, keys, member = self._state, self._state.keys, self.member
         key, body, serial = keys.member(member.node), self._body(), state.lease_serial
-        checks, writes = [Check(key, state.view.version(key))], [Write(key, body, is_leased=True)]
+        version = state.view.version(key)
+        checks, writes = [Check(key, version)], [Write(key, body, is_leased=True)]
         known = Known(member.node, member.host, member.domain, member.arena_id)
         if state.view.known.get(member.node) != known:
             writes.append(Write(keys.known_node(member.node), known_to_json(known)))
@@ -92,7 +93,8 @@ class Announcer:
         if not await state.store.transact(checks, writes):
             return False
         self._told = (serial, body)
-        state.view.apply(key, body, state.view.version(key) + 1)
+        if state.view.version(key) == version:  # the watch may have been quicker than the answer
+            state.view.apply(key, body, version + 1)
         return True
 
     def _conflict(self) -> ConflictError | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from snapd.coordination.announcing import Announcer
@@ -149,9 +149,18 @@ class ClusterState:
         self._judge()
 
     async def set_drain(self, node: str, is_draining: bool) -> None:
-        """Have a node emptied, or take that back. Raises UnavailableError."""
+        """Have a node emptied, or take that back. It keeps its place until it says that it is empty (`set_leaving`),
+        or is gone. Raises UnavailableError.
+        """
         value = b"1" if is_draining else None
         await self.store.transact([], [Write(self.keys.drain(node), value)])
+
+    def set_leaving(self, is_leaving: bool) -> None:
+        """Announce that this node wants no place in the group table, or wants one again. Idempotent."""
+        member = self._announcer.member
+        if member.is_draining != is_leaving:
+            self._announcer.member = replace(member, is_draining=is_leaving)
+            self._announcer.wake.set()
 
     # Its life.
 

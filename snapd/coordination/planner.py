@@ -81,7 +81,8 @@ class Planner:
             members,
             state.settings.asked,
             lost=sorted(set(state.absent) - state.lost),
-            draining=sorted(state.drains),
+            # one that lives says itself when it can go: until then it gives and holds parity as before
+            draining=sorted(node for node in state.view.drains if node not in state.view.members),
             domains={name: known.domain for name, known in view.known.items()},
         )
         if self._is_doubted():

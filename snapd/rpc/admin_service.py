@@ -11,9 +11,9 @@ from snapd_proto import admin_pb2, admin_pb2_grpc, trainer_pb2
 from snapd import __version__
 from snapd.core.ids import SnapshotId, checked_job_name
 from snapd.core.ledger import SnapshotFacts
-from snapd.errors import NotFoundError, SnapdError
+from snapd.errors import ConfigError, NotFoundError, SnapdError
 from snapd.memory.records import record_to_proto
-from snapd.rpc.cluster_status import add_protection, cluster_status
+from snapd.rpc.cluster_status import add_protection, cluster_status, drain
 from snapd.rpc.guard import ServicerContext, caller, refuse, told
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
@@ -156,6 +156,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             late_nodes=removed.late,
             absent_nodes=removed.absent,
         )
+
+    @told
+    async def Drain(self, request: admin_pb2.DrainRequest, context: ServicerContext) -> admin_pb2.DrainReply:
+        caller(self.node, context)
+        if self.node.cluster is None:
+            raise ConfigError(
+                "this daemon is in no cluster: nothing of it could go to other nodes", kind="no_cluster"
+            )
+        return await drain(self.node.cluster, request)
 
 
 def _bad_chunks(entries: Iterable[tuple[int, int, str]]) -> list[trainer_pb2.BadChunk]:

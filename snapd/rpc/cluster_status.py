@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from snapd_proto import admin_pb2
 
-from snapd.errors import SnapdError
+from snapd.core.cluster import checked_node_name
+from snapd.errors import NotFoundError, SnapdError
 from snapd.runtime.cluster import Cluster
 from snapd.runtime.job import Job
 from snapd.runtime.peers import NodeFacts
@@ -92,3 +93,34 @@ def add_protection(status: admin_pb2.JobStatus, job: Job, cluster: Cluster) -> N
     if orders.target is not None:
         status.has_target = True
         status.target_generation, status.target_step = orders.target.generation, orders.target.step
+
+
+async def drain(cluster: Cluster, request: admin_pb2.DrainRequest) -> admin_pb2.DrainReply:
+    """Have a node emptied or not, and say how far it is.
+
+    Raises:
+        NotFoundError: kind `node`. UnavailableError: the coordinator is away.
+    """
+    node, state = checked_node_name(request.node), cluster.state
+    if node not in state.members and node not in state.absent and node not in state.view.drains:
+        raise NotFoundError(f"no node {node!r} in the cluster", kind="node", hint="`snapd status` lists them")
+    if not request.is_question:
+        await state.set_drain(node, not request.undo)
+    is_asked = node in state.view.drains if request.is_question else not request.undo
+    reply = admin_pb2.DrainReply(node=node, is_asked=is_asked, is_member=node in state.members)
+    if not reply.is_member:
+        if is_asked:
+            reply.waits_for = "it is away and loses its place; what only it had cannot be asked for"
+        return reply
+    try:
+        facts = await cluster.node_facts(node)
+    except SnapdError as error:
+        reply.waits_for = f"it does not answer: {error.message}"
+        return reply
+    reply.answered = True
+    reply.is_drained = is_asked and facts.is_draining and not facts.drain_waits_for
+    if is_asked:
+        reply.waits_for = facts.drain_waits_for if facts.is_draining else "it has not heard of it yet"
+    if is_asked and node == cluster.name and cluster.kv_server is not None:
+        reply.warning = "it is the cluster's coordinator: while it is away nothing new is protected"
+    return reply

@@ -182,6 +182,15 @@ class LocalClient:
             lambda stub: stub.RemoveJob(request, timeout=self._timeout_s, metadata=self._metadata)
         )
 
+    def drain(self, node: str, *, undo: bool = False, is_question: bool = False) -> admin_pb2.DrainReply:
+        """Have a node of the cluster emptied, or take that back, or only ask how far it is.
+
+        Raises:
+            NotFoundError: no such node. ConfigError: the daemon is in no cluster.
+        """
+        request = admin_pb2.DrainRequest(node=node, undo=undo, is_question=is_question)
+        return self._call(lambda stub: stub.Drain(request, timeout=self._timeout_s, metadata=self._metadata))
+
     def fetch_shard(self, job: str, generation: int, step: int, rank: int) -> dict[tuple[int, int], int]:
         """Descriptors, open for reading, of the segments that a shard lies in, by (rank, segment number).
 

@@ -412,4 +412,6 @@ def facts_from_proto(message: peer_pb2.NodeStatusReply, version: str) -> NodeFac
         sent_bytes=message.sent_bytes,
         received_bytes=message.received_bytes,
         exposure_byte_s=message.exposure_byte_s,
+        is_draining=message.is_draining,
+        drain_waits_for=message.drain_waits_for[:TEXT_MAX],
     )

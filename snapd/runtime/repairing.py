@@ -62,6 +62,16 @@ class Repairs:
         async with self._locks.setdefault((job.name, rank), asyncio.Lock()):
             return await self._repair(job, snapshot, rank, bad)
 
+    async def take(self, job: Job, snapshot: SnapshotId, rank: int) -> None:
+        """Bring a shard here that another node is to give up. Raises what `bring` raises."""
+        async with self._locks.setdefault((job.name, rank), asyncio.Lock()):
+            if job.ledger.has_shard(snapshot, rank):
+                return
+            sources, _ = await self._sources(job.name, snapshot)
+            await self._bringing.bring(job, snapshot, rank, sources, is_here_bad=False)
+            job.ledger.unhold(snapshot)
+        job.settle()
+
     async def _repair(self, job: Job, snapshot: SnapshotId, rank: int, bad: Sequence[BadChunk]) -> Repair:
         facts = job.ledger.snapshots.get(snapshot)
         if facts is None or rank not in facts.shards:

@@ -38,7 +38,8 @@ def pairs(
 ) -> GroupTable:
     """Pairs in the order of names; those of the previous table that are away for a short while keep their place."""
     before = {node for group in (previous.groups if previous else ()) for node in group.nodes}
-    nodes = sorted(({each.node for each in members} | (before & set(lost))) - set(draining))
+    living = {each.node for each in members if not each.is_draining}
+    nodes = sorted((living | (before & set(lost))) - set(draining))
     groups = tuple(
         Group(i, tuple(nodes[i : i + 2]), asked if len(nodes[i : i + 2]) == 2 else None)
         for i in range(0, len(nodes), 2)

@@ -113,10 +113,14 @@ def test_drains_empty_a_node() -> None:
     async def work() -> None:
         async with scene() as (_, cluster):
             daemons = [cluster.start(member(name)) for name in "abc"]
-            await settled(daemons, *"abc")
+            table = await settled(daemons, *"abc")
             await daemons[0].state.set_drain("b", True)
+            await daemons[1].until(lambda state: "b" in state.view.drains)
+            assert daemons[0].state.table == table  # it keeps its place until it says that it is empty
+            daemons[1].state.set_leaving(True)
             await settled(daemons, "a", "c")
             await daemons[0].state.set_drain("b", False)
+            daemons[1].state.set_leaving(False)
             await settled(daemons, *"abc")
             leaving = cluster.start(replace(member("d"), is_draining=True))
             await leaving.until(lambda state: "d" in state.drains and state.is_trusted)
