@@ -187,6 +187,9 @@ class _Wiring:
         }
         self.log.info(event, **shown)
 
+    def suspect(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None:
+        self.node.context.spawn(self.cluster.suspect(node, job, snapshot, rank), f"suspect {node}")
+
     # the parts
 
     def make_state(self, arena: Path) -> ClusterState:
@@ -228,6 +231,7 @@ class _Wiring:
             pipeline=self.pipeline,
             make_codec=ErasureCodec,
             fetch_records=fetch_records,
+            suspect=self.suspect,
             metrics=self.metrics,
         )
         return NodeProtection(

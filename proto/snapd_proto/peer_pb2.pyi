@@ -905,6 +905,53 @@ class TakeShardReply(_message.Message):
 Global___TakeShardReply: _TypeAlias = TakeShardReply  # noqa: Y015
 
 @_typing.final
+class SuspectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENDER_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    generation: _builtins.int
+    step: _builtins.int
+    rank: _builtins.int
+    @_builtins.property
+    def sender(self) -> Global___Sender: ...
+    def __init__(
+        self,
+        *,
+        sender: Global___Sender | None = ...,
+        job: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "job", b"job", "rank", b"rank", "sender", b"sender", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuspectRequest: _TypeAlias = SuspectRequest  # noqa: Y015
+
+@_typing.final
+class SuspectReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuspectReply: _TypeAlias = SuspectReply  # noqa: Y015
+
+@_typing.final
 class NodeStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -75,6 +75,11 @@ class PeerStub:
                 request_serializer=snapd_dot_v1_dot_peer__pb2.NodeStatusRequest.SerializeToString,
                 response_deserializer=snapd_dot_v1_dot_peer__pb2.NodeStatusReply.FromString,
                 _registered_method=True)
+        self.Suspect = channel.unary_unary(
+                '/snapd.v1.Peer/Suspect',
+                request_serializer=snapd_dot_v1_dot_peer__pb2.SuspectRequest.SerializeToString,
+                response_deserializer=snapd_dot_v1_dot_peer__pb2.SuspectReply.FromString,
+                _registered_method=True)
         self.KvRead = channel.unary_unary(
                 '/snapd.v1.Peer/KvRead',
                 request_serializer=snapd_dot_v1_dot_peer__pb2.KvReadRequest.SerializeToString,
@@ -164,6 +169,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Suspect(self, request, context):
+        """A chunk of this node's shard came with another hash than its record says: hash the shard, and mend or condemn it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def KvRead(self, request, context):
         """The store of an embedded coordinator, for daemons that name this one their leader.
         """
@@ -244,6 +256,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.NodeStatus,
                     request_deserializer=snapd_dot_v1_dot_peer__pb2.NodeStatusRequest.FromString,
                     response_serializer=snapd_dot_v1_dot_peer__pb2.NodeStatusReply.SerializeToString,
+            ),
+            'Suspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Suspect,
+                    request_deserializer=snapd_dot_v1_dot_peer__pb2.SuspectRequest.FromString,
+                    response_serializer=snapd_dot_v1_dot_peer__pb2.SuspectReply.SerializeToString,
             ),
             'KvRead': grpc.unary_unary_rpc_method_handler(
                     servicer.KvRead,
@@ -492,6 +509,33 @@ class Peer:
             '/snapd.v1.Peer/NodeStatus',
             snapd_dot_v1_dot_peer__pb2.NodeStatusRequest.SerializeToString,
             snapd_dot_v1_dot_peer__pb2.NodeStatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Suspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snapd.v1.Peer/Suspect',
+            snapd_dot_v1_dot_peer__pb2.SuspectRequest.SerializeToString,
+            snapd_dot_v1_dot_peer__pb2.SuspectReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,8 @@ class PeerStub:
     TakeShard: _grpc.UnaryUnaryMultiCallable[_peer_pb2.TakeShardRequest, _peer_pb2.TakeShardReply]
     """Bring a shard of another node, which is to be emptied, to this one."""
     NodeStatus: _grpc.UnaryUnaryMultiCallable[_peer_pb2.NodeStatusRequest, _peer_pb2.NodeStatusReply]
+    Suspect: _grpc.UnaryUnaryMultiCallable[_peer_pb2.SuspectRequest, _peer_pb2.SuspectReply]
+    """A chunk of this node's shard came with another hash than its record says: hash the shard, and mend or condemn it."""
     KvRead: _grpc.UnaryUnaryMultiCallable[_peer_pb2.KvReadRequest, _peer_pb2.KvReadReply]
     """The store of an embedded coordinator, for daemons that name this one their leader."""
     KvTransact: _grpc.UnaryUnaryMultiCallable[_peer_pb2.KvTransactRequest, _peer_pb2.KvTransactReply]
@@ -78,6 +80,8 @@ class PeerAsyncStub(PeerStub):
     TakeShard: _aio.UnaryUnaryMultiCallable[_peer_pb2.TakeShardRequest, _peer_pb2.TakeShardReply]  # type: ignore[assignment]
     """Bring a shard of another node, which is to be emptied, to this one."""
     NodeStatus: _aio.UnaryUnaryMultiCallable[_peer_pb2.NodeStatusRequest, _peer_pb2.NodeStatusReply]  # type: ignore[assignment]
+    Suspect: _aio.UnaryUnaryMultiCallable[_peer_pb2.SuspectRequest, _peer_pb2.SuspectReply]  # type: ignore[assignment]
+    """A chunk of this node's shard came with another hash than its record says: hash the shard, and mend or condemn it."""
     KvRead: _aio.UnaryUnaryMultiCallable[_peer_pb2.KvReadRequest, _peer_pb2.KvReadReply]  # type: ignore[assignment]
     """The store of an embedded coordinator, for daemons that name this one their leader."""
     KvTransact: _aio.UnaryUnaryMultiCallable[_peer_pb2.KvTransactRequest, _peer_pb2.KvTransactReply]  # type: ignore[assignment]
@@ -150,6 +154,14 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         request: _peer_pb2.NodeStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.NodeStatusReply, _abc.Awaitable[_peer_pb2.NodeStatusReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Suspect(
+        self,
+        request: _peer_pb2.SuspectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.SuspectReply, _abc.Awaitable[_peer_pb2.SuspectReply]]:
+        """A chunk of this node's shard came with another hash than its record says: hash the shard, and mend or condemn it."""
 
     @_abc_1.abstractmethod
     def KvRead(

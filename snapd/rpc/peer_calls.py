@@ -148,6 +148,12 @@ class PeerCallsGrpc:
         )
         await self._call(node, self.stub(node).TakeShard(request, timeout=TAKE_TIMEOUT_S))
 
+    async def suspect(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None:
+        request = peer_pb2.SuspectRequest(
+            sender=self._sender(), job=job, generation=snapshot.generation, step=snapshot.step, rank=rank
+        )
+        await self._call(node, self.stub(node).Suspect(request, timeout=CALL_TIMEOUT_S))
+
     async def node_facts(self, node: str) -> NodeFacts:
         request = peer_pb2.NodeStatusRequest(sender=self._sender())
         reply = await self._call(node, self.stub(node).NodeStatus(request, timeout=CALL_TIMEOUT_S))

@@ -133,6 +133,17 @@ class PeerService(KeyValueService, peer_pb2_grpc.PeerServicer):
         return peer_pb2.TakeShardReply()
 
     @told
+    async def Suspect(
+        self, request: peer_pb2.SuspectRequest, context: ServicerContext
+    ) -> peer_pb2.SuspectReply:
+        self._admit(request.sender, context)
+        checked_job_name(request.job)
+        self.cluster.own_suspect(
+            request.job, convert.snapshot_of(request.generation, request.step), request.rank
+        )
+        return peer_pb2.SuspectReply()
+
+    @told
     async def NodeStatus(
         self, request: peer_pb2.NodeStatusRequest, context: ServicerContext
     ) -> peer_pb2.NodeStatusReply:

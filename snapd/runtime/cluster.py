@@ -29,6 +29,7 @@ from snapd.runtime.draining import Drainer
 from snapd.runtime.job import Job
 from snapd.runtime.peers import NodeFacts, PeerCalls, Records, ReportAnswer, WorldAsk, WorldPlan
 from snapd.runtime.removing import Removals
+from snapd.runtime.restoring import verify_soon
 from snapd.runtime.world import Here, Protection, World
 
 RETRY_S = 0.5
@@ -481,6 +482,25 @@ class Cluster:
 
     async def take_shard(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None:
         await self._parts.calls.take_shard(node, job, snapshot, rank)
+
+    async def suspect(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None:
+        """Tell whoever has the shard, this node perhaps; one that cannot be told will be asked for the chunk again."""
+        try:
+            if node == self.name:
+                self.own_suspect(job, snapshot, rank)
+            else:
+                await self._parts.calls.suspect(node, job, snapshot, rank)
+        except SnapdError as error:
+            self._parts.log.info("suspect.not_told", job=job, node=node, reason=error.message)
+
+    def own_suspect(self, name: str, snapshot: SnapshotId, rank: int) -> None:
+        """A peer got other bytes than a record of ours says: hash the shard, mend it or condemn its snapshot."""
+        job = self._parts.jobs.jobs.get(name)
+        facts = job.ledger.snapshots.get(snapshot) if job is not None else None
+        if job is None or facts is None or facts.problem or rank not in facts.shards:
+            return
+        facts.shards[rank].is_verified = False
+        verify_soon(job, snapshot)
 
     async def node_facts(self, node: str) -> NodeFacts:
         if node == self.name:

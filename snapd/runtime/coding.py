@@ -64,6 +64,8 @@ class BatchResult:
     encoded_bytes: int = 0
     rows_coded: int = 0
     wrong: list[str] = field(default_factory=list)
+    suspects: set[tuple[str, int]] = field(default_factory=set)
+    """(node, rank) of shards of which a chunk arrived wrong twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,7 @@ def _pull_from(
                 f"peer {node} sent wrong bytes for chunk {chunk.index} of rank {chunk.rank}"
                 + (" again" if attempt else "")
             )
+    result.suspects.update((node, chunk.rank) for _, chunk, _ in wanted)
     return [
         (
             row,

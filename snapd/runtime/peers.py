@@ -122,4 +122,7 @@ class PeerCalls(Protocol):
 
     async def take_shard(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None: ...
 
+    async def suspect(self, node: str, job: str, snapshot: SnapshotId, rank: int) -> None:
+        """Tell a node that a chunk of its shard came with another hash than its record says."""
+
     async def node_facts(self, node: str) -> NodeFacts: ...

@@ -38,6 +38,8 @@ FetchRecords = Callable[[str, SnapshotId], Awaitable[Sequence[ShardRecord]]]
 
 Raises UnavailableError when the node does not answer, NotFoundError when it does not know the snapshot (yet).
 """
+Suspect = Callable[[str, str, SnapshotId, int], None]
+"""(node, job, snapshot, rank): that node sends other bytes than its record says, twice. Returns at once."""
 MakeCodec = Callable[[Code], Codec]
 
 
@@ -79,6 +81,7 @@ class Means:
     make_codec: MakeCodec
     fetch_records: Callable[[str], FetchRecords]  # by job
     metrics: ProtectionMetrics
+    suspect: Suspect = lambda node, job, snapshot, rank: None
 
 
 class Protector:
@@ -195,7 +198,9 @@ class Protector:
             LoopCaller(asyncio.get_running_loop()),
             self._stop,
         )
-        work = RowWork(plan, self._means.node, bench, self._means.pipeline, self._means.metrics, backoff)
+        work = RowWork(
+            plan, self._means.node, bench, self._means.pipeline, self._means.metrics, backoff, self._suspect
+        )
         async with contextlib.aclosing(work):
             await work.check_held()
             while not self._job.is_removed:
@@ -212,6 +217,11 @@ class Protector:
                     return False
                 await work.go_on()
         return True
+
+    def _suspect(self, node: str, rank: int) -> None:
+        target = self.state.target
+        if target is not None:
+            self._means.suspect(node, self._job.name, target.snapshot, rank)
 
     # what is told
 

@@ -133,6 +133,22 @@ async def verify(job: Job, snapshot: SnapshotId, progress: Progress | None = Non
     return result
 
 
+def verify_soon(job: Job, snapshot: SnapshotId) -> None:
+    """Verify beside everything else; once at a time for each snapshot."""
+    if snapshot not in job.verifying and not job.is_removed:
+        job.verifying[snapshot] = job.context.spawn(_verify_alone(job, snapshot), f"verify {job.name}")
+
+
+async def _verify_alone(job: Job, snapshot: SnapshotId) -> None:
+    try:
+        await verify(job, snapshot)
+    except NotFoundError:
+        return  # dropped meanwhile
+    finally:
+        del job.verifying[snapshot]
+        job.settle()
+
+
 async def _repaired(job: Job, snapshot: SnapshotId, found: Sequence[tuple[int, int, str]]) -> Verified:
     if job.repairs is None:
         return Verified(tuple(found))

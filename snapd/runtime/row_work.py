@@ -8,7 +8,7 @@ with the rows that take it; the others go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from snapd.core.protection import RowPlan
@@ -51,8 +51,11 @@ class RowWork:
         pipeline: Pipeline,
         metrics: ProtectionMetrics,
         backoff: PeerBackoff,
+        suspect: Callable[[str, int], None],
     ) -> None:
+        """`suspect(node, rank)`: that node's shard of the rank is not what its record says."""
         self._plan = plan
+        self._suspect = suspect
         self._bench = bench
         self._pipeline = pipeline
         self._metrics = metrics
@@ -291,6 +294,8 @@ class RowWork:
                 step=self._plan.map.id.step,
                 reason=text,
             )
+        for node, rank in result.suspects:
+            self._suspect(node, rank)
 
     def _note_failures(self, tasks: Sequence[RowTask], result: BatchResult) -> None:
         failed = {failure.peer: failure.error for failure in result.failures}
