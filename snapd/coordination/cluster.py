@@ -92,6 +92,12 @@ class ClusterState:
         return not self.distrust and self.token is not None
 
     @property
+    def is_being_built(self) -> bool:
+        """There is no group table, or some living member has seen more than it: what was given out is not known yet."""
+        table = self.view.table
+        return table is None or self.view.needs_epoch_above >= max(1, table.epoch)
+
+    @property
     def is_planner(self) -> bool:
         return self._planner.is_elected
 

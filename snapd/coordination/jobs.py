@@ -347,19 +347,24 @@ class ClusterCoordination:
         self._tell()
 
     async def _wait_trusted(self) -> None:
-        """A store that was not looked at yet is waited for; one that is away or not believed gives out nothing."""
+        """A store that was not looked at yet is waited for; one that is away or not believed gives out nothing, nor one
+        that other members do not believe: a daemon that came back empty knows nothing that it could miss.
+        """
         state = self._state
         deadline_s = state.environment.monotonic_s() + READY_LEASES * state.settings.lease_s
-        while state.away is not None:
+        while state.away is not None or (state.is_being_built and not state.distrust):
             left_s = deadline_s - state.environment.monotonic_s()
-            if left_s <= 0:
+            if left_s <= 0 and state.away is None:
+                break
+            if left_s <= 0 and state.away is not None:
                 raise UnavailableError(
                     f"the cluster's store is away: {state.away.reason}", kind="coordination_away"
                 )
             await state.changed(state.serial, left_s)
-        if state.distrust:
+        if state.distrust or state.is_being_built:
+            reason = state.distrust or "it has no group table yet, or other members do not believe it"
             raise UnavailableError(
-                f"the cluster's store is not believed: {state.distrust}",
+                f"the cluster's store is not believed: {reason}",
                 kind="distrusted",
                 hint="it is rebuilt from the daemons that are alive; `snapd status` shows which are missing",
             )

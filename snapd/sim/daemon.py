@@ -149,6 +149,11 @@ class SimDaemon:
         if self.life.is_alive:
             self.sim.noted(self.node, event, fields)
 
+    def given_up(self) -> set[str]:
+        """Whom a restore does not wait for: neither members, nor away for a short while only."""
+        known = {*self.state.members, *(set(self.state.absent) - self.state.lost)}
+        return set(self.sim.machines) - known
+
     async def _run_state(self) -> None:
         if Bug.STORE_ALWAYS_TRUSTED in self.bugs:
             self._trust_always()

@@ -111,15 +111,11 @@ class Faults:
             return True
         if sum(not m.is_up for m in sim.machines.values()) + len(names) > len(sim.machines) // 2:
             return False
-        newest = sim.truth.newest_protected
+        last = sim.truth.last_protection(sim.truth.newest_protected)
         arenas = {m.name: m.disk.arena_id for m in sim.machines.values()}
-        last = [known for known in sim.truth.protected if known.id == newest]
-        return not last or any(
-            all(
-                sum(node in names or arenas[node] != known.arenas[node] for node in nodes) <= m
-                for nodes, m in known.groups
-            )
-            for known in last
+        return last is None or all(
+            sum(node in names or arenas[node] != last.arenas[node] for node in nodes) <= m
+            for nodes, m in last.groups
         )
 
     # what strikes

@@ -11,6 +11,7 @@ from snapd.errors import SnapdError
 from snapd.sim.faults import Faults
 from snapd.sim.settings import Clock, SimSettings
 from snapd.sim.simulation import BrokenPromise, Outcome, Simulation
+from snapd.sim.truth import BegunAnew
 
 SHAPES = (
     SimSettings(nodes=3, ranks=3, code=Code(2, 1)),
@@ -38,6 +39,8 @@ def run_seed(seed: int, settings: SimSettings | None = None, *, clock: Clock | N
     faults = Faults(sim)
     try:
         _run(sim, faults)
+    except BegunAnew as error:
+        sim.note("*", str(error))
     except BrokenPromise as error:
         outcome.promise, outcome.broken = error.promise, str(error)
     except (SnapdError, AssertionError, LookupError, ValueError, TypeError, AttributeError) as error:

@@ -199,6 +199,7 @@ class Simulation:
             machine.name != but
             and machine.is_serving
             and not self._is_cut_off(machine.name)
+            and self.keys.member(machine.name) in self.store.entries
             and machine.disk.highwater.generations.get("job", 0) >= generation
             for machine in self.machines.values()
         )

@@ -15,6 +15,7 @@ Fed by the simulation at the moment of each event; a broken promise ends the run
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,10 @@ class BrokenPromise(Exception):
     def __init__(self, promise: str, text: str) -> None:
         super().__init__(f"{promise}: {text}")
         self.promise = promise
+
+
+class BegunAnew(Exception):
+    """The store and all that knew the job's past are gone: nothing of before is promised, and the run ends here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +240,8 @@ class Truth:
         """The part that protects the newest protected snapshot goes only when a newer epoch's is everywhere."""
         if snapshot != self.newest_protected:
             return
-        last = max((known for known in self.protected if known.id == snapshot), key=lambda k: k.epoch)
-        if last.epoch == epoch and node in last.arenas:
+        last = self.last_protection(snapshot)
+        if last is not None and last.epoch == epoch and node in last.arenas:
             self.fail("P3", f"{node} drops its parity of {snapshot} of epoch {epoch}, which is the last one")
 
     def lost(self, node: str) -> None:
@@ -244,13 +249,19 @@ class Truth:
 
     # restores
 
-    def survives(self, snapshot: SnapshotId) -> bool:
-        """Under some epoch, of each of its groups at most m nodes have lost their arena since."""
-        return any(
-            all(sum(self._has_lost(known, node) for node in nodes) <= m for nodes, m in known.groups)
-            for known in self.protected
-            if known.id == snapshot
+    def survives(self, snapshot: SnapshotId, given_up: Collection[str]) -> bool:
+        """Since it was protected last, at most m nodes of each of its groups have lost their arena, or were given up:
+        away for longer than the time after which a node counts as lost.
+        """
+        last = self.last_protection(snapshot)
+        return last is not None and all(
+            sum(self._has_lost(last, node) or node in given_up for node in nodes) <= m
+            for nodes, m in last.groups
         )
+
+    def last_protection(self, snapshot: SnapshotId | None) -> Protected | None:
+        known = (known for known in self.protected if known.id == snapshot)
+        return max(known, key=lambda known: known.epoch, default=None)
 
     def _has_lost(self, known: Protected, node: str) -> bool:
         return self.sim.machines[node].disk.arena_id != known.arenas[node]
@@ -266,24 +277,26 @@ class Truth:
         if decision.outcome is Outcome.UNREACHABLE:
             self.refusals += 1
             return
+        daemon = self.sim.machines[node].daemon
+        given_up = daemon.given_up() if daemon is not None else set()
         newest = self.newest_protected
         found = decision.chosen if decision.outcome is Outcome.FOUND else None
         if newest is not None and newest.generation < generation and (found is None or found < newest):
-            if self.survives(newest):
+            if self.survives(newest, given_up):
                 text = f"restore takes {found} ({decision.outcome.value}) and {newest} was protected"
                 self.fail("P2", f"{text}: {decision.reason}")
         captured = self.captured
         if captured is None or captured.id in self.bad or (found is not None and found >= captured.id):
             return
-        if self._is_captured_there() and captured.id.generation < generation:
+        if self._is_captured_there(given_up) and captured.id.generation < generation:
             text = f"restore takes {found} ({decision.outcome.value}), {captured.id} was complete, nothing was lost"
             self.fail("P2", f"{text}: {decision.reason}")
 
-    def _is_captured_there(self) -> bool:
+    def _is_captured_there(self, given_up: Collection[str] = ()) -> bool:
         """Of each shard of the newest complete snapshot some holder still has its arena."""
-        arenas = {m.name: m.disk.arena_id for m in self.sim.machines.values()}
+        arenas = {m.name: m.disk.arena_id for m in self.sim.machines.values() if m.name not in given_up}
         return self.captured is not None and all(
-            any(arenas[name] == arena for name, arena in holders.items())
+            any(arenas.get(name) == arena for name, arena in holders.items())
             for holders in self.captured.holders.values()
         )
 
@@ -325,16 +338,10 @@ class Truth:
         if known != key and (knew >= generation.number or not self.sim.is_forgotten(generation.number, node)):
             promise = "P7" if self.sim.store_was_replaced else "P4"
             self.fail(promise, f"generation {generation.number} was given to {known} and to {key}")
-        if known != key:  # whoever knew is lost: the job has begun anew, and nothing of before is promised
-            self.sim.note(node, "the job begins anew: nobody knows its past")
-            for forgotten in [number for number in self.generations if number >= generation.number]:
-                del self.generations[forgotten]
-            self.generations[generation.number] = key
-            self.protected.clear()
-            self.handed.clear()
-            self.persisted.clear()
-            self.decided_at_s.clear()
-            self.captured = self.announced = None
+        if known != key:
+            raise BegunAnew(
+                f"generation {generation.number} is given out again: whoever knew of it is away or lost"
+            )
 
     def believes(self, node: str, table: GroupTable | None, disk: Disk) -> None:
         """A daemon acts upon a table from now on."""
