@@ -20,6 +20,7 @@ from tests.cluster.harness.waiting import wait_for
 
 PROTECT_S = 90.0
 MOMENT_S = 1.5
+REMOVED_S = 30.0
 STEP_S = 0.2
 START_MOMENT_S = 10.0
 AGAIN_SHARE = 0.25
@@ -246,9 +247,15 @@ class Rounds:
                 self.check_restored(new)
 
     def remove(self, job: Job) -> None:
-        for daemon in self.cluster.running:
-            if daemon.job(job.name) is not None:
-                daemon.asker.remove(job.name)
+        """On one node; it goes on all."""
+        holders = [daemon for daemon in self.cluster.running if daemon.job(job.name) is not None]
+        holders[0].asker.remove(job.name)
+        wait_for(
+            lambda: all(daemon.job(job.name) is None for daemon in self.cluster.running),
+            f"{job.name} is removed everywhere",
+            REMOVED_S,
+            self.cluster.says,
+        )
 
     # more than m
 
