@@ -47,7 +47,8 @@ from snapd.rpc.peer_server import PeerServer, channels
 from snapd.rpc.peer_service import sender_of
 from snapd.runtime.bringing import Bringer
 from snapd.runtime.bulk_store import NodeBulkStore
-from snapd.runtime.cluster import Cluster, ClusterParts
+from snapd.runtime.cluster import Cluster
+from snapd.runtime.cluster_parts import ClusterParts
 from snapd.runtime.collecting import CollectorSettings
 from snapd.runtime.node import Node
 from snapd.runtime.node_protection import NodeProtection

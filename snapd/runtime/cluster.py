@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
 
-from snapd.coordination.cluster import ClusterState
-from snapd.coordination.embedded_kv import KvServer
 from snapd.coordination.job_records import Newest
 from snapd.coordination.jobs import ClusterCoordination
 from snapd.core.cluster import GroupTable, Member
@@ -22,62 +19,19 @@ from snapd.core.ids import JOB_NAME, SnapshotId
 from snapd.core.recovery import Inventory
 from snapd.core.restore import RankReport, Verdicts
 from snapd.errors import FencedError, NotFoundError, RemoteProtocolError, SnapdError, UnavailableError
-from snapd.obs.log import EventLog
 from snapd.runtime.changes import Changes
-from snapd.runtime.collecting import CollectorHost, CollectorSettings
+from snapd.runtime.cluster_parts import ClusterParts
+from snapd.runtime.collecting import CollectorHost
 from snapd.runtime.draining import Drainer
-from snapd.runtime.job import Job
-from snapd.runtime.peers import NodeFacts, PeerCalls, Records, ReportAnswer, WorldAsk, WorldPlan
+from snapd.runtime.peers import NodeFacts, Records, ReportAnswer, WorldAsk, WorldPlan
 from snapd.runtime.removing import Removals
 from snapd.runtime.restoring import verify_soon
-from snapd.runtime.world import Here, Protection, World
+from snapd.runtime.world import Here, World
 
 RETRY_S = 0.5
 POLL_S = 1.0
 Answer = TypeVar("Answer")
 UNKNOWN_ORDERS = 1 << 62  # a number that no collector has: it answers at once
-
-
-class ClusterProtection(Protection, Protocol):
-    """The protection of all jobs of this node, and what it serves to peers."""
-
-    def records(
-        self, job: Job, snapshot: SnapshotId, *, ranks: set[int], own_only: bool, epoch: int = 0
-    ) -> Records: ...
-
-    def facts(self) -> tuple[int, int, int, float]:
-        """(parity bytes, bytes sent, bytes received, exposure in byte seconds)."""
-
-
-class Jobs(Protocol):
-    """The node's jobs, as the cluster needs them."""
-
-    @property
-    def jobs(self) -> Mapping[str, Job]: ...
-    def job_for(self, name: str) -> Job: ...
-    def end_job(self, job: Job, through: int) -> None:
-        """All of the generations up to this one was removed in the whole world."""
-
-    def overtake(self, job: Job) -> None:
-        """A newer generation has begun somewhere: sessions of older ones are fenced."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterParts:
-    """What a cluster is made of. `spawn` runs a task whose error is fatal; `kv_server`: on an embedded leader."""
-
-    state: ClusterState
-    calls: PeerCalls
-    protection: ClusterProtection
-    collector_settings: CollectorSettings
-    jobs: Jobs
-    log: EventLog
-    instance: int
-    version: str
-    monotonic_s: Callable[[], float]
-    spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
-    arena_bytes: Callable[[], int]
-    kv_server: KvServer | None = None
 
 
 class Cluster:
