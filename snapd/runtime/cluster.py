@@ -30,6 +30,7 @@ from snapd.runtime.world import Here, World
 
 RETRY_S = 0.5
 POLL_S = 1.0
+FORGET_AFTER_S = 60.0
 Answer = TypeVar("Answer")
 UNKNOWN_ORDERS = 1 << 62  # a number that no collector has: it answers at once
 
@@ -51,6 +52,8 @@ class Cluster:
         self.drainer = Drainer(self, lambda: parts.jobs.jobs, parts.log)
         self.removals = Removals(self, parts.jobs, parts.log, parts.monotonic_s)
         self._tasks: list[asyncio.Task[None]] = []
+        self._job_tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._idle_since_s: dict[str, float] = {}
 
     # who we are
 
@@ -117,9 +120,10 @@ class Cluster:
         """Let go of leases, so that others take over at once."""
         for host in self._collectors.values():
             host.close()
-        for task in self._tasks:
+        tasks = [*self._tasks, *(task for tasks in self._job_tasks.values() for task in tasks)]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run_state(self) -> None:
         await self.state.run()
@@ -150,7 +154,19 @@ class Cluster:
             if self.coordination(name).current() > job.newest_generation:
                 self._parts.jobs.overtake(job)
         self._let_go_of_collectors()
+        self._forget_idle_jobs()
         self.changes.notify()
+
+    def _forget_idle_jobs(self) -> None:
+        """Jobs that nobody collects and of which nothing is here: they are noticed again when they begin again."""
+        now_s = self._parts.monotonic_s()
+        for name, coordination in list(self._coordinations.items()):
+            if name in self._parts.jobs.jobs or coordination.collector or name in self._collectors:
+                self._idle_since_s.pop(name, None)
+            elif now_s - self._idle_since_s.setdefault(name, now_s) > FORGET_AFTER_S:
+                for task in self._job_tasks.pop(name, []):
+                    task.cancel()
+                del self._coordinations[name], self.worlds[name], self._idle_since_s[name]
 
     # jobs
 
@@ -159,7 +175,6 @@ class Cluster:
         known = self._coordinations.get(name)
         if known is None:
             known = self._coordinations[name] = ClusterCoordination(self.state, name)
-            self._tasks.append(self._parts.spawn(known.run(), f"coordination {name}"))
             world = self.worlds[name] = World(
                 name,
                 Here(
@@ -174,8 +189,11 @@ class Cluster:
                 find_job=lambda: self._parts.jobs.jobs.get(name),
                 make_job=lambda: self._parts.jobs.job_for(name),
             )
-            self._tasks.append(self._parts.spawn(world.run(), f"world {name}"))
-            self._tasks.append(self._parts.spawn(self._follow_job(name, known), f"generations {name}"))
+            self._job_tasks[name] = [
+                self._parts.spawn(known.run(), f"coordination {name}"),
+                self._parts.spawn(world.run(), f"world {name}"),
+                self._parts.spawn(self._follow_job(name, known), f"generations {name}"),
+            ]
         return known
 
     async def _follow_job(self, name: str, coordination: ClusterCoordination) -> None:
