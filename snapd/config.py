@@ -46,7 +46,7 @@ class RuntimeConfig:
     stop_grace: float = setting(
         5.0,
         "duration",
-        "How long calls may go on after SIGTERM. Longer lets restores end, shorter frees the machine.",
+        "How long captures, protection and calls may go on after SIGTERM. Less frees the machine sooner.",
         low=0,
         high=600,
     )

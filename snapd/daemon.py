@@ -25,6 +25,7 @@ from snapd.rpc.server import RpcServer
 from snapd.runtime import faultpoints
 from snapd.runtime.context import Context, Environment
 from snapd.runtime.hash_threads import hash_threads
+from snapd.runtime.leaving import finish_levels
 from snapd.runtime.node import Node
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ async def serve(
             node.start()
             if clustering is not None:
                 clustering.cluster.start()
-            await _serve_node(config, where, node, stop)
+            await _serve_node(config, where, node, stop, is_failing=lambda: bool(failures))
         finally:
             if clustering is not None:
                 await clustering.stop()
@@ -163,7 +164,9 @@ def _unhandled(context: dict[str, Any], log: EventLog, fatal: Callable[[BaseExce
         fatal(error or RuntimeError(str(context.get("message"))))
 
 
-async def _serve_node(config: Config, where: Paths, node: Node, stop: asyncio.Event) -> None:
+async def _serve_node(
+    config: Config, where: Paths, node: Node, stop: asyncio.Event, *, is_failing: Callable[[], bool]
+) -> None:
     """Start in order, stop in reverse; a service that ends by itself is fatal."""
     context = node.context
     handshakes = HandshakeServer(node, where.handshake_socket, connections_max=config.runtime.connections)
@@ -183,8 +186,11 @@ async def _serve_node(config: Config, where: Paths, node: Node, stop: asyncio.Ev
         jobs=len(node.jobs),
     )
     await stop.wait()
+    until_s = context.environment.monotonic_s() + config.runtime.stop_grace
+    if not is_failing():
+        await finish_levels(node, config.runtime.stop_grace, is_failing=is_failing)
     where.handshake_socket.unlink(missing_ok=True)
-    await rpc.stop(config.runtime.stop_grace)
+    await rpc.stop(max(0.0, until_s - context.environment.monotonic_s()))
     for task in [*tasks, *context.tasks]:
         task.cancel()
     await asyncio.gather(*tasks, *context.tasks, return_exceptions=True)

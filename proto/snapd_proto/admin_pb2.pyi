@@ -417,6 +417,8 @@ class SnapshotSummary(_message.Message):
     HAS_PARENT_FIELD_NUMBER: _builtins.int
     PARENT_GENERATION_FIELD_NUMBER: _builtins.int
     PARENT_STEP_FIELD_NUMBER: _builtins.int
+    IS_CLUSTERED_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     step: _builtins.int
@@ -432,6 +434,10 @@ class SnapshotSummary(_message.Message):
     has_parent: _builtins.bool
     parent_generation: _builtins.int
     parent_step: _builtins.int
+    is_clustered: _builtins.bool
+    """worlds may span nodes: `ranks_captured` are those that are here"""
+    level: _builtins.str
+    """in the world: "incomplete" | "complete" | "being protected" | "protected" | "unusable" """
     @_builtins.property
     def ranks_captured(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -451,10 +457,12 @@ class SnapshotSummary(_message.Message):
         has_parent: _builtins.bool = ...,
         parent_generation: _builtins.int = ...,
         parent_step: _builtins.int = ...,
+        is_clustered: _builtins.bool = ...,
+        level: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["captured_wall_time_s", b"captured_wall_time_s", "complete", b"complete", "generation", b"generation", "has_parent", b"has_parent", "job", b"job", "nbytes", b"nbytes", "nbytes_shared", b"nbytes_shared", "parent_generation", b"parent_generation", "parent_step", b"parent_step", "problem", b"problem", "ranks_captured", b"ranks_captured", "step", b"step", "verified", b"verified", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["captured_wall_time_s", b"captured_wall_time_s", "complete", b"complete", "generation", b"generation", "has_parent", b"has_parent", "is_clustered", b"is_clustered", "job", b"job", "level", b"level", "nbytes", b"nbytes", "nbytes_shared", b"nbytes_shared", "parent_generation", b"parent_generation", "parent_step", b"parent_step", "problem", b"problem", "ranks_captured", b"ranks_captured", "step", b"step", "verified", b"verified", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,7 +16,7 @@ from snapd.errors import NotFoundError
 from snapd.units import format_size
 
 HEADINGS = (
-    "JOB", "GEN", "STEP", "STATE", "RANKS", "SIZE", "SHARED", "CAPTURED", "PARENT", "VERIFIED",
+    "JOB", "GEN", "STEP", "STATE", "RANKS", "HERE", "SIZE", "SHARED", "CAPTURED", "PARENT", "VERIFIED",
     "PROBLEM",
 )  # fmt: skip
 RIGHT = ("GEN", "STEP", "RANKS", "SIZE", "SHARED")
@@ -51,6 +51,7 @@ def summary_row(summary: admin_pb2.SnapshotSummary, now_s: float) -> tuple[str, 
         str(summary.step),
         format_state(summary),
         str(summary.world_size),
+        format_ranks(summary.ranks_captured) if summary.is_clustered else "",
         format_size(summary.nbytes),
         format_size(summary.nbytes_shared) if summary.nbytes_shared else "",
         format_moment(summary.captured_wall_time_s, now_s),
@@ -66,9 +67,13 @@ def is_verified(summary: admin_pb2.SnapshotSummary) -> bool:
 
 
 def format_state(summary: admin_pb2.SnapshotSummary) -> str:
-    """Whether all ranks have it: "complete", or which ranks do; "unusable" once it is proved bad."""
+    """Whether all ranks have it: "complete", or which ranks do; in a cluster also whether it is protected; "unusable"
+    once it is proved bad.
+    """
     if summary.problem:
         return "unusable"
+    if summary.is_clustered:
+        return summary.level
     if summary.complete:
         return "complete"
     return f"only ranks {format_ranks(summary.ranks_captured)}"
@@ -86,6 +91,7 @@ def summary_json(summary: admin_pb2.SnapshotSummary) -> dict[str, object]:
         "complete": summary.complete,
         "world_size": summary.world_size,
         "ranks_captured": list(summary.ranks_captured),
+        "level": summary.level or None,
         "nbytes": summary.nbytes,
         "nbytes_shared": summary.nbytes_shared,
         "captured_wall_time_s": summary.captured_wall_time_s,

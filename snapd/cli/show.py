@@ -106,6 +106,7 @@ def snapshot_facts(summary: admin_pb2.SnapshotSummary) -> dict[str, str]:
     return {
         "snapshot": f"{summary.job} generation {summary.generation} step {summary.step}",
         "state": f"{format_state(summary)} ({summary.world_size} in all)",
+        "here": f"ranks {format_ranks(summary.ranks_captured)}" if summary.is_clustered else "",
         "size": format_size(summary.nbytes) + (shared if summary.nbytes_shared else ""),
         "captured": format_moment(summary.captured_wall_time_s, time.time()),
         "resumed from": parent,

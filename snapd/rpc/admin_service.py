@@ -15,6 +15,7 @@ from snapd.errors import ConfigError, NotFoundError, SnapdError
 from snapd.memory.records import record_to_proto
 from snapd.rpc.cluster_status import add_protection, cluster_status, drain
 from snapd.rpc.guard import ServicerContext, caller, refuse, told
+from snapd.runtime import levels
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
 from snapd.runtime.repairing import verify_parity
@@ -210,6 +211,8 @@ def _summary(job: Job, facts: SnapshotFacts) -> admin_pb2.SnapshotSummary:
         has_parent=parent is not None,
         parent_generation=parent.generation if parent else 0,
         parent_step=parent.step if parent else 0,
+        is_clustered=job.world is not None,
+        level=levels.name_of(job, facts),
     )
 
 

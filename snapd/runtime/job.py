@@ -46,6 +46,9 @@ class WorldPart(Protocol):
 
     @property
     def protected(self) -> SnapshotId | None: ...
+    @property
+    def target(self) -> SnapshotId | None:
+        """The snapshot that is being protected."""
 
     def protection_reason(self) -> str:
         """Why the newest complete snapshot is not protected yet, in words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from snapd.core.ids import SnapshotId
+from snapd.core.ledger import SnapshotFacts
 from snapd.errors import ConfigError
 from snapd.runtime.job import Job
 
@@ -72,3 +73,15 @@ def missing(job: Job, snapshot: SnapshotId, level: Level, *, world_size: int) ->
         return "not yet captured by ranks on other nodes" if facts else "not yet captured here"
     ranks = facts.missing_ranks[:8] if facts else list(range(world_size))[:8]
     return f"not yet captured by ranks {', '.join(map(str, ranks))}"
+
+
+def name_of(job: Job, facts: SnapshotFacts) -> str:
+    """How far a snapshot that is here has come in its world, in a word or two."""
+    world = job.world
+    if facts.problem:
+        return "unusable"
+    if world is not None and world.protected == facts.id:
+        return "protected"
+    if world is not None and world.target == facts.id:
+        return "being protected"
+    return "complete" if facts.is_complete else "incomplete"

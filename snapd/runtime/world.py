@@ -228,6 +228,10 @@ class World:
     def protected(self) -> SnapshotId | None:
         return self.orders.protected
 
+    @property
+    def target(self) -> SnapshotId | None:
+        return self.orders.target
+
     def protection_reason(self) -> str:
         """What is being done, and what holds it up here."""
         trouble = self.trouble()

@@ -80,6 +80,14 @@ def test_a_snapshot_in_a_row_and_in_json() -> None:
     assert summary_json(whole)["parent"] is None and summary_json(whole)["problem"] is None
 
 
+def test_a_snapshot_of_a_world_that_spans_nodes() -> None:
+    part = _summary(is_clustered=True, level="protected", complete=True)
+    row = dict(zip(LS_HEADINGS, summary_row(part, 0.0), strict=True))
+    assert (row["STATE"], row["HERE"]) == ("protected", "0,2") and summary_json(part)["level"] == "protected"
+    alone = dict(zip(LS_HEADINGS, summary_row(_summary(complete=True), 0.0), strict=True))
+    assert (alone["STATE"], alone["HERE"]) == ("complete", "")
+
+
 def test_status_in_rows_and_in_json() -> None:
     session = admin_pb2.SessionStatus(
         job="j", rank=1, world_size=2, generation=3, pid=77, state="attached", chunks_in_use=10,
@@ -176,3 +184,15 @@ def test_verdicts() -> None:
     assert "given up meanwhile" in verdict_lines(gone)[0]
     assert verdict_json(verdict)["bad_chunks"][0]["contents"] == bad.contents  # type: ignore[index]
     assert verdict_lines(Verdict(job="j", generation=1, step=1, nbytes=0))[0].endswith("all good")
+
+
+def test_verdicts_of_what_other_nodes_brought_back() -> None:
+    bad = BadChunk(rank=1, chunk=4, what="hash differs", contents=["w"])
+    mended = Verdict(job="j", generation=2, step=9, nbytes=1 << 20, repaired=[bad], fragments=(8, 1))
+    lines = verdict_lines(mended)
+    assert lines[0].endswith("1 MiB hashed, 1 bad chunk brought back from other nodes")
+    assert "rank 1 chunk 4" in lines[1] and lines[2].endswith("1 bad, forgotten and coded again")
+    waiting = Verdict(job="j", generation=2, step=9, nbytes=0, bad=[bad], why="n2 is away", is_waiting=True)
+    assert verdict_lines(waiting)[-1] == "  not yet brought back: n2 is away"
+    found = verdict_json(mended)
+    assert [chunk["chunk"] for chunk in found["repaired_chunks"]] == [4] and not found["bad_chunks"]  # type: ignore[union-attr,attr-defined]

@@ -1,0 +1,69 @@
+"""Going away in good order: a SIGTERM may be the notice that this machine is taken away.
+
+What the trainers have handed over is captured, and what this node has of each job becomes protected, as far as the time
+of grace goes. Trainers may go on meanwhile; what they hand over later is not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from snapd.core.ids import SnapshotId
+from snapd.runtime.job import Job
+from snapd.runtime.node import Node
+
+LOOK_S = 0.02
+
+
+async def finish_levels(node: Node, grace_s: float, *, is_failing: Callable[[], bool]) -> None:
+    """Return when it is done, when nothing more can be done, or after `grace_s`. `is_failing`: the daemon must end."""
+    began_s = node.context.environment.monotonic_s()
+    deadline_s = began_s + grace_s
+
+    def is_over() -> bool:
+        return is_failing() or node.context.environment.monotonic_s() >= deadline_s
+
+    while not is_over() and not _is_captured(node):
+        await asyncio.sleep(LOOK_S)
+    is_captured = _is_captured(node)
+    goals = {name: _newest_here(job) for name, job in node.jobs.items()}
+    while not is_over() and (open_jobs := _unprotected(node, goals)):
+        await asyncio.sleep(LOOK_S)
+        goals = {name: goals[name] for name in open_jobs}
+    left = _unprotected(node, goals)
+    node.context.log.info(
+        "levels.finished",
+        is_captured=is_captured,
+        unprotected_jobs=left,
+        seconds=round(node.context.environment.monotonic_s() - began_s, 3),
+    )
+
+
+def _is_captured(node: Node) -> bool:
+    """Every lane that a trainer has completed by now is recorded."""
+    node.poll()
+    return all(session.is_drained for _, session in node.sessions())
+
+
+def _newest_here(job: Job) -> SnapshotId | None:
+    return next((facts.id for facts in job.ledger.newest_first() if not facts.problem), None)
+
+
+def _unprotected(node: Node, goals: dict[str, SnapshotId | None]) -> list[str]:
+    """The jobs whose newest snapshot here may still become protected, and is not."""
+    cluster = node.cluster
+    table = cluster.table if cluster is not None else None
+    group = table.group_of(cluster.name) if cluster is not None and table is not None else None
+    if cluster is None or group is None or group.code is None:
+        return []
+    found = []
+    for name, goal in sorted(goals.items(), key=lambda item: item[0]):
+        job, world = node.jobs.get(name), cluster.worlds.get(name)
+        if goal is None or job is None or world is None or world.is_away:
+            continue
+        facts, protected = job.ledger.snapshots.get(goal), world.protected
+        is_reached = protected is not None and protected >= goal
+        if not is_reached and facts is not None and not facts.problem:
+            found.append(name)
+    return found
