@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from snapd.cli.checks import Finding, Verdict, run_checks
+from snapd.cli.cluster_checks import cluster_findings
 from snapd.cli.connect import find_paths
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import print_json, print_parts, table
+from snapd.cli.settings import ConfigOption, load_settings
 from snapd.units import parse_size
 
 HEADINGS = ("", "CHECK", "FOUND")
@@ -25,10 +27,11 @@ def doctor(
             show_default=False,
         ),
     ] = "",
+    config: ConfigOption = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> ExitCode:
-    """Check the machine: shared memory, limits, folders, the daemon, and what it would die with.
+    """Check the machine: shared memory, limits, folders, the daemon, what it would die with, and its cluster.
 
     Ends with 3 when something is bad, with 0 when there are warnings only.
     """
@@ -36,7 +39,9 @@ def doctor(
         needed_bytes = parse_size(need) if need else 0
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    findings = run_checks(find_paths(runtime_dir), needed_bytes=needed_bytes)
+    paths = find_paths(runtime_dir)
+    findings = run_checks(paths, needed_bytes=needed_bytes)
+    findings += cluster_findings(load_settings(config).config.cluster, paths.runtime)
     if as_json:
         print_json([finding_json(finding) for finding in findings])
     else:
