@@ -146,7 +146,7 @@ class ClusterDaemon:
         return self.asker.status(job, ask_peers=ask_peers, timeout_s=timeout_s)
 
     def job(self, name: str) -> admin_pb2.JobStatus | None:
-        return next((job for job in self.status(name).jobs if job.job == name), None)
+        return next((job for job in self.status().jobs if job.job == name), None)
 
     def status_json(self) -> dict[str, Any]:
         """What `snapd status --json` prints on this host."""

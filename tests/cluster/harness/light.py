@@ -76,9 +76,18 @@ class LightWorld:
     """Rank i beside daemons[i]. As a context it steps in the background, `step_s` apart, until it is left."""
 
     def __init__(
-        self, daemons: Sequence[ClusterDaemon], job: str, *, chunk_count: int = 12, step_s: float = STEP_S
+        self,
+        daemons: Sequence[ClusterDaemon],
+        job: str,
+        *,
+        chunk_count: int = 12,
+        state_bytes: int = 0,
+        step_s: float = STEP_S,
     ) -> None:
-        self.job, self.chunk_count, self.step_s = job, chunk_count, step_s
+        """`state_bytes` per rank, in chunks of the size that the daemons choose; 0: `chunk_count` of them."""
+        self.job, self.step_s = job, step_s
+        self.chunk_count, self.state_bytes = chunk_count, state_bytes
+        self.chunk_bytes = CHUNK_BYTES
         self.ranks = [LightRank(daemon, rank) for rank, daemon in enumerate(daemons)]
         self.steps: list[Step] = []
         self.generation = 0
@@ -102,11 +111,13 @@ class LightWorld:
                 rank=rank.rank,
                 world_size=len(self.ranks),
                 incarnation=incarnation,
-                state_bytes=self.chunk_count * CHUNK_BYTES,
+                state_bytes=self.state_bytes or self.chunk_count * CHUNK_BYTES,
             )
-        generations = {rank.answer() for rank in self.ranks}
-        assert len(generations) == 1, f"ranks of one start have generations {generations}"
-        self.generation = generations.pop()
+        answers = [rank.answer() for rank in self.ranks]
+        assert len({tuple(answer) for answer in answers}) == 1, f"ranks of one start differ: {answers}"
+        self.generation, self.chunk_bytes = answers[0]
+        if self.state_bytes:
+            self.chunk_count = max(4, self.state_bytes // self.chunk_bytes)
         return self.generation
 
     def restore(self) -> int:

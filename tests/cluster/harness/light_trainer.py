@@ -24,9 +24,11 @@ WAIT_MAX_S = 2.0  # the client's default
 class LightTrainer(FakeTrainer):
     """One rank, alone on its node."""
 
-    def open_alone(self, job: str, rank: int, world_size: int, incarnation: str, state_bytes: int) -> int:
-        """Returns the generation."""
-        return self.open(
+    def open_alone(
+        self, job: str, rank: int, world_size: int, incarnation: str, state_bytes: int
+    ) -> list[int]:
+        """Returns generation and chunk size."""
+        generation = self.open(
             job=job,
             rank=rank,
             world_size=world_size,
@@ -35,6 +37,8 @@ class LightTrainer(FakeTrainer):
             local_world_size=1,
             state_bytes_estimate=state_bytes,
         )
+        assert self.page is not None
+        return [generation, self.page.chunk_bytes]
 
     is_starved = False
 
