@@ -250,6 +250,14 @@ class Collector:
         newest = whole[-1]
         if newest in done:
             return protected, None, "the newest complete snapshot is protected"
+        if newest == protected and self.orders.protected_epoch == table.epoch:
+            # Never twice under one epoch: its holders may have changed, and the rows with them, and other rows would take
+            # the place of those that protect it. What a member that came back empty lacks comes with the next snapshot.
+            return (
+                protected,
+                None,
+                "the newest complete snapshot was protected; a member has lost its part since",
+            )
         obstacle = self._obstacle(holders[newest], table)
         if obstacle:
             return protected, None, obstacle
