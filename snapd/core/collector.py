@@ -251,7 +251,7 @@ class Collector:
         if newest in done:
             return protected, None, "the newest complete snapshot is protected"
         if newest == protected and self.orders.protected_epoch == table.epoch:
-            # Never twice under one epoch: its holders may have changed, and the rows with them, and other rows would take
+            # Never twice under one epoch: its holders may have changed, the rows with them, and other rows would take
             # the place of those that protect it. What a member that came back empty lacks comes with the next snapshot.
             return (
                 protected,

@@ -255,7 +255,8 @@ class Cluster:
         coordination = self.coordination(name)
         if coordination.collector and not coordination.is_collector and coordination.collector != self.name:
             return coordination.collector
-        if name not in self._parts.jobs.jobs and not coordination.is_collector:
+        is_free = coordination.collector != self.name  # else the key is ours, and the answer to our claim was lost
+        if name not in self._parts.jobs.jobs and is_free and not coordination.is_collector:
             raise UnavailableError("nobody collects the job", kind="no_collector", job=name)
         try:
             node = await coordination.claim_collector()
