@@ -9,17 +9,18 @@ PIP_OPTIONS ?=
 PYTEST_OPTIONS ?=
 DEMO_OPTIONS ?=
 SOAK_OPTIONS ?=
+SIM_OPTIONS ?=
 BENCH_OPTIONS ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find csrc/include csrc/src csrc/bind -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
-TEST_FOLDERS := $(wildcard tests/unit tests/property tests/conformance tests/fault tests/e2e)
+TEST_FOLDERS := $(wildcard tests/unit tests/property tests/sim tests/conformance tests/fault tests/e2e)
 RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format proto proto-check soak bench gpu-check native-test native-sanitize clean
+.PHONY: help venv demo test sim check format proto proto-check soak bench gpu-check native-test native-sanitize clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -41,6 +42,11 @@ demo: $(STAMP)
 ## test             all tests but the slow ones
 test: $(STAMP)
 	$(RUN) -m pytest -m 'not slow' $(PYTEST_OPTIONS) $(TEST_FOLDERS)
+
+## sim              2,000 seeds of the cluster in virtual time, 100,000 node-faults; then every planted bug must be found
+sim: $(STAMP)
+	$(RUN) -m snapd.sim --seeds 1..2000 --faults 50 $(SIM_OPTIONS)
+	$(RUN) -m snapd.sim --bugs --seeds 1..2000
 
 ## check            style, types, drift of generated files, unit tests
 check: $(STAMP)

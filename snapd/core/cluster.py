@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from snapd.errors import ConfigError
 
@@ -84,9 +84,14 @@ class GroupTable:
     groups: tuple[Group, ...]
     reason: str
     degraded: str = ""
+    _by_node: dict[str, Group] = field(init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        by_node = {node: group for group in self.groups for node in group.nodes}
+        object.__setattr__(self, "_by_node", by_node)  # asked for every node at every decision
 
     def group_of(self, node: str) -> Group | None:
-        return next((group for group in self.groups if node in group.nodes), None)
+        return self._by_node.get(node)
 
 
 @dataclass(frozen=True, slots=True)

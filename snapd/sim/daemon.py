@@ -219,7 +219,9 @@ class SimDaemon:
             return self.node
         if coordination.collector and not coordination.is_collector and coordination.collector != self.node:
             return coordination.collector
-        is_free = coordination.collector != self.node  # else the key is ours, and the answer to our claim was lost
+        is_free = (
+            coordination.collector != self.node
+        )  # else the key is ours, and the answer to our claim was lost
         if not self.job.has_anything() and is_free and not coordination.is_collector:
             raise UnavailableError("nobody collects the job", kind="no_collector")
         try:

@@ -78,6 +78,7 @@ class Truth:
         default_factory=dict
     )  # epoch -> node -> what it believed
     bad: set[SnapshotId] = field(default_factory=set)
+    tellers: dict[SnapshotId, set[tuple[str, str]]] = field(default_factory=dict)
     restores: int = 0
     refusals: int = 0
     alone_drops: int = 0
@@ -198,6 +199,8 @@ class Truth:
         daemon = self.sim.machines[node].daemon
         if self.captured is not None and orders.complete == self.captured.id and daemon is not None:
             self.captured.told.add(daemon.instance)
+        if orders.protected is not None and daemon is not None:
+            self.tellers.setdefault(orders.protected, set()).add((node, daemon.disk.arena_id))
         if orders.protected is not None and (self.announced is None or orders.protected > self.announced):
             if not any(known.id == orders.protected for known in self.protected):
                 self.fail("P5", f"{node} is told that {orders.protected} is protected, which never was")
@@ -207,8 +210,9 @@ class Truth:
 
     @property
     def newest_protected(self) -> SnapshotId | None:
-        """The newest that anybody was told of."""
-        known = {p.id for p in self.protected if self.announced is not None and p.id <= self.announced}
+        """The newest that anybody was told of who still has his memory: told to nobody else, it is forgotten."""
+        arenas = {(m.name, m.disk.arena_id) for m in self.sim.machines.values()}
+        known = {p.id for p in self.protected if arenas & self.tellers.get(p.id, set())}
         return max(known - self.bad, default=None)
 
     def stored(self, node: str, record: ShardRecord) -> None:
