@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from snapd.core.collector import Collector, NodeReport
+from snapd.core.collector import Collector, NodeReport, Told
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from tests.support.collector_reports import Reporting, done, held, snap, table_of
@@ -251,6 +251,43 @@ def test_a_bad_protected_snapshot_is_protected_no_more() -> None:
     core.take(nodes[0](problems=((snap(1), "bad"),)))
     orders = core.settle(TABLE)
     assert (orders.protected, orders.complete) == (None, None)
+
+
+# what an earlier collector has promised
+
+
+def test_what_a_node_was_told_holds_on() -> None:
+    core, nodes = collector(recorded_protected=snap(1)), world()
+    all_take(core, nodes, 3, 4, keep_complete=1)
+    core.take(nodes[0](told=Told(snap(4), snap(3), 2)))
+    orders = core.settle(TABLE)
+    assert (orders.complete, orders.protected, orders.protected_epoch) == (snap(4), snap(3), 2)
+    assert orders.drop == ()
+
+
+def test_an_older_word_changes_nothing() -> None:
+    core, nodes = collector(recorded_complete=snap(5), recorded_protected=snap(5)), world()
+    core.take(nodes[0](told=Told(snap(4), snap(3), 2)))
+    orders = core.settle(TABLE)
+    assert (orders.complete, orders.protected) == (snap(5), snap(5))
+
+
+def test_nothing_is_dropped_before_all_who_are_awaited_have_reported() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, 2, keep_complete=1, done=done(2))
+    assert core.settle(TABLE, awaited=["a", "b", "c", "d"]).drop == ()
+    core.take(Reporting("d", [], world_size=0)(is_capturing=False))
+    assert [s.step for s, _ in core.settle(TABLE, awaited=["a", "b", "c", "d"]).drop] == [1]
+
+
+def test_the_epoch_under_which_a_snapshot_is_protected_is_told() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, done=done(1))
+    assert core.settle(TABLE).protected_epoch == 1
+    newer = table_of(["a", "b", "c"], epoch=2)
+    assert core.settle(newer).protected_epoch == 1
+    all_take(core, nodes, 1, done=done(1), epoch=2)
+    assert core.settle(newer).protected_epoch == 2
 
 
 # what may go
