@@ -18,7 +18,6 @@ from snapd.rpc.guard import ServicerContext, caller, refuse, told
 from snapd.runtime import levels
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
-from snapd.runtime.repairing import verify_parity
 from snapd.runtime.restoring import Verified, verify
 from snapd.runtime.session import Session
 
@@ -121,7 +120,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
         async def check() -> None:
             found.append(await verify(job, facts.id, count))
-            fragments.extend(await verify_parity(job, facts.id))
+            if self.node.repairs is not None:
+                fragments.extend(await self.node.repairs.verify_parity(job, facts.id))
             job.settle()
 
         work = self.node.context.keep(check())  # it ends by itself if the caller goes away
@@ -132,6 +132,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         failure = work.exception()
         if isinstance(failure, SnapdError):
             await refuse(context, failure)
+        elif failure is not None:
+            raise failure
         last = progress(is_finished=True)
         for result in found:
             last.bad_chunks.extend(_bad_chunks(result.bad))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.runtime.job import Job
+from snapd.runtime.parity_mending import mend_parity
 from snapd.runtime.peers import ShardSource
 from snapd.runtime.recovering import RecoveryMeans, ShardSources, bring_shard
 
@@ -33,6 +34,10 @@ class Bringer:
             NotRestorable, CapacityError, UnavailableError: see `bring_shard`.
         """
         return await bring_shard(job, self._means, snapshot, rank, self._sources(sources, rank, is_here_bad))
+
+    async def mend_parity(self, job: Job, snapshot: SnapshotId) -> str:
+        """See `parity_mending.mend_parity`."""
+        return await mend_parity(job, self._means, snapshot)
 
     def _sources(
         self, sources: Sequence[ShardSource], rank: int, is_here_bad: bool

@@ -145,6 +145,14 @@ def _pull(
     return failed
 
 
+def fetch_row(bench: Bench, row: Row, views: list[memoryview]) -> None:
+    """Fetch and check all chunks of one row. Raises what the first that fails gives."""
+    result = BatchResult()
+    _pull(bench, [RowTask(row, frozenset())], {row.number: views}, result)
+    if result.failures:
+        raise result.failures[0].error
+
+
 def _pull_from(
     bench: Bench, node: str, wanted: list[tuple[Row, RowChunk, memoryview]], result: BatchResult
 ) -> list[tuple[Row, SnapdError]]:

@@ -47,6 +47,8 @@ class Bringing(Protocol):
         self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource], *, is_here_bad: bool
     ) -> ShardRecord: ...
 
+    async def mend_parity(self, job: Job, snapshot: SnapshotId) -> str: ...
+
 
 class Repairs:
     """One per node; implements `job.Repairing`. On the event loop."""
@@ -61,6 +63,14 @@ class Repairs:
         """Bring back what is bad of a shard that is here, and of the other snapshots that share its bad frames."""
         async with self._locks.setdefault((job.name, rank), asyncio.Lock()):
             return await self._repair(job, snapshot, rank, bad)
+
+    async def verify_parity(self, job: Job, snapshot: SnapshotId) -> tuple[int, int]:
+        """As the function, and what was bad is coded again here."""
+        checked, bad = await verify_parity(job, snapshot)
+        why = await self._bringing.mend_parity(job, snapshot)
+        if why:
+            job.context.log.warning("parity.not_mended", job=job.name, step=snapshot.step, reason=why)
+        return checked, bad
 
     async def take(self, job: Job, snapshot: SnapshotId, rank: int) -> None:
         """Bring a shard here that another node is to give up. Raises what `bring` raises."""
@@ -198,8 +208,8 @@ def sources_of(snapshot: SnapshotId, inventories: Iterable[Inventory]) -> list[S
 
 
 async def verify_parity(job: Job, snapshot: SnapshotId) -> tuple[int, int]:
-    """Hash this node's parity of a snapshot again. Bad fragments are forgotten: the leaders of their rows code them
-    again. Returns (fragments hashed, of these bad).
+    """Hash this node's parity of a snapshot again. Bad fragments are forgotten. Returns (fragments hashed, of these
+    bad).
     """
     wanted = {
         (row.id, number)
