@@ -11,16 +11,18 @@ DEMO_OPTIONS ?=
 SOAK_OPTIONS ?=
 SIM_OPTIONS ?=
 BENCH_OPTIONS ?=
+SOAK_CLUSTER_OPTIONS ?=
+BENCH_CLUSTER_OPTIONS ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find csrc/include csrc/src csrc/bind -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
-TEST_FOLDERS := $(wildcard tests/unit tests/property tests/sim tests/conformance tests/fault tests/e2e)
+TEST_FOLDERS := $(wildcard tests/unit tests/property tests/sim tests/conformance tests/fault tests/e2e tests/cluster)
 RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test sim check format proto proto-check soak bench gpu-check native-test native-sanitize clean
+.PHONY: help venv demo test sim check format proto proto-check soak soak-cluster bench bench-cluster gpu-check native-test native-sanitize clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -75,9 +77,20 @@ proto-check: $(STAMP)
 soak: $(STAMP)
 	$(RUN) tests/soak/run.py $(SOAK_OPTIONS)
 
+## soak-cluster     8 nodes, 6+2: any 2 lose everything, 50 times; then 4, 3 and 2 nodes, 10 times each
+soak-cluster: $(STAMP)
+	$(RUN) tests/soak_cluster/run.py --nodes 8 --code 6+2 --rounds 50 $(SOAK_CLUSTER_OPTIONS)
+	$(RUN) tests/soak_cluster/run.py --nodes 4 --code 2+2 --rounds 10 $(SOAK_CLUSTER_OPTIONS)
+	$(RUN) tests/soak_cluster/run.py --nodes 3 --code 2+1 --rounds 10 $(SOAK_CLUSTER_OPTIONS)
+	$(RUN) tests/soak_cluster/run.py --nodes 2 --code 1+1 --rounds 10 $(SOAK_CLUSTER_OPTIONS)
+
 ## bench            snapd beside torch.save and DCP async
 bench: $(STAMP)
 	$(RUN) bench/run.py $(BENCH_OPTIONS)
+
+## bench-cluster    what protection costs, and how fast a lost node comes back
+bench-cluster: $(STAMP)
+	$(RUN) bench/cluster.py --out bench-out/cluster.json $(BENCH_CLUSTER_OPTIONS)
 
 ## gpu-check        what needs a CUDA device
 gpu-check: $(STAMP)

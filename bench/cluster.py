@@ -106,6 +106,8 @@ def traffic(made: Cluster, world: LightWorld, code: Code) -> dict[str, Any]:
     seconds = statistics.median(after.t - before.t for before, after, _ in turns)
     cpu = statistics.median(after.cpu_s - before.cpu_s for before, after, _ in turns)
     sent = statistics.median(after.sent_bytes - before.sent_bytes for before, after, _ in turns)
+    time.sleep(1.0)  # what is no longer needed has been dropped
+    used, backed = scene.parity_bytes(made, world.job)
     at, peers = made.daemons[0], made.daemons[1:]
     formula = (code.k + code.m - 1) / code.k
     pulls = [scene.pull(made, world.job, at=at, peers=peers, nbytes=int(moved * formula)) for _ in range(2)]
@@ -121,7 +123,8 @@ def traffic(made: Cluster, world: LightWorld, code: Code) -> dict[str, Any]:
         "network_bytes_per_state_byte": sent / moved,
         "network_formula": formula,
         "network_over_formula_percent": 100 * (sent / moved / formula - 1),
-        "parity_backed_over_formula": scene.parity_bytes(made, world.job) / (state * code.m / code.k),
+        "parity_in_use_over_formula": used / (state * code.m / code.k),
+        "parity_backed_over_formula": backed / (state * code.m / code.k),
         "plain_pull_GB_per_s": statistics.median(p["nbytes"] / GB / p["seconds"] for p in pulls),
     }
 

@@ -1,11 +1,13 @@
-"""A cluster under measurement: four nodes in network namespaces, light ranks with synthetic bytes, and what is read off:
+"""A cluster under measurement: nodes in network namespaces, light ranks with synthetic bytes, and what is read off:
 CPU of the daemons, bytes on the interfaces, parity in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -31,7 +33,7 @@ CHUNK_BYTES = 4 * MIB
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PULLER = Path(__file__).with_name("cluster_puller.py")
 WAIT_S = 120.0
-LOOK_S = 0.01
+LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,17 @@ def _job(made: Cluster, job: str) -> admin_pb2.JobStatus:
     return made.daemons[0].job(job) or admin_pb2.JobStatus()
 
 
-def parity_bytes(made: Cluster, job: str) -> int:
-    """Bytes of parity segments that are backed on all nodes: two snapshots' worth while a newer one is being made."""
-    folders = [daemon.arena / "jobs" / job for daemon in made.daemons]
-    return sum(path.stat().st_blocks * 512 for folder in folders for path in folder.glob("parity.seg-*"))
+def parity_bytes(made: Cluster, job: str) -> tuple[int, int]:
+    """(in use, backed) bytes of parity on all nodes. Backed is room for two snapshots: the protected one's parity stays
+    until a newer one's is whole.
+    """
+    used = backed = 0
+    for daemon in made.daemons:
+        folder = daemon.arena / "jobs" / job
+        backed += sum(path.stat().st_blocks * 512 for path in folder.glob("parity.seg-*"))
+        with contextlib.closing(sqlite3.connect(f"file:{folder / 'index.db'}?mode=ro", uri=True)) as index:
+            used += index.execute("SELECT COALESCE(SUM(nbytes), 0) FROM fragments").fetchone()[0]
+    return used, backed
 
 
 def world_of(made: Cluster, job: str, state_bytes: int) -> LightWorld:

@@ -81,6 +81,7 @@ def test_slow_network(four: Cluster, observer: Observer, world: LightWorld) -> N
     catches_up(four, observer, world)
 
 
+@pytest.mark.slow
 def test_peer_that_stalls_for_ever_in_mid_transfer(four: Cluster, observer: Observer, job: str) -> None:
     """The frozen node holds no rank: it is a source of nothing and a home of parity, and is replaced by smaller
     groups once it is lost."""
