@@ -307,7 +307,7 @@ class SimDaemon:
                 incarnation=incarnation, rollback_count=rollbacks, world_size=world_size
             )
         self.life.check()
-        self.truth.gave_out(self.node, answer.generation, knew)
+        self.truth.gave_out(self.node, answer.generation, knew if answer.is_new else 0)
         return answer
 
     # what peers ask

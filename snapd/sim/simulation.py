@@ -29,6 +29,7 @@ from snapd.sim.truth import BrokenPromise, Truth
 
 Result = TypeVar("Result")
 TRACE_KEPT = 400
+HEARD_AFTER_S = 1.0  # who came back so shortly ago may not have been heard when the table was rebuilt
 WATCH_EVERY_S = 0.5
 QUIET_EVENTS = ("table.overtaken", "newest.unwritten", "lease.left")
 
@@ -74,6 +75,7 @@ class Simulation:
         self.timings: dict[str, Timing] = {}
         self.faults_done: dict[str, int] = {}
         self.noted_count = 0
+        self.joined_s: dict[str, float] = {}
         self.store_was_replaced = False
         self._clock = clock
         self._numbers = itertools.count(1)
@@ -147,6 +149,8 @@ class Simulation:
 
     def noted(self, node: str, event: str, fields: Mapping[str, object]) -> None:
         """An event that a daemon would have logged."""
+        if event == "cluster.joined":
+            self.joined_s[node] = self.loop.now_s
         if event not in QUIET_EVENTS:
             shown = " ".join(f"{key}={value}" for key, value in fields.items())
             self.note(node, f"{event} {shown}", is_repeated=True)
@@ -200,6 +204,7 @@ class Simulation:
             and machine.is_serving
             and not self._is_cut_off(machine.name)
             and self.keys.member(machine.name) in self.store.entries
+            and self.loop.now_s - self.joined_s.get(machine.name, 0.0) > HEARD_AFTER_S
             and machine.disk.highwater.generations.get("job", 0) >= generation
             for machine in self.machines.values()
         )

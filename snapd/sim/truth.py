@@ -349,8 +349,9 @@ class Truth:
 
     def believes(self, node: str, table: GroupTable | None, disk: Disk) -> None:
         """A daemon acts upon a table from now on."""
-        if table is None:
-            return
+        daemon = self.sim.machines[node].daemon
+        if table is None or daemon is None or daemon.state.away is not None:
+            return  # it has not looked at the store since it began
         self.sim.note(node, f"epoch {table.epoch}: {_words(table)}", is_repeated=True)
         for other, known in self.tables.setdefault(table.epoch, {}).items():
             is_same = known.groups == table.groups and known.asked == table.asked
