@@ -111,5 +111,6 @@ def _protection(cluster: admin_pb2.ClusterStatus) -> Finding:
         hint = "add nodes, or ask for a smaller code"
         return Finding(check="protection", verdict=Verdict.WARNING, found=cluster.degraded, hint=hint)
     codes = sorted({group.code for group in cluster.groups})
-    found = f"{len(cluster.groups)} groups with {', '.join(codes) or 'none'}"
+    groups = f"{len(cluster.groups)} group{'s' * (len(cluster.groups) != 1)}"
+    found = f"{groups} with {', '.join(codes) or 'none'}"
     return Finding(check="protection", verdict=Verdict.GOOD, found=found)

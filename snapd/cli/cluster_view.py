@@ -40,12 +40,13 @@ def cluster_parts(reply: admin_pb2.StatusReply) -> list[RenderableType]:
 
 def _facts(cluster: admin_pb2.ClusterStatus) -> dict[str, str]:
     codes = sorted({group.code for group in cluster.groups})
+    groups = f"{len(cluster.groups)} group" + ("s" if len(cluster.groups) != 1 else "")
     away = f"away for {format_age(cluster.away_s)}: {cluster.away_reason}" if cluster.is_away else "answers"
     return {
         "cluster": f"{cluster.cluster_id or 'not joined yet'}, epoch {cluster.epoch}, node {cluster.node}",
         "coordinator": f"{'this daemon, ' if cluster.is_leader else ''}{away}",
         "not believed": cluster.distrust,
-        "protection": f"asked {cluster.asked_code}, {len(cluster.groups)} groups with {', '.join(codes) or 'none'}",
+        "protection": f"asked {cluster.asked_code}, {groups} with {', '.join(codes) or 'none'}",
         "DEGRADED": cluster.degraded,
         "groups": cluster.reason,
     }
