@@ -18,7 +18,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.core.rows import chunks_of, plan_rows
-from snapd.errors import ConflictError, NotFoundError, SnapdError, UnavailableError
+from snapd.errors import ConflictError, FencedError, NotFoundError, SnapdError, UnavailableError
 from snapd.runtime.changes import Changes
 from snapd.runtime.peers import Records, ShardSource, WorldAsk, WorldPlan
 
@@ -93,7 +93,9 @@ class CollectorHost:
         if parent is not None:
             self._core.restored(*parent)
         self._rounds: dict[tuple[int, int], tuple[RestoreRound, tuple[ShardSource, ...]]] = {}
-        self._planning = asyncio.Lock()
+        self._planning: dict[
+            int, asyncio.Lock
+        ] = {}  # by generation: a stale one must not hold up its successor
         self._settling: asyncio.TimerHandle | None = None
         loop = asyncio.get_running_loop()
         self._began_s = loop.time()
@@ -164,33 +166,49 @@ class CollectorHost:
         """The decision of a generation's round: the first rank to ask makes it, all get the same.
 
         Raises:
-            ConflictError: ranks ask for different steps. UnavailableError: kind `settling`.
+            ConflictError: ranks ask for different steps. FencedError: a newer generation has begun. UnavailableError:
+            kind `settling`.
         """
         if ask.number >= ROUNDS_MAX:
             raise ConflictError("too many rounds of one restore", kind="restore_round", round=ask.number)
         key = (ask.generation, ask.number)
-        async with self._planning:
+        async with self._planning.setdefault(ask.generation, asyncio.Lock()):
             known = self._rounds.get(key)
             if known is not None:
                 known[0].check_same(ask.step)
                 return WorldPlan(known[0].decision, known[1])
-            is_settled = await self.changes.wait_until(
-                lambda: self._is_settled(ask), self._settings.restore_settle_s
-            )
-            if not is_settled:
-                raise UnavailableError(
-                    "captures of an older generation are still being taken up, or ranks have not come yet",
-                    kind="settling",
-                    hint="ask again",
-                    missing=self._missing_ranks(ask),
-                )
+            await self._wait_settled(ask)
             choice = await self._choose(ask)
             sources = tuple(_source(source) for source in choice.sources)
             round_ = RestoreRound(ask.generation, ask.number, ask.world_size, ask.step, choice.decision)
             self._rounds[key] = (round_, sources)
             while len(self._rounds) > ROUNDS_KEPT:
                 del self._rounds[next(iter(self._rounds))]
+            for generation in [each for each in self._planning if each < ask.generation - 1]:
+                del self._planning[generation]
             return WorldPlan(choice.decision, sources)
+
+    async def _wait_settled(self, ask: WorldAsk) -> None:
+        """Raise FencedError when a newer generation begins meanwhile, UnavailableError when the time is over."""
+
+        def is_over() -> bool:
+            return self._is_settled(ask) or self._core.generation > ask.generation
+
+        await self.changes.wait_until(is_over, self._settings.restore_settle_s)
+        if self._core.generation > ask.generation:
+            raise FencedError(
+                "a newer generation of this job has begun",
+                kind="stale_generation",
+                generation=ask.generation,
+                current_generation=self._core.generation,
+            )
+        if not self._is_settled(ask):
+            raise UnavailableError(
+                "captures of an older generation are still being taken up, or ranks have not come yet",
+                kind="settling",
+                hint="ask again",
+                missing=self._missing_ranks(ask),
+            )
 
     def _is_settled(self, ask: WorldAsk) -> bool:
         """Every rank of the generation has a session, and no node takes up anything older any more."""
