@@ -32,6 +32,7 @@ from snapd.sim.parity import SimParity
 from snapd.sim.protecting import PullKey, Push, SimProtector
 from snapd.sim.restoring import SimRestores
 from snapd.sim.store import SimKeyValue
+from snapd.sim.truth import Truth
 from snapd.sim.world import SimWorld
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ Answer = TypeVar("Answer")
 class DiskHighwater:
     """The highwater mark on a node's disk."""
 
-    def __init__(self, disk: Disk, life: Life, *, is_stored: bool) -> None:
-        self._disk, self._life, self._is_stored = disk, life, is_stored
+    def __init__(self, disk: Disk, life: Life, truth: Truth, *, is_stored: bool) -> None:
+        self._disk, self._life, self._truth, self._is_stored = disk, life, truth, is_stored
         self._seen = disk.highwater
 
     def load(self) -> Highwater:
@@ -57,6 +58,7 @@ class DiskHighwater:
     def save(self, seen: Highwater) -> None:
         self._life.effect("persist highwater")
         self._seen = seen
+        self._truth.noted(self._disk.arena_id, seen.generations.get(JOB, 0))
         if self._is_stored:
             self._disk.highwater = seen
 
@@ -70,7 +72,7 @@ class SimDaemon:
         self.chance: Callable[[], float] = sim.chance_of(life.name).random
         client = SimKeyValue(sim.store, sim.loop, life, self.node, f"{self.node}-{self.instance}")
         highwater: HighwaterStore = DiskHighwater(
-            self.disk, life, is_stored=Bug.HIGHWATER_NOT_STORED not in self.bugs
+            self.disk, life, self.truth, is_stored=Bug.HIGHWATER_NOT_STORED not in self.bugs
         )
         self.state = ClusterState(
             client,
@@ -292,7 +294,7 @@ class SimDaemon:
     # generations
 
     async def next_generation(self, incarnation: str, rollbacks: int, world_size: int) -> Assignment:
-        coordination, knew = self.coordination, self.disk.highwater.generations.get(JOB, 0)
+        coordination, knew = self.coordination, self.truth.known_generation(self.disk.arena_id)
         if Bug.GENERATION_FROM_CACHE in self.bugs:
             answer = assign(
                 coordination._table, incarnation=incarnation, rollback_count=rollbacks, world_size=world_size

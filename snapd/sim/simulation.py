@@ -70,6 +70,7 @@ class Simulation:
         self.store = SimStore(self.loop, self.network)
         self.plans = Plans()
         self.truth = Truth(self)
+        self.store.before_write.append(self.truth.about_to_write)
         self.arenas: dict[int, str] = {}  # of each daemon's instance
         self.trace: deque[Line] = deque(maxlen=TRACE_KEPT)
         self.timings: dict[str, Timing] = {}
@@ -195,17 +196,16 @@ class Simulation:
         self.note(STORE, "is put back from a copy" if copy else "is wiped")
         self.store.put_back(copy)
 
-    def is_forgotten(self, generation: int, but: str) -> bool:
-        """Whether every daemon `but` one that knew of a generation is away, or was lost: it may be given out again."""
+    def is_forgotten(self, generation: int) -> bool:
+        """Whether every daemon that knew of a generation is away, or was lost: it may be given out again."""
         if not self.store_was_replaced:
             return False
         return not any(
-            machine.name != but
-            and machine.is_serving
+            machine.is_serving
             and not self._is_cut_off(machine.name)
             and self.keys.member(machine.name) in self.store.entries
             and self.loop.now_s - self.joined_s.get(machine.name, 0.0) > HEARD_AFTER_S
-            and machine.disk.highwater.generations.get("job", 0) >= generation
+            and self.truth.known_generation(machine.disk.arena_id) >= generation
             for machine in self.machines.values()
         )
 

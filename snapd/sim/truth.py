@@ -19,6 +19,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from snapd.coordination.job_records import generations_from_json
+from snapd.coordination.kv import Write
 from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector, Orders
 from snapd.core.generations import Generation
@@ -26,7 +28,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.core.recovery import Choice
 from snapd.core.restore import Outcome, Verdicts
-from snapd.sim.disk import Disk, HandOver, Session, ShardKey, StoredShard, encode
+from snapd.sim.disk import JOB, Disk, HandOver, Session, ShardKey, StoredShard, encode
 
 if TYPE_CHECKING:
     from snapd.sim.simulation import Simulation
@@ -77,6 +79,8 @@ class Truth:
     tables: dict[int, dict[str, GroupTable]] = field(
         default_factory=dict
     )  # epoch -> node -> what it believed
+    marks: dict[str, int] = field(default_factory=dict)  # arena -> newest generation that was noted with it
+    forgotten: dict[tuple[int, str, int], bool] = field(default_factory=dict)  # when it was first written
     bad: set[SnapshotId] = field(default_factory=set)
     tellers: dict[SnapshotId, set[tuple[str, str]]] = field(default_factory=dict)
     restores: int = 0
@@ -335,11 +339,28 @@ class Truth:
 
     # generations and epochs
 
+    def noted(self, arena: str, generation: int) -> None:
+        """A daemon acts upon this generation from now on, and so must whoever comes after it in this arena."""
+        self.marks[arena] = max(generation, self.known_generation(arena))
+
+    def known_generation(self, arena: str) -> int:
+        return self.marks.get(arena, 0)
+
+    def about_to_write(self, write: Write) -> None:
+        """The store is about to take new generations: who could have told that they were given out before?"""
+        if write.value is None or write.key != self.sim.keys.generations(JOB):
+            return
+        for row in generations_from_json(write.value).values():
+            key = (row.number, row.incarnation, row.rollback_count)
+            if key not in self.forgotten:
+                self.forgotten[key] = self.sim.is_forgotten(row.number)
+
     def gave_out(self, node: str, generation: Generation, knew: int) -> None:
         """`knew`: the newest generation that the node had noted before it asked."""
         key = (generation.incarnation, generation.rollback_count)
         known = self.generations.setdefault(generation.number, key)
-        if known != key and (knew >= generation.number or not self.sim.is_forgotten(generation.number, node)):
+        is_forgotten = self.forgotten.get((generation.number, *key), False)
+        if known != key and (knew >= generation.number or not is_forgotten):
             promise = "P7" if self.sim.store_was_replaced else "P4"
             self.fail(promise, f"generation {generation.number} was given to {known} and to {key}")
         if known != key:
