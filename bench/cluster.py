@@ -38,8 +38,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--code", default="2+2")
     parser.add_argument("--megabytes", type=int, default=1500, help="of state, all nodes together")
-    parser.add_argument("--step-megabytes", type=int, default=256, help="of state in the part `steps`")
+    parser.add_argument("--step-megabytes", type=int, default=48, help="of state in the part `steps`")
     parser.add_argument("--step-code", default="3+1")
+    parser.add_argument("--step-interval", type=int, default=25, help="steps between snapshots")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--bulk", choices=["tls", "plain", "both"], default="both")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
@@ -67,6 +68,7 @@ def main() -> int:
                 args.nodes,
                 args.step_megabytes * 1_000_000,
                 pairs=args.pairs,
+                interval=args.step_interval,
                 is_tls=bulk == "tls",
             )
         results[bulk] = found

@@ -70,7 +70,7 @@ def measured_cluster(
     """Started and settled. The rate limit is off: what is measured is what it costs, not how slowly it may be done."""
     settings = {
         "SNAPD_ARENA_CHUNK_BYTES": str(chunk_bytes),
-        "SNAPD_CLUSTER_LEASE": "5",
+        "SNAPD_CLUSTER_LEASE": "2",
         "SNAPD_CLUSTER_LOST_AFTER": "10",
         "SNAPD_CAPTURE_POLL_INTERVAL": "0.5",
     }

@@ -19,8 +19,8 @@ from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.training import Recipe, Training
 from tests.cluster.harness.waiting import wait_for
 
-WINDOW_S = 6.0
-SETTLE_S = 4.0
+WINDOW_S = 5.0
+SETTLE_S = 2.0
 STEPS_MAX = 100_000
 T_95 = {4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 10: 2.262, 12: 2.201, 16: 2.131}
 
@@ -31,17 +31,24 @@ def recipe_for(state_bytes: int, ranks: int) -> Recipe:
     return Recipe(ranks=ranks, steps=STEPS_MAX, width=width - width % 16, layers=2)
 
 
-def measure(code: str, nodes: int, state_bytes: int, *, pairs: int, is_tls: bool) -> dict[str, Any]:
+def measure(
+    code: str, nodes: int, state_bytes: int, *, pairs: int, interval: int, is_tls: bool
+) -> dict[str, Any]:
+    """`interval`: steps between snapshots."""
     recipe = recipe_for(state_bytes, nodes)
     with measured_cluster(code, nodes, is_tls=is_tls) as made:
         envs = [daemon.trainer_env() for daemon in made.daemons]
-        options = ["--no-digests", "--step-seconds", "0"]
+        options = ["--no-digests", "--step-seconds", "0", "--interval", str(interval)]
         hosts = [daemon.host for daemon in made.daemons]
         training = Training(recipe, hosts, envs, made.folder / "steps", job="steps", options=options)
         try:
-            training.wait_step(3)
+            training.wait_step(interval + 3)
             wait_protected(made, "steps", 1)
-            return alternate(made, training, pairs) | {"state_GB": recipe.width**2 * 2 * 12 / 1e9}
+            return (
+                alternate(made, training, pairs)
+                | {"interval": interval}
+                | {"state_GB": recipe.width**2 * 2 * 12 / 1e9}
+            )
         finally:
             training.kill()
 
@@ -50,7 +57,6 @@ def alternate(made: Cluster, training: Training, pairs: int) -> dict[str, Any]:
     assert made.etcd is not None and made.etcd.process is not None
     etcd = made.etcd.process.pid
     differences, on_s, off_s, protected = [], [], [], 0
-    on_seconds = 0.0
     for turn in range(pairs):
         values = {}
         for is_on in (True, False) if turn % 2 else (False, True):
@@ -60,9 +66,7 @@ def alternate(made: Cluster, training: Training, pairs: int) -> dict[str, Any]:
             before, began = protected_step(made), time.monotonic()
             time.sleep(WINDOW_S)
             values[is_on] = step_seconds(training, began, time.monotonic())
-            if is_on:
-                protected += protected_step(made) > before
-                on_seconds += WINDOW_S
+            protected += is_on and protected_step(made) > before
         on_s.append(values[True])
         off_s.append(values[False])
         differences.append(100 * (values[True] / values[False] - 1))
