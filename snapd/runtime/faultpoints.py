@@ -53,6 +53,8 @@ CLUSTER_POINTS = (
     "daemon.protect.drop.after",
     "daemon.bring.record.before",
     "daemon.bring.record.after",
+    "daemon.repair.before",
+    "daemon.repair.after",
 )
 POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS)
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}

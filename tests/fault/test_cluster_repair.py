@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -116,6 +117,31 @@ def test_a_daemon_that_restarts_brings_back_what_went_bad_meanwhile(nodes: Clust
     again = FakeWorld(nodes.daemons, world.job, "two")
     world.trainers = again.trainers
     assert again.restore() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("point", ["daemon.repair.before", "daemon.repair.after"])
+def test_a_daemon_that_is_killed_at_a_repair_repairs_when_it_is_back(
+    nodes: Cluster, world: FakeWorld, point: str
+) -> None:
+    daemon = nodes["n2"]
+    record = record_of(daemon, world.job, 1, 1)
+    before = chunk_bytes(daemon, record, 3)
+    world.die()
+    daemon.kill()
+    flip(daemon, record, 3)
+    daemon.start(is_waiting=False, SNAPD_FAULT_POINTS=f"{point}=kill")
+    wait_for(lambda: not daemon.is_running, f"{point} is reached", WAIT_S, daemon.tail)
+    assert daemon.process is not None and daemon.process.returncode == -signal.SIGKILL
+    daemon.asker.forget()
+    daemon.start()
+    nodes.wait_settled()
+
+    def is_good() -> bool:
+        now = record_of(daemon, world.job, 1, 1)
+        return chunk_bytes(daemon, now, 3) == before and not daemon.job(world.job).problem
+
+    wait_for(is_good, "the chunk is back", WAIT_S, daemon.tail)
+    assert not verify(daemon, world.job, 1).bad_chunks
 
 
 def test_bits_beyond_the_code_condemn_the_snapshot_and_are_named(nodes: Cluster, world: FakeWorld) -> None:

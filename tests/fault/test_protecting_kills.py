@@ -21,7 +21,7 @@ from tests.support.protecting_child import CHUNKS, GROUP, NODES
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = [
-    *CLUSTER_POINTS,
+    *(point for point in CLUSTER_POINTS if not point.startswith("daemon.repair.")),  # test_cluster_repair.py
     "daemon.protect.records.after:3",
     "daemon.protect.fragment.before:20",
     "daemon.protect.fragment.after:33",

@@ -21,10 +21,7 @@ _ONCE = (
 SETTLE_S = 0.05
 
 
-CLUSTER_POINTS = (
-    "daemon.protect.",
-    "daemon.bring.",
-)  # passed only where worlds span nodes: tests/fault/test_protecting_kills.py
+CLUSTER_POINTS = ("daemon.protect.", "daemon.bring.", "daemon.repair.")  # passed only where worlds span nodes
 
 
 def named_points(side: str) -> list[str]:
