@@ -83,6 +83,7 @@ class ParityStore:
         self._row_bytes: dict[bytes, int] = {}
         self._writers = 0
         self.version = 0  # grows whenever a fragment or a plan comes or goes
+        self.losses = 0  # the same, but for fragments that come
 
     # what there is
 
@@ -241,6 +242,7 @@ class ParityStore:
                 self._unrefer(former)
             self._refer(plan)
             self.version += 1
+            self.losses += 1
 
     def drop(self, snapshot: SnapshotId, *, below_epoch: int | None = None) -> int:
         """On the loop: forget the row maps of a snapshot (those made before `below_epoch`, if it is given), and free
@@ -261,6 +263,7 @@ class ParityStore:
         self._index.remove([plan.map for plan in doomed], useless)
         with self._lock:
             self.version += 1
+            self.losses += 1
             for plan in doomed:
                 self._unrefer(plan)
                 del self._plans[plan.map.key]
@@ -401,4 +404,5 @@ class ParityStore:
     def _forget(self, key: FragmentKey) -> int:
         place = self._fragments.pop(key).row.place
         self.version += 1
+        self.losses += 1
         return self._class_of[place.segment].pool.release([place])

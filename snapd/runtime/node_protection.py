@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from snapd.core.cluster import GroupTable
 from snapd.core.collector import PartDone
 from snapd.core.ids import SnapshotId
-from snapd.core.protection import RowMap
+from snapd.core.protection import RowMap, RowPlan
 from snapd.core.recovery import HeldRows
 from snapd.errors import IntegrityError
 from snapd.runtime.job import Job
@@ -24,7 +24,9 @@ class _Part:
 
     job: Job
     protector: Protector
-    seen: tuple[int, int] = (-1, -1)
+    seen: tuple[int, int, tuple[SnapshotId, int] | None, int] = (-1, -1, None, -1)
+    is_lacking: bool = False
+    told: tuple[object, ...] = ()
     done: tuple[PartDone, ...] = ()
     done_since_s: float = 0.0
 
@@ -50,8 +52,19 @@ class NodeProtection:
         part = self._parts.get(job.name)
         if part is None or part.job is not job:
             name = job.name
-            part = self._parts[name] = _Part(job, Protector(job, self._means, lambda: self._changed(name)))
+            part = self._parts[name] = _Part(job, Protector(job, self._means, lambda: self._tell(name)))
         return part
+
+    def _tell(self, name: str) -> None:
+        """A protector's state has changed; counts alone are nobody's news."""
+        part = self._parts.get(name)
+        if part is None:
+            return
+        state = part.protector.state
+        told = (state.target, state.is_done, state.plan, state.trouble)
+        if told != part.told:
+            part.told = told
+            self._changed(name)
 
     async def close(self) -> None:
         for part in self._parts.values():
@@ -97,17 +110,22 @@ class NodeProtection:
 
     def done(self, job: Job) -> tuple[PartDone, ...]:
         """Snapshots of which all that the plan of this epoch gives to this node is here."""
-        part, epoch = self._part(job), self._epoch()
-        state = (job.parity.version, epoch)
-        if part.seen != state:
-            part.seen = state
-            part.done = tuple(
-                PartDone(plan.map.id, plan.identity)
-                for plan in job.parity.plans()
-                if plan.map.epoch == epoch
-                and all(job.parity.has(row.id, number) for row, number in plan.given_to(self._means.node))
-            )
+        part, epoch, parity = self._part(job), self._epoch(), job.parity
+        state = part.protector.state
+        is_active = state.target is not None and not state.is_done
+        active = (state.target.snapshot, state.target.epoch) if state.target and is_active else None
+        # a fragment that comes changes nothing, but where one of a plan that nobody works on is lacking
+        seen = (parity.losses, epoch, active, parity.version if part.is_lacking else -1)
+        if part.seen != seen:
+            plans = [p for p in parity.plans() if p.map.epoch == epoch and p.map.key != active]
+            whole = [p for p in plans if self._is_whole(job, p)]
+            part.done = tuple(PartDone(plan.map.id, plan.identity) for plan in whole)
+            part.is_lacking = len(whole) < len(plans)
+            part.seen = (*seen[:3], parity.version if part.is_lacking else -1)
         return part.done
+
+    def _is_whole(self, job: Job, plan: RowPlan) -> bool:
+        return all(job.parity.has(row.id, number) for row, number in plan.given_to(self._means.node))
 
     def held_rows(self, job: Job) -> tuple[HeldRows, ...]:
         return tuple(job.parity.held_rows())
