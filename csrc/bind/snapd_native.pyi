@@ -40,9 +40,13 @@ class CopyPlan:
     def nbytes(self) -> int: ...
     @property
     def piece_count(self) -> int: ...
-    def run(self, src_bases: Sequence[int], dst_bases: Sequence[int], first_piece: int = 0, piece_count: int = -1) -> None:
+    def run(
+        self, src_bases: Sequence[int], dst_bases: Sequence[int], first_piece: int = 0, piece_count: int = -1
+    ) -> None:
         """Copy in the calling thread, without the GIL."""
-    def sample(self, src_bases: Sequence[int], turn: int, sample_bytes: int = 4096, share_max: float = 0.0025) -> Sample:
+    def sample(
+        self, src_bases: Sequence[int], turn: int, sample_bytes: int = 4096, share_max: float = 0.0025
+    ) -> Sample:
         """Keep a few bytes of each source (a window that moves with `turn`), for a later comparison.
 
         At most `sample_bytes` per source index and `share_max` of the plan's bytes in all (then some sources are left
@@ -139,7 +143,14 @@ class ControlPage:
     def nbytes_for(lane_count: int, entry_capacity: int) -> int: ...
     @staticmethod
     def create(
-        fd: int, *, lane_count: int, entry_capacity: int, rank: int, session_id: int, chunk_bytes: int, generation: int
+        fd: int,
+        *,
+        lane_count: int,
+        entry_capacity: int,
+        rank: int,
+        session_id: int,
+        chunk_bytes: int,
+        generation: int,
     ) -> ControlPage:
         """Size, back and format the file."""
     @staticmethod
@@ -168,7 +179,12 @@ class ControlPage:
     def write_grant(self, lane: int, segments: Sequence[int], frames: Sequence[int]) -> None: ...
     def read_grant(self, lane: int) -> tuple[list[int], list[int]]: ...
     def write_entries(
-        self, lane: int, segments: Sequence[int], frames: Sequence[int], nbytes: Sequence[int], flags: Sequence[int]
+        self,
+        lane: int,
+        segments: Sequence[int],
+        frames: Sequence[int],
+        nbytes: Sequence[int],
+        flags: Sequence[int],
     ) -> None: ...
     def read_entries(self, lane: int) -> tuple[list[int], list[int], list[int], list[int]]: ...
     def commit(self, lane: int, wake_fd: int) -> bool:

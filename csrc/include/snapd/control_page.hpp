@@ -54,9 +54,9 @@ struct alignas(64) PageHeader {
   uint64_t session_id;
   uint64_t chunk_bytes;
   uint64_t file_bytes;
-  // daemon -> trainer, each written on its own. The first: 1 while every slot holds a snapshot that has to stay, so that
-  // a lane is not worth waiting for. The second: the newest step at which all replicas of this node were
-  // captured in full, compared and found equal; 0: none yet; kReplicasDiffer: they are not, and sharing out is over
+  // daemon -> trainer, each written on its own. The first: 1 while every slot holds a snapshot that has to stay, so
+  // that a lane is not worth waiting for. The second: the newest step at which all replicas of this node were captured
+  // in full, compared and found equal; 0: none yet; kReplicasDiffer: they are not, and sharing out is over
   uint64_t slots_held;
   uint64_t replicas_equal_step_plus_one;
   alignas(64) uint64_t generation;  // changes on rollback only
