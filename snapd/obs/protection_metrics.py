@@ -28,5 +28,7 @@ class ProtectionMetrics:
             "snapd_recovered_bytes", "Bytes of shards brought here.", ["how"], registry=registry
         )
         self.repaired_chunks = counter("repaired_chunks", "Bad chunks that were brought back from elsewhere.")
-        self.repairs_failed = counter("repairs_failed", "Shards with bad chunks that could not be had elsewhere.")
+        self.repairs_failed = counter(
+            "repairs_failed", "Shards with bad chunks that could not be had elsewhere."
+        )
         self.parity_bytes = Gauge("snapd_parity_bytes", "Backed bytes of parity segments.", registry=registry)
