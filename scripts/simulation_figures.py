@@ -16,10 +16,10 @@ from snapd.core.ids import Place, SnapshotId
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.core.placement import place
 from snapd.core.protection import PlacedRecord, RowMap, make_plan
-from snapd.core.recovery import Inventory, Situation, choose_among_nodes
+from snapd.core.recovery import HeldRows, Inventory, RowSet, Situation, choose_among_nodes
 from snapd.sim.__main__ import find_bug
-from snapd.sim.bugs import Bug
-from snapd.sim.settings import SimSettings
+from snapd.sim.bugs import MIXES, Bug
+from snapd.sim.runs import crowd_settings
 from snapd.sim.simulation import Simulation
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "simulation.md"
@@ -35,7 +35,7 @@ def main() -> None:
     tables = {
         "bugs": lambda: bugs(options.seeds),
         "decisions": lambda: decisions((64, 512, 4096)),
-        "writes": lambda: writes((8, 64, 512)),
+        "writes": lambda: writes((8, 512, 4096)),
     }
     for name in options.table or list(tables):
         text = tables[name]()
@@ -51,11 +51,13 @@ def put(name: str, table: str) -> None:
 
 
 def bugs(seed_count: int) -> str:
-    lines = ["| planted bug | what it breaks | found at seed | promise |", "|---|---|---|---|"]
+    lines = ["| planted bug | what it breaks | faults | found at seed | promise |", "|---|---|---|---|---|"]
     for bug in Bug:
         outcome = find_bug(bug, range(1, seed_count + 1))
         found = f"{outcome.seed} | {outcome.promise}" if outcome else f"not within {seed_count} | "
-        lines.append(f"| {bug.name.lower().replace('_', ' ')} | {bug.value} | {found} |")
+        mix = ", ".join(MIXES.get(bug, ("all kinds",)))
+        lines.append(f"| {bug.name.lower().replace('_', ' ')} | {bug.value} | {mix} | {found} |")
+        print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
@@ -110,7 +112,9 @@ def decisions(sizes: tuple[int, ...]) -> str:
         row_map = RowMap(SnapshotId(1, 1), 1, 0, group.nodes, group.code)
         records = [PlacedRecord(node, record(i, count)) for i, node in enumerate(group.nodes)]
         rows_ms = milliseconds(lambda row_map=row_map, records=records: make_plan(row_map, records))
-        situation = situation_of(nodes, table, count)
+        situation = situation_of(nodes, table, count, lost=group.nodes[0])
+        choice = choose_among_nodes(situation)
+        assert any(source.row_set is not None for source in choice.sources), choice.decision.reason
         chosen_ms = milliseconds(lambda situation=situation: choose_among_nodes(situation))
         cells = [f"{ms:.1f} ms" for ms in (placed_ms, moved_ms, settled_ms, rows_ms, chosen_ms)]
         lines.append(f"| {count:,} | {' | '.join(cells)} |")
@@ -140,12 +144,30 @@ def collector_of(nodes: list[Member], count: int) -> Collector:
     return collector
 
 
-def situation_of(nodes: list[Member], table: GroupTable, count: int) -> Situation:
-    inventories = [
-        Inventory(node=member.node, held=(Held(SnapshotId(1, 3), rank, count, 1),))
-        for rank, member in enumerate(nodes)
-    ]
-    return Situation(inventories=inventories, world_size=count, newest_known=SnapshotId(1, 3))
+def situation_of(nodes: list[Member], table: GroupTable, count: int, *, lost: str) -> Situation:
+    """Every node holds its rank's shard and its part of the parity, and one of them is lost."""
+    ranks = {member.node: rank for rank, member in enumerate(nodes)}
+    inventories: list[Inventory] = []
+    row_sets: list[RowSet] = []
+    for group in table.groups:
+        assert group.code is not None
+        row_map = RowMap(SnapshotId(1, 1), 1, group.number, group.nodes, group.code)
+        rows = make_plan(
+            row_map, [PlacedRecord(node, record(ranks[node], count)) for node in group.nodes]
+        ).rows
+        covered = frozenset(ranks[node] for node in group.nodes)
+        for node in group.nodes:
+            ids = frozenset(row.id for row in rows if node in row.parity_nodes)
+            held_rows = HeldRows(row_map.id, group.number, 1, group.nodes, group.code, ids, covered)
+            held = (Held(row_map.id, ranks[node], count, 1),)
+            if node != lost:
+                inventories.append(Inventory(node=node, held=held, rows=(held_rows,)))
+        if lost in group.nodes:
+            living = tuple(node for node in group.nodes if node != lost)
+            row_sets.append(RowSet(row_map.id, group.number, 1, group.nodes, group.code, rows, living, count))
+    return Situation(
+        inventories=inventories, row_sets=row_sets, world_size=count, newest_known=SnapshotId(1, 1)
+    )
 
 
 def writes(sizes: tuple[int, ...]) -> str:
@@ -155,15 +177,13 @@ def writes(sizes: tuple[int, ...]) -> str:
         "|---|---|---|---|---|",
     ]
     for count in sizes:
-        settings = SimSettings(
-            nodes=count, ranks=count, code=ASKED, chunks=(2,), racks=count // 8 * 8 or 8, lease_s=5.0,
-            lost_after_s=30.0, start_timeout_s=600.0, restore_settle_s=300.0,
-        )  # fmt: skip
-        sim = Simulation(1, settings)
+        sim = Simulation(1, crowd_settings(count))
         sim.boot()
         sim.run_for(300.0, lambda sim=sim: sim.truth.announced is not None)
         before, at_s, step = dict(sim.store.writes), sim.loop.now_s, sim.training.step
-        sim.run_for(20.0)
+        sim.run_for(10.0)
+        newest = sim.truth.announced
+        assert newest is not None and newest.step >= step + 5, "protection fell behind"
         seconds, snapshots = sim.loop.now_s - at_s, sim.training.step - step
         counted = {key: value - before.get(key, 0) for key, value in sim.store.writes.items()}
         renewals = counted.pop("lease renewals", 0)

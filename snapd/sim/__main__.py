@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from snapd.sim.bugs import Bug
-from snapd.sim.runs import run_seed, settings_of
+from snapd.sim.bugs import MIXES, Bug
+from snapd.sim.runs import crowd_settings, run_seed, settings_of
 from snapd.sim.scenarios import RULE, parts_of, run_text
 from snapd.sim.simulation import Outcome
 
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m snapd.sim", description=__doc__)
     parser.add_argument("--seeds", default="1..100", metavar="A..B", help="one seed, or a range")
     parser.add_argument("--nodes", type=int, default=0, help="instead of what each seed chooses")
+    parser.add_argument("--crowd", type=int, default=0, metavar="NODES", help="thousands of nodes (crowd.py)")
     parser.add_argument("--faults", type=int, default=50, help="node-faults of each seed (default 50)")
     parser.add_argument("--bug", choices=[bug.name.lower() for bug in Bug], help="with this rule broken")
     parser.add_argument("--bugs", action="store_true", help="each planted bug: the first seed that finds it")
@@ -41,6 +42,8 @@ def _seeds(seeds: range, options: argparse.Namespace) -> int:
     broken, kinds, counts = 0, Counter[str](), Counter[str]()
     for seed in seeds:
         settings = settings_of(seed, faults=options.faults, bugs=bugs)
+        if options.crowd:
+            settings = crowd_settings(options.crowd, faults=options.faults, bugs=bugs)
         if options.nodes:
             settings = replace(settings, nodes=options.nodes)
         outcome = run_seed(seed, settings)
@@ -67,10 +70,11 @@ def failure(outcome: Outcome) -> str:
 
 
 def find_bug(bug: Bug, seeds: range, faults: int = 50) -> Outcome | None:
-    """The first seed that breaks a promise with that bug planted."""
+    """The first seed that breaks a promise with that bug planted, and keeps all without it."""
     for seed in seeds:
-        outcome = run_seed(seed, settings_of(seed, faults=faults, bugs=frozenset({bug})))
-        if outcome.promise:
+        settings = settings_of(seed, faults=faults, kinds=MIXES.get(bug, ()))
+        outcome = run_seed(seed, replace(settings, bugs=frozenset({bug})))
+        if outcome.promise and not run_seed(seed, settings).promise:
             return outcome
     return None
 

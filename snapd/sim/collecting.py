@@ -124,7 +124,8 @@ class SimCollector:
         if self.is_closed or not daemon.life.is_alive:
             return
         before = self.orders
-        awaited = daemon.state.members if daemon.now_s < self._began_s + GRACE_S else ()
+        is_new = daemon.now_s < self._began_s + GRACE_S and Bug.COLLECTOR_IN_HASTE not in daemon.bugs
+        awaited = daemon.state.members if is_new else ()
         after = daemon.timed("settle", lambda: self.core.settle(daemon.table, awaited=awaited))
         if after.number != before.number:
             daemon.truth.ordered(daemon.node, self.core, before, after, daemon.table)
@@ -241,7 +242,8 @@ class SimCollector:
             raise NotFoundError("no restore was planned in this round", kind="restore_round")
         round_, plan = known
         round_.report(rank, report)
-        self._notify()
+        if len(round_.reports) >= round_.world_size - 1:
+            self._notify()
         until_s = daemon.now_s + daemon.settings.restore_finish_s
         while daemon.now_s < until_s:
             lost = self._lost_ranks(generation, round_.world_size)

@@ -25,6 +25,7 @@ from snapd.core.placement import place
 from snapd.errors import FencedError, InternalError, NotFoundError, RemoteProtocolError, UnavailableError
 from snapd.sim.bugs import Bug
 from snapd.sim.collecting import Records, SimCollector
+from snapd.sim.crowd import CrowdState
 from snapd.sim.disk import JOB, Content, Disk, Parity, StoredShard, encode
 from snapd.sim.job import SimJob
 from snapd.sim.life import Life
@@ -70,12 +71,12 @@ class SimDaemon:
         self.settings, self.bugs, self.truth, self.plans = sim.settings, sim.bugs, sim.truth, sim.plans
         self.instance = sim.next_number()
         self.chance: Callable[[], float] = sim.chance_of(life.name).random
-        client = SimKeyValue(sim.store, sim.loop, life, self.node, f"{self.node}-{self.instance}")
+        self.client = SimKeyValue(sim.store, sim.loop, life, self.node, f"{self.node}-{self.instance}")
         highwater: HighwaterStore = DiskHighwater(
             self.disk, life, self.truth, is_stored=Bug.HIGHWATER_NOT_STORED not in self.bugs
         )
-        self.state = ClusterState(
-            client,
+        self.state = (CrowdState if sim.settings.is_crowd else ClusterState)(
+            self.client,
             machine.member(),
             sim.settings.cluster,
             keys=sim.keys,
@@ -86,6 +87,8 @@ class SimDaemon:
             place=place,
             note=self._noted,
         )
+        if isinstance(self.state, CrowdState):
+            self.state.crowd = sim.crowd
         self.coordination = ClusterCoordination(self.state, JOB)
         self.job = SimJob(self)
         self.parity = SimParity(self)
@@ -96,6 +99,7 @@ class SimDaemon:
         self._asked = ""
         self._arenas: dict[str, str] = {}
         self._epoch_seen = (False, 0)
+        self._looked_at = -1
         self.handlers: Mapping[str, Callable[..., Any]] = {
             "report": self._take_report,
             "inventory": self.world.inventory,
@@ -186,7 +190,10 @@ class SimDaemon:
         state = self.state
         seen = (state.is_trusted, self.epoch)
         lost = [node for node in sorted(state.lost) if self._arenas.pop(node, None) is not None]
-        for node, member in state.members.items():
+        mark = state.members_mark if isinstance(state, CrowdState) else state.serial
+        members = state.members if mark != self._looked_at else {}
+        self._looked_at = mark
+        for node, member in members.items():
             before = self._arenas.get(node)
             if before is not None and before != member.arena_id:
                 lost.append(node)  # it came back with an empty arena
@@ -349,7 +356,7 @@ class SimDaemon:
             is_planned = self.parity.is_planned(row_id)
             if is_planned:
                 self.commit_fragment(row_id, number, parity)
-            taken.append(is_planned or Bug.PUSH_UNCHECKED in self.bugs)
+            taken.append(is_planned)
         return taken
 
     def commit_fragment(self, row_id: bytes, number: int, parity: Parity) -> None:

@@ -15,8 +15,11 @@ before any of their effects:
 - wipe, roll back   the store forgets everything, or what happened since a copy was made
 - weather   messages are lost, repeated, late; chunks arrive with other bytes
 - rollback  all trainers return to the newest snapshot
+- leave     a machine is cut off from the store, and the agent starts the world again on others; the old trainers run
+            on for some steps, those of that machine behind the others (only where it is asked for)
 
-Counted as node-faults: crash, lose (also of a rack, each machine), trainer, cut (each machine on the smaller side).
+Counted as node-faults: crash, lose (also of a rack, each machine), trainer, cut (each machine on the smaller side),
+leave.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ WEIGHTS = {
     "roll back": 1,
     "weather": 2,
     "rollback": 1,
+    "leave": 4,
 }
+ASKED_FOR = ("leave",)
 
 
 class Faults:
@@ -58,7 +63,7 @@ class Faults:
         self.is_over = False
         self.node_faults = 0
         self.by_kind: dict[str, int] = {}
-        kinds = sim.settings.kinds or tuple(WEIGHTS)
+        kinds = sim.settings.kinds or tuple(kind for kind in WEIGHTS if kind not in ASKED_FOR)
         self._kinds = [kind for kind in WEIGHTS if kind in kinds]
         self._weights = [WEIGHTS[kind] for kind in self._kinds]
 
@@ -77,6 +82,7 @@ class Faults:
             "roll back": self._roll_back_store,
             "weather": self._weather,
             "rollback": self._rollback,
+            "leave": self._leave,
         }
         while self.node_faults < sim.settings.faults:
             await asyncio.sleep(self._rng.expovariate(1 / sim.settings.fault_every_s))
@@ -257,6 +263,15 @@ class Faults:
 
     def _clear_up(self) -> None:
         self._sim.network.weather, self._sim.network.bytes_bad = Weather(), 0.0
+
+    def _leave(self) -> None:
+        training = self._sim.training
+        if training.is_running:
+            name = training.trainers[self._rng.randrange(len(training.trainers))].machine.name
+            self._sim.note("*", f"{name} is cut off from the store, and left behind")
+            self._cut_for([(name, STORE), (STORE, name)])
+            training.leave_behind(name)
+            self._count("leave", 1)
 
     def _rollback(self) -> None:
         if self._sim.training.is_running:

@@ -131,9 +131,7 @@ class SimJob:
         self.settle()
 
     def _fence(self, served: Served) -> None:
-        if Bug.FENCE_IGNORED in self._daemon.bugs:
-            return
-        served.row.is_fenced = True  # the page: the trainer sees it
+        served.row.is_fenced = Bug.FENCE_IGNORED not in self._daemon.bugs  # the page: the trainer sees it
         self.look(served)
         served.is_fenced = True
 
@@ -147,7 +145,7 @@ class SimJob:
     def look(self, served: Served) -> None:
         """Note the rank's progress and take its complete lanes, unless it is fenced."""
         row = served.row
-        if served.is_fenced:
+        if served.is_fenced and Bug.FENCE_IGNORED not in self._daemon.bugs:
             return
         accepted = {lane.id for lane in served.pending}
         served.pending.extend(lane for lane in row.lanes if lane.id not in accepted)

@@ -22,7 +22,8 @@ PLANS_KEPT = 256
 class Plans:
     """Row plans by what they follow from: the members of a group plan the same, so the simulation plans once."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: int) -> None:
+        self._kept = max(PLANS_KEPT, 2 * nodes)
         self._known: dict[tuple[object, ...], tuple[RowPlan, Sequence[PlacedRecord]]] = {}
         self.made = 0
 
@@ -31,7 +32,7 @@ class Plans:
         found = self._known.get(key)
         if found is None:
             self.made += 1
-            while len(self._known) >= PLANS_KEPT:
+            while len(self._known) >= self._kept:
                 del self._known[next(iter(self._known))]
             # the records are kept too: their ids stay theirs
             found = self._known[key] = make_plan(row_map, records), records
@@ -142,7 +143,11 @@ class SimParity:
                 PartDone(plan.map.id, plan.identity)
                 for plan in self.plans()
                 if (plan.map.epoch == daemon.epoch or Bug.EPOCH_UNCHECKED in daemon.bugs)
-                and all(self.has(row.id, number) for row, number in plan.given_to(daemon.node))
+                and all(
+                    self.has(row.id, number)
+                    for row, number in plan.given_to(daemon.node)
+                    if number == 0 or Bug.PUSHED_NOT_AWAITED not in daemon.bugs
+                )
             )
         return self._done
 

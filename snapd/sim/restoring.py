@@ -157,7 +157,8 @@ class SimRestores:
         for number, chunk in enumerate(row.chunks):
             if number == wanted:
                 continue
-            for node in sorted({chunk.node, *daemon.state.members}):
+            others = () if daemon.settings.is_crowd else daemon.state.members
+            for node in sorted({chunk.node, *others}):
                 body = await self._try(node, "chunk", snapshot, chunk.rank, chunk.index)
                 arrived = daemon.arrive(body) if body is not None else None
                 if arrived == chunk.digest:

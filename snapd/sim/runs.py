@@ -32,6 +32,25 @@ def settings_of(seed: int, **changes: object) -> SimSettings:
     return replace(shape, **changes)  # type: ignore[arg-type]
 
 
+def crowd_settings(nodes: int, **changes: object) -> SimSettings:
+    """Many nodes, one rank on each, all of them there from the start; times as in a real cluster."""
+    settings = SimSettings(
+        nodes=nodes,
+        ranks=nodes,
+        code=Code(6, 2),
+        chunks=(2,),
+        racks=max(8, nodes // 8),
+        lease_s=5.0,
+        lost_after_s=30.0,
+        start_timeout_s=600.0,
+        restore_settle_s=60.0,
+        restore_finish_s=60.0,
+        is_crowd=True,
+        kinds=("crash", "lose", "trainer"),
+    )
+    return replace(settings, **changes)  # type: ignore[arg-type]
+
+
 def run_seed(seed: int, settings: SimSettings | None = None, *, clock: Clock | None = None) -> Outcome:
     """One seed from the first boot to the demanded progress. Never raises for what the simulated system does."""
     sim = Simulation(seed, settings or settings_of(seed), clock=clock)

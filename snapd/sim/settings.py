@@ -14,7 +14,7 @@ from snapd.sim.bugs import Bug
 class SimSettings:
     """Times in virtual seconds. `racks`: 0: each node is a domain of its own. `faults`: how many node-faults strike,
     one every `fault_every_s` on average. `progress_s`: how long after the last fault a newer snapshot may take to
-    become protected.
+    become protected. `is_crowd`: see `crowd.py`.
     """
 
     nodes: int = 6
@@ -37,6 +37,7 @@ class SimSettings:
     progress_s: float = 150.0
     interval_factor_max: int = 4
     beyond_code: bool = False
+    is_crowd: bool = False
     bugs: frozenset[Bug] = frozenset()
 
     @property

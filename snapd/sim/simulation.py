@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from snapd.core.cluster import GroupTable
 from snapd.core.ids import SnapshotId
 from snapd.core.keyspace import Keyspace
+from snapd.sim import crowd
 from snapd.sim.clock import VirtualLoop
 from snapd.sim.disk import Content
 from snapd.sim.machines import Machine
@@ -68,7 +69,8 @@ class Simulation:
         self.keys = Keyspace("sim")
         self.network = Network(self.loop, self.chance_of("network"))
         self.store = SimStore(self.loop, self.network)
-        self.plans = Plans()
+        self.plans = Plans(settings.nodes)
+        self.crowd = crowd.CrowdView(self.keys)
         self.truth = Truth(self)
         self.store.before_write.append(self.truth.about_to_write)
         self.arenas: dict[int, str] = {}  # of each daemon's instance
@@ -97,6 +99,8 @@ class Simulation:
         asyncio._set_running_loop(self.loop)
         for machine in self.machines.values():
             machine.start_daemon()
+        if self.settings.is_crowd:
+            crowd.admit(self)
         self.start(self.training.run())
         asyncio._set_running_loop(None)
 
@@ -175,9 +179,9 @@ class Simulation:
 
     def is_reachable(self, node: str) -> bool:
         """Whether the agent that starts trainers gets through: as long as most other machines do."""
+        if not self.machines[node].is_up or not self.network.cut:
+            return self.machines[node].is_up
         others = [m.name for m in self.machines.values() if m.is_up and m.name != node]
-        if not self.machines[node].is_up:
-            return False
         open_ = sum(self.network.is_open(node, o) and self.network.is_open(o, node) for o in others)
         return 2 * open_ >= len(others)
 

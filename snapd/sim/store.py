@@ -6,6 +6,7 @@ Every write is counted by what its key is for: the figures of docs/simulation.md
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,9 @@ class Backup:
 
 
 class SimStore:
-    """The store itself. `before_write` sees every write before it is taken (for the checkers)."""
+    """The store itself. `before_write` sees every write before it is taken (for the checkers), `after_change` each
+    change when it is there.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, network: Network) -> None:
         self.network = network
@@ -45,7 +48,9 @@ class SimStore:
         self.entries: dict[str, tuple[Entry, str]] = {}
         self.writes: Counter[str] = Counter()
         self.before_write: list[Callable[[Write], None]] = []
+        self.after_change: list[Callable[[Change], None]] = []
         self._loop = loop
+        self._order: list[str] = []  # the keys of `entries`
         self._leases: dict[str, _Lease] = {}
         self._history: deque[Change] = deque()
         self._oldest = 0
@@ -73,6 +78,7 @@ class SimStore:
         self._break_watches("the store was replaced")
         self.revision = copy.revision if copy else 0
         self.entries = dict(copy.entries) if copy else {}
+        self._order = sorted(self.entries)
         self._leases = {name: _Lease(ttl_s, 0.0) for name, ttl_s in (copy.leases if copy else {}).items()}
         for key, (_, lease) in self.entries.items():
             if lease:
@@ -81,11 +87,23 @@ class SimStore:
         self._oldest = self.revision
         self.start()
 
+    def admit(self, lease: str, writes: Sequence[Write], *, ttl_s: float) -> None:
+        """Keys that were there before the run began; uncounted."""
+        if lease:
+            self._leases[lease] = _Lease(ttl_s, 0.0)
+            self._extend(lease, self._leases[lease])
+        self._commit([(write, lease if write.is_leased else "") for write in writes])
+
     # what clients do
 
     def read(self, prefix: str) -> Reading:
-        found = {key: entry for key, (entry, _) in self.entries.items() if key.startswith(prefix)}
-        return Reading(self.revision, dict(sorted(found.items())))
+        found: dict[str, Entry] = {}
+        for place in range(bisect_left(self._order, prefix), len(self._order)):
+            key = self._order[place]
+            if not key.startswith(prefix):
+                break
+            found[key] = self.entries[key][0]
+        return Reading(self.revision, found)
 
     def transact(self, lease: str, checks: Sequence[Check], writes: Sequence[Write]) -> bool:
         if any(write.is_leased and write.value is not None for write in writes) and lease not in self._leases:
@@ -151,9 +169,12 @@ class SimStore:
                 self._leases[former[1]].keys.pop(write.key, None)
             if write.value is None:
                 if former is not None:
+                    del self._order[bisect_left(self._order, write.key)]
                     changes.append(Change(write.key, None, 0, revision))
                 continue
             version = (former[0].version if former else 0) + 1
+            if former is None:
+                insort(self._order, write.key)
             self.entries[write.key] = Entry(write.value, version), lease
             if lease:
                 self._leases[lease].keys[write.key] = None
@@ -163,6 +184,8 @@ class SimStore:
         self.revision = revision
         for change in changes:
             self._history.append(change)
+            for look in self.after_change:
+                look(change)
             for watcher in self._watchers:
                 if change.key.startswith(watcher.prefix):
                     watcher.send(change)
@@ -301,6 +324,11 @@ class SimKeyValue:
 
     async def close(self) -> None:
         """Its lease ends by itself."""
+
+    @property
+    def first_lease(self) -> str:
+        """The name of the lease that it opens first."""
+        return f"{self._name}.1"
 
     @property
     def _lease(self) -> str:

@@ -65,6 +65,7 @@ class Training:
     rng: random.Random = field(init=False)
     _rollback_count: int = 0
     _wants_rollback: bool = False
+    _left: str = ""  # the machine that is left behind
 
     def __post_init__(self) -> None:
         self.rng = self.sim.chance_of("training")
@@ -85,6 +86,10 @@ class Training:
         if rank < len(self.trainers) and self.trainers[rank].is_alive:
             self.sim.note(self.trainers[rank].machine.name, f"trainer of rank {rank} is killed")
             self._end(self.trainers[rank])
+
+    def leave_behind(self, machine: str) -> None:
+        """The world is started again on other machines while this one runs: nobody tells its trainers."""
+        self._left = machine
 
     def roll_back(self) -> None:
         self._wants_rollback = True
@@ -108,9 +113,11 @@ class Training:
         """Where each rank was, if that machine is there; else a spare one."""
         while True:
             up = [m for m in self.sim.machines.values() if m.is_up and self.sim.is_reachable(m.name)]
+            up = [m for m in up if m.name != self._left] or up
             if len(up) * self.sim.settings.ranks_per_node_max >= self.sim.settings.ranks and up:
                 break
             await asyncio.sleep(RETRY_S)
+        self._left = ""
         former = [trainer.machine for trainer in self.trainers]
         if len(former) == self.sim.settings.ranks and self.rng.random() < self.move_ranks:
             self.rng.shuffle(former)
@@ -256,6 +263,8 @@ class Training:
                     raise WorldDied(f"rank {trainer.rank} was overtaken")
                 if not self.sim.is_reachable(trainer.machine.name):
                     raise WorldDied(f"rank {trainer.rank} does not answer")
+            if self._left:
+                raise WorldDied("it is started a second time")
             if self._wants_rollback:
                 self._wants_rollback = False
                 await self._roll_back()
@@ -331,7 +340,11 @@ class Training:
     def _kill_all(self) -> None:
         """What can be reached is killed; the others go on for some steps by themselves."""
         for trainer in self.trainers:
-            if trainer.is_alive and not self.sim.is_reachable(trainer.machine.name):
+            if trainer.is_alive and self._left:
+                trainer.zombie_steps = ZOMBIE_STEPS
+                delay_s = 2.0 * self.rng.random() if trainer.machine.name == self._left else 0.0
+                self.sim.loop.call_later(delay_s, self._haunt, trainer, self.step + 1)
+            elif trainer.is_alive and not self.sim.is_reachable(trainer.machine.name):
                 trainer.zombie_steps = ZOMBIE_STEPS
                 self._haunt(trainer, self.step + 1)
             else:

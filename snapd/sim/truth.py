@@ -215,9 +215,11 @@ class Truth:
     @property
     def newest_protected(self) -> SnapshotId | None:
         """The newest that anybody was told of who still has his memory: told to nobody else, it is forgotten."""
-        arenas = {(m.name, m.disk.arena_id) for m in self.sim.machines.values()}
-        known = {p.id for p in self.protected if arenas & self.tellers.get(p.id, set())}
-        return max(known - self.bad, default=None)
+        machines = self.sim.machines
+        for known in sorted({p.id for p in self.protected} - self.bad, reverse=True):
+            if any(machines[name].disk.arena_id == arena for name, arena in self.tellers.get(known, ())):
+                return known
+        return None
 
     def stored(self, node: str, record: ShardRecord) -> None:
         self.persisted.add((record.id, record.rank))
@@ -375,7 +377,7 @@ class Truth:
             return  # it has not looked at the store since it began
         self.sim.note(node, f"epoch {table.epoch}: {_words(table)}", is_repeated=True)
         for other, known in self.tables.setdefault(table.epoch, {}).items():
-            is_same = known.groups == table.groups and known.asked == table.asked
+            is_same = known is table or (known.groups == table.groups and known.asked == table.asked)
             if not is_same and self.sim.still_knows(other, table.epoch, known):
                 self.fail("P7", f"{node} and {other} hold different tables of epoch {table.epoch}")
         self.tables[table.epoch][node] = table

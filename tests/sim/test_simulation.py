@@ -10,7 +10,7 @@ import pytest
 
 from snapd.sim.__main__ import failure, find_bug
 from snapd.sim.bugs import Bug
-from snapd.sim.runs import run_seed, settings_of
+from snapd.sim.runs import crowd_settings, run_seed, settings_of
 from snapd.sim.scenarios import parts_of, run_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +25,9 @@ QUICK_BUGS = (
     Bug.OLD_PARITY_FIRST,
     Bug.BARRIER_WITHOUT_ONE,
     Bug.MIXED_STEPS,
+    Bug.PUSHED_NOT_AWAITED,
+    Bug.FENCE_IGNORED,
+    Bug.OLD_TRAINERS_NOT_WAITED_FOR,
 )
 
 
@@ -36,6 +39,20 @@ def test_promises_are_kept_whatever_happens(seed: int) -> None:
     assert outcome.restores > 0, "no world was ever restored"
 
 
+def test_a_crowd_that_was_there_from_the_start_loses_nodes_and_goes_on() -> None:
+    outcome = run_seed(1, crowd_settings(48, faults=4, fault_every_s=1.0))
+    assert not outcome.promise, failure(outcome)
+    assert outcome.node_faults >= 4
+    assert outcome.restores > 1, "no world was ever restored"
+
+
+def test_who_takes_a_generation_for_his_own_has_not_known_it_before() -> None:
+    """Seed 32: the store is wiped while the only node that knew generation 6 is away; a node that came to know it as
+    another world's, a moment before, is no witness."""
+    outcome = run_seed(32, settings_of(32, faults=50))
+    assert not outcome.promise, failure(outcome)
+
+
 @pytest.mark.parametrize("bug", QUICK_BUGS, ids=lambda bug: bug.name.lower())
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     assert find_bug(bug, range(1, 41)) is not None
@@ -45,7 +62,7 @@ def test_a_seed_replays_exactly_also_in_another_process() -> None:
     here = run_seed(11, settings_of(11, faults=15))
     assert run_seed(11, settings_of(11, faults=15)).trace == here.trace
     program = (
-        "from snapd.sim.runs import run_seed, settings_of\n"
+        "from snapd.sim.runs import crowd_settings, run_seed, settings_of\n"
         "print('\\n'.join(run_seed(11, settings_of(11, faults=15)).trace))"
     )
     other = subprocess.run(
