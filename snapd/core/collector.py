@@ -279,8 +279,11 @@ class Collector:
         holders: Mapping[SnapshotId, Mapping[int, set[str]]],
         table: GroupTable | None,
     ) -> int:
+        """A shard that is on no node any more lives in the rows of the epoch before: nothing takes their place."""
         before = self.orders.protected_epoch if protected == self.orders.protected else 0
         if protected is None or table is None or protected not in holders or table.epoch <= before:
+            return before
+        if len(holders[protected]) < self.world_sizes()[protected]:
             return before
         return table.epoch if self.missing_parts(protected, holders[protected], table) == "" else before
 
