@@ -229,6 +229,7 @@ class CollectorHost:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.restore_wait_s
         while True:
+            asked = frozenset(self._around.living)
             inventories, unreachable = await self._gather()
             situation = Situation(
                 inventories=inventories,
@@ -240,7 +241,9 @@ class CollectorHost:
                 accept_older=ask.accept_older,
             )
             choice = choose_among_nodes(situation)
-            if choice.decision.outcome is not Outcome.UNREACHABLE or loop.time() >= deadline:
+            # Who came while the others were asked may hold what they lack: after a wiped store nobody waits for him.
+            is_final = choice.decision.outcome is not Outcome.UNREACHABLE and asked >= set(self._around.living)
+            if is_final or loop.time() >= deadline:
                 return choice
             await asyncio.sleep(ASK_AGAIN_S)
 

@@ -169,6 +169,7 @@ class SimCollector:
         daemon = self._daemon
         until_s = daemon.now_s + daemon.settings.restore_wait_s
         while True:
+            asked = frozenset(daemon.state.members)
             inventories, unreachable = await self._gather()
             if Bug.UNREACHABLE_IS_ABSENT in daemon.bugs:
                 unreachable = []
@@ -182,7 +183,9 @@ class SimCollector:
                 accept_older=ask.accept_older,
             )
             choice = daemon.timed("choose", choose_among_nodes, situation)
-            if choice.decision.outcome is not Outcome.UNREACHABLE or daemon.now_s >= until_s:
+            # Who came while the others were asked may hold what they lack: after a wiped store nobody waits for him.
+            is_final = choice.decision.outcome is not Outcome.UNREACHABLE and asked >= set(daemon.state.members)
+            if is_final or daemon.now_s >= until_s:
                 return choice
             await asyncio.sleep(ASK_AGAIN_S)
 

@@ -80,6 +80,7 @@ class Simulation:
         self.noted_count = 0
         self.joined_s: dict[str, float] = {}
         self.store_was_replaced = False
+        self._first_handed: tuple[SnapshotId | None, int, float] = (None, -1, 0.0)
         self._clock = clock
         self._numbers = itertools.count(1)
         self._unheard: list[tuple[float, frozenset[str]]] = []
@@ -201,11 +202,15 @@ class Simulation:
         self.store.put_back(copy)
 
     def is_forgotten(self, generation: int) -> bool:
-        """Whether every daemon that knew of a generation is away, or was lost: it may be given out again."""
+        """Whether every daemon that knew of a generation is away, or was lost: it may be given out again. Away is also
+        who has not come back to a store that was replaced: an old copy calls him a member.
+        """
         if not self.store_was_replaced:
             return False
         return not any(
             machine.is_serving
+            and machine.daemon is not None
+            and machine.daemon.state.away is None
             and not self._is_cut_off(machine.name)
             and self.keys.member(machine.name) in self.store.entries
             and self.loop.now_s - self.joined_s.get(machine.name, 0.0) > HEARD_AFTER_S
@@ -232,15 +237,11 @@ class Simulation:
         newest = self.truth.announced
         if newest is None:
             return False
-        first = min(
-            (
-                lane.at_s
-                for rank in range(self.settings.ranks)
-                if (lane := self.truth.handed.get((newest, rank))) is not None
-            ),
-            default=0.0,
-        )
-        return first > at_s
+        if self._first_handed[:2] != (newest, self.truth.handed_count):
+            lanes = (self.truth.handed.get((newest, rank)) for rank in range(self.settings.ranks))
+            first = min((lane.at_s for lane in lanes if lane is not None), default=0.0)
+            self._first_handed = newest, self.truth.handed_count, first
+        return self._first_handed[2] > at_s
 
     def settled(self, at_s: float) -> SnapshotId | None:
         return self.truth.announced if self.is_protected_after(at_s) else None

@@ -86,6 +86,7 @@ class Truth:
     restores: int = 0
     refusals: int = 0
     alone_drops: int = 0
+    handed_count: int = 0
     commits: int = 0
     targets: int = 0
 
@@ -113,8 +114,7 @@ class Truth:
             self.sim.note(node, f"protected: {protected} under epoch {table.epoch}")
             self._establish(core, protected, table)
         elif not self._is_known(protected, table.epoch):
-            ranks = core.holders().get(protected)
-            if ranks and core.missing_parts(protected, ranks, table) == "":
+            if after.protected_epoch == table.epoch and after.protected_epoch != before.protected_epoch:
                 self.sim.note(node, f"protected again: {protected} under epoch {table.epoch}")
                 self._establish(core, protected, table)
 
@@ -150,6 +150,12 @@ class Truth:
         if ranks is None:
             self.fail("P5", f"{snapshot} counts as protected, and nobody holds it")
             return
+        lost = [rank for rank in range(core.world_sizes()[snapshot]) if rank not in ranks]
+        if lost:
+            self.fail(
+                "P5",
+                f"{snapshot} counts as protected under {table.epoch}, and nobody holds rank {lost[0]}'s shard",
+            )
         groups = core.groups_of(ranks, table)
         arenas: dict[str, str] = {}
         for group in groups.values():
@@ -338,6 +344,7 @@ class Truth:
         if known is not None and known.contents != lane.contents and not is_forgotten:
             self.fail("P4", f"two trainers hand over {lane.id} of rank {rank}")
         self.handed[lane.id, rank] = lane
+        self.handed_count += 1
 
     # generations and epochs
 

@@ -290,6 +290,21 @@ def test_the_epoch_under_which_a_snapshot_is_protected_is_told() -> None:
     assert core.settle(newer).protected_epoch == 2
 
 
+def test_a_later_epoch_protects_nothing_of_which_a_shard_is_left_in_the_rows_of_the_former_one_only() -> None:
+    """Found by the simulation (seed 186): the parity of the epoch before was dropped then."""
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, done=done(1))
+    assert core.settle(TABLE).protected_epoch == 1
+    core.forget("c")
+    newer = table_of(["a", "b", "d"], epoch=2)
+    for rank, node in enumerate(nodes[:2]):
+        core.take(node.has(held(1, rank, world_size=3), done=done(1), epoch=2))
+    core.take(Reporting("d", [], world_size=3, generation=1).has(done=done(1), epoch=2))
+    orders = core.settle(newer)
+    assert core.missing_parts(snap(1), core.holders()[snap(1)], newer) == "", "all of the new group is done"
+    assert (orders.protected, orders.protected_epoch) == (snap(1), 1)
+
+
 # what may go
 
 
