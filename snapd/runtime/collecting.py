@@ -242,7 +242,9 @@ class CollectorHost:
             )
             choice = choose_among_nodes(situation)
             # Who came while the others were asked may hold what they lack: after a wiped store nobody waits for him.
-            is_final = choice.decision.outcome is not Outcome.UNREACHABLE and asked >= set(self._around.living)
+            is_final = choice.decision.outcome is not Outcome.UNREACHABLE and asked >= set(
+                self._around.living
+            )
             if is_final or loop.time() >= deadline:
                 return choice
             await asyncio.sleep(ASK_AGAIN_S)

@@ -184,7 +184,9 @@ class SimCollector:
             )
             choice = daemon.timed("choose", choose_among_nodes, situation)
             # Who came while the others were asked may hold what they lack: after a wiped store nobody waits for him.
-            is_final = choice.decision.outcome is not Outcome.UNREACHABLE and asked >= set(daemon.state.members)
+            is_final = choice.decision.outcome is not Outcome.UNREACHABLE and asked >= set(
+                daemon.state.members
+            )
             if is_final or daemon.now_s >= until_s:
                 return choice
             await asyncio.sleep(ASK_AGAIN_S)
