@@ -47,7 +47,7 @@ test: $(STAMP)
 
 ## sim              2,000 seeds of the cluster in virtual time, 100,000 node-faults; then every planted bug must be found
 sim: $(STAMP)
-	$(RUN) -m snapd.sim --seeds 1..2000 --faults 50 $(SIM_OPTIONS)
+	$(RUN) -m snapd.sim --seeds 1..2000 --faults 52 $(SIM_OPTIONS)
 	$(RUN) -m snapd.sim --bugs --seeds 1..2000
 
 ## check            style, types, drift of generated files, unit tests
