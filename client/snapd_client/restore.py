@@ -29,6 +29,8 @@ COPY_THREADS_MAX = 2
 RESTORE_TIMEOUT_S = 600.0
 WHAT_MAX = 1024
 NO_SOURCE = "shard_sources"  # the daemon's word for a shard that was chosen and cannot be brought
+# What may go wrong for one rank alone after all have the same plan: the others must not wait for it.
+BRINGING_FAILED = frozenset({NO_SOURCE, "chunk_bytes", "arena_full", "segments"})
 
 
 @dataclass(frozen=True)
@@ -56,29 +58,26 @@ def restore(context: Context, *, step: int | None, accept_older: bool, allow_par
         NotRestorable, RestoreMismatch, UnavailableError: see Snapshotter.restore.
     """
     for turn in range(ROUNDS_MAX):
+        plan = None
         try:
             plan = _ask(context, turn, step, accept_older)
-        except NotRestorable as error:
-            if error.kind != NO_SOURCE:
+            if plan is None:
+                return 0
+            _fill(context, plan, allow_partial)
+            answer = _report(context, turn)
+        except BadChunks as error:
+            answer = _report(context, turn, bad=error.chunks)
+        except Exception as error:
+            if not isinstance(error, NotRestorable) or error.kind != NO_SOURCE:
+                if plan is not None or getattr(error, "kind", "") in BRINGING_FAILED:
+                    _report_failure(context, turn, error)
                 raise
             # this rank's bytes cannot be had from any node: all ranks take the next snapshot, or say why there is none
-            _report(context, turn, unavailable=str(error))
-            continue
-        if plan is None:
-            return 0
-        try:
-            _fill(context, plan, allow_partial)
-        except BadChunks as error:
-            _report(context, turn, bad=error.chunks)
-            continue
-        except Exception as error:
-            _report_failure(context, turn, error)
-            raise
-        answer = _report(context, turn)
-        if answer.committed:
+            answer = _report(context, turn, unavailable=str(error))
+        if plan is not None and answer.committed:
             return plan.step
         if not answer.try_again:
-            raise UnavailableError("another rank could not restore", reason=answer.reason, step=plan.step)
+            raise UnavailableError("not all ranks could restore", reason=answer.reason, round=turn)
     raise NotRestorable("every round of the restore met bad chunks", rounds=ROUNDS_MAX, job=context.job)
 
 
