@@ -22,8 +22,13 @@ from snapd.errors import InternalError, LocalProtocolError, NotRestorable
 
 EC_TYPE = "isa_l_rs_cauchy"
 HEADER_BYTES = 80
-# Data in one piece. Above it pyeclib's copies come from fresh pages: 4 MiB are coded at a twentieth of the rate.
-PIECE_DATA_BYTES = 512 << 10
+# All fragments of one piece that is encoded. pyeclib copies each of them twice; all that together has to stay below the
+# 128 KiB above which glibc gives a thread's memory back at each call: the next one would then clear fresh pages, at ten
+# times the CPU of the coding itself.
+ENCODE_PIECE_BYTES = 64 << 10
+# The same for one piece that is decoded: k fragments go in, one comes out and is copied. Larger than they need to be for
+# the cache, because each call inverts a matrix anew.
+DECODE_PIECE_BYTES = 96 << 10
 PIECE_ALIGN = 64
 _HEADER_SETS_MAX = 64
 
@@ -38,10 +43,11 @@ class ErasureCodec:
         self._code = code
         # The driver keeps nothing between calls but its tables, so that all threads share one.
         self._driver = ECDriver(k=code.k, m=code.m, ec_type=EC_TYPE)
-        self._piece_bytes = max(PIECE_ALIGN, PIECE_DATA_BYTES // code.k // PIECE_ALIGN * PIECE_ALIGN)
+        self._encode_bytes = _aligned(ENCODE_PIECE_BYTES // code.size)
+        self._decode_bytes = _aligned(DECODE_PIECE_BYTES // (code.k + 2))
         # Parity of 1+1 is the data itself, by the code and not only here: a test compares the two.
         self._is_copy = code == Code(1, 1)
-        self._zeros = bytes(self._piece_bytes)
+        self._zeros = bytes(max(self._encode_bytes, self._decode_bytes))
         self._lock = threading.Lock()
         self._headers: OrderedDict[int, tuple[bytes, ...]] = OrderedDict()
 
@@ -61,7 +67,7 @@ class ErasureCodec:
         if any(len(view) != nbytes for view in parity):
             raise LocalProtocolError("parity fragments differ in size")
         _check_sizes(data, nbytes)
-        for start, stop in self._pieces(nbytes):
+        for start, stop in _pieces(nbytes, self._encode_bytes):
             if self._is_copy:
                 _fill(parity[0], start, self._part(data[0], start, stop))
                 continue
@@ -77,17 +83,14 @@ class ErasureCodec:
         if self._is_copy:
             source = next(iter(present.values()))
             present = {0: source, 1: source}
-        for start, stop in self._pieces(max((len(view) for view in wanted.values()), default=0)):
+        longest = max((len(view) for view in wanted.values()), default=0)
+        for start, stop in _pieces(longest, self._decode_bytes):
             asked = {number: view for number, view in wanted.items() if len(view) > start}
             copied = [number for number in asked if number in present]
             for number in copied:
                 _fill(asked.pop(number), start, self._part(present[number], start, stop))
             if asked:
                 self._decode_piece(present, asked, start, stop)
-
-    def _pieces(self, nbytes: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, nbytes, self._piece_bytes):
-            yield start, min(start + self._piece_bytes, nbytes)
 
     def _check_decode(
         self, present: Mapping[int, memoryview | None], wanted: Mapping[int, memoryview], nbytes: int
@@ -152,7 +155,7 @@ class ErasureCodec:
         missing = stop - start - len(have)
         if not missing:
             return [have]
-        zeros = self._zeros if missing == self._piece_bytes else memoryview(self._zeros)[:missing]
+        zeros = self._zeros if missing == len(self._zeros) else memoryview(self._zeros)[:missing]
         return [have, zeros] if len(have) else [zeros]
 
     def _encoded(self, data: bytes) -> list[bytes]:
@@ -174,6 +177,16 @@ class ErasureCodec:
             if len(self._headers) > _HEADER_SETS_MAX:
                 self._headers.popitem(last=False)
         return headers
+
+
+def _aligned(nbytes: int) -> int:
+    """Bytes of a fragment in one piece."""
+    return max(PIECE_ALIGN, nbytes // PIECE_ALIGN * PIECE_ALIGN)
+
+
+def _pieces(nbytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, nbytes, piece_bytes):
+        yield start, min(start + piece_bytes, nbytes)
 
 
 def _check_sizes(views: Sequence[memoryview | None], nbytes: int) -> None:

@@ -107,7 +107,8 @@ def test_every_code_within_the_bounds_recovers_the_loss_of_m() -> None:
 def test_the_size_of_pieces_does_not_matter(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = [sample(i, nbytes) for i in range(3)]
     whole = encoded("3+2", data, nbytes)
-    monkeypatch.setattr(ec, "PIECE_DATA_BYTES", 3 * 64)
+    monkeypatch.setattr(ec, "ENCODE_PIECE_BYTES", 3 * 64)
+    monkeypatch.setattr(ec, "DECODE_PIECE_BYTES", 3 * 64)
     assert encoded("3+2", data, nbytes) == whole
 
 
