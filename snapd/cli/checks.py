@@ -235,7 +235,8 @@ def check_daemon(runtime: Path, connect: Callable[[Path], LocalClient] = LocalCl
         hint = error.hint or "see daemon.log in the runtime folder"
         return Finding(check=check, verdict=Verdict.BAD, found=str(error), hint=hint)
     problems = [f"{job.job}: {job.problem}" for job in reply.jobs if job.problem]
-    found = f"snapd {reply.version} answers, pid {reply.pid}, {len(reply.jobs)} jobs"
+    jobs = "1 job" if len(reply.jobs) == 1 else f"{len(reply.jobs)} jobs"
+    found = f"snapd {reply.version} answers, pid {reply.pid}, {jobs}"
     if problems:
         hint = "snapd verify shows what is bad; snapd rm JOB gives the job up"
         return Finding(check=check, verdict=Verdict.BAD, found="; ".join([found, *problems]), hint=hint)

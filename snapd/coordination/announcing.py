@@ -107,7 +107,7 @@ class Announcer:
             return ConflictError(
                 f"host {member.host!r} has a daemon already, node {other!r}: both would be lost together",
                 kind="same_host",
-                hint="one daemon per host; for a trial allow_same_host",
+                hint="one daemon per host; for a trial a cluster.host of its own, or cluster.allow_same_host",
                 node=member.node,
             )
         return None

@@ -100,7 +100,7 @@ class Drainer:
             return "the coordinator does not answer, or is not believed"
         others = self._others()
         obstacle = self._trainers() or (
-            f"only {len(others)} other nodes would be left: too few to protect anything"
+            f"other nodes that would be left: {len(others)}, too few to protect anything"
             if len(others) < OTHERS_MIN
             else ""
         )

@@ -10,7 +10,7 @@ free, its lane is FREE before they are granted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from snapd.coordination.base import Coordination
@@ -90,6 +90,7 @@ class Job:
         self.verifying: dict[SnapshotId, asyncio.Task[None]] = {}
         self.has_new_writers = True  # since its chunks were last distrusted
         self.is_removed = False
+        self.on_removed: list[Callable[[], None]] = []  # who else keeps it, and with it its mapped memory
         self.world: WorldPart | None = None  # set where worlds span nodes
         self.repairs: Repairing | None = None  # likewise
         self.newest_generation = coordination.current()  # whose predecessors' sessions are fenced
@@ -125,6 +126,14 @@ class Job:
         return max((session.newest_step_seen() for session in self.served_sessions()), default=-1)
 
     # after every change
+
+    def removed(self) -> None:
+        """It is the node's no more (`is_removed` is set): whoever waits for it or keeps it hears of it."""
+        self.changes.notify()
+        self.index.close()
+        for let_go in self.on_removed:
+            let_go()
+        self.on_removed.clear()
 
     def settle(self) -> None:
         """Announce what is complete, drop what may go, grant what is free."""

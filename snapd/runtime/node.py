@@ -176,8 +176,7 @@ class Node:
         for session in job.sessions.values():
             self._forget(session)
             session.release(keep_page=True)
-        job.changes.notify()
-        job.index.close()
+        job.removed()
 
     def _forget(self, session: Session) -> None:
         session.process.session_ids.discard(session.id)
@@ -398,8 +397,7 @@ class Node:
                 session.apply(SessionEvent.OVERTAKEN)
             self._forget(session)
             session.release(keep_page=False)
-        job.changes.notify()
-        job.index.close()
+        job.removed()
         self.context.metrics.arena_bytes.dec(job.arena_bytes)
         freed = job.folder.remove()
         self.context.log.info("job.removed", job=job.name, nbytes=freed)

@@ -52,8 +52,17 @@ class NodeProtection:
         part = self._parts.get(job.name)
         if part is None or part.job is not job:
             name = job.name
-            part = self._parts[name] = _Part(job, Protector(job, self._means, lambda: self._tell(name)))
+            part = _Part(job, Protector(job, self._means, lambda: self._tell(name)))
+            if not job.is_removed:
+                self._parts[name] = part
+                job.on_removed.append(lambda: self._let_go(part))
         return part
+
+    def _let_go(self, part: _Part) -> None:
+        """The job was removed: its memory is given back when nobody keeps it any more."""
+        part.protector.aim(None)
+        if self._parts.get(part.job.name) is part:
+            del self._parts[part.job.name]
 
     def _tell(self, name: str) -> None:
         """A protector's state has changed; counts alone are nobody's news."""

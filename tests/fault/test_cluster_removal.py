@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,16 @@ def world(nodes: Cluster) -> Iterator[FakeWorld]:
 def where(nodes: Cluster, job: str) -> list[str]:
     """The nodes whose arena has a folder of the job."""
     return [daemon.node for daemon in nodes.daemons if (daemon.arena / "jobs" / job).exists()]
+
+
+def mapped(nodes: Cluster, job: str) -> list[str]:
+    """What daemons have mapped of the job's segments: memory in use, whether its file is there or not."""
+    found = []
+    for daemon in nodes.daemons:
+        assert daemon.process is not None
+        maps = Path(f"/proc/{daemon.process.pid}/maps").read_text(encoding="utf-8")
+        found += [line for line in maps.splitlines() if f"/jobs/{job}/" in line]
+    return found
 
 
 def wait_gone(nodes: Cluster, job: str) -> None:
@@ -77,10 +88,12 @@ def test_rm_refuses_while_trainers_run_anywhere_and_then_removes_everywhere(
     told = nodes["n1"].command("rm", world.job, code=2)
     assert "n2: rank 0" in told and "n3: rank 1" in told
     assert where(nodes, world.job) == nodes.nodes
+    assert any("parity.seg" in line for line in mapped(nodes, world.job))
     found = json.loads(nodes["n1"].command("rm", world.job, "--force", "--json"))
     assert found["nodes"] == nodes.nodes and not found["late_nodes"] and not found["absent_nodes"]
     assert found["snapshots_removed"] == 1 and found["arena_bytes_freed"] > 0
     assert not where(nodes, world.job)
+    wait_for(lambda: not mapped(nodes, world.job), "its memory is given back", WAIT_S, nodes.says)
     assert all(trainer.word("fenced") for trainer in world.trainers)
     assert "no job" in nodes["n2"].command("rm", world.job, code=1)
 
