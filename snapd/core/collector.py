@@ -112,21 +112,28 @@ class Orders:
 
 @dataclass(slots=True)
 class Collector:
-    """Mutable and single-threaded; knows no clock. `recorded_*`: what coordination remembers of earlier collectors."""
+    """Mutable and single-threaded; knows no clock. `recorded_*`: what coordination remembers of earlier collectors.
+    `widened`: (generation, its interval) as an earlier one has ordered it, as far as this node knows.
+    """
 
     interval_factor_max: int
     recorded_complete: SnapshotId | None = None
     recorded_protected: SnapshotId | None = None
+    widened: tuple[int, Interval] = (0, Interval())
     reports: dict[str, NodeReport] = field(default_factory=dict)
     orders: Orders = field(default_factory=Orders)
     _aborts: dict[tuple[str, int], int] = field(default_factory=dict)
     _problems: dict[SnapshotId, str] = field(default_factory=dict)
-    _interval: Interval = field(default_factory=Interval)
+    _interval: Interval = field(init=False)
+    _interval_generation: int = field(init=False)
     _target: SnapshotId | None = None
     _parent: tuple[int, SnapshotId] | None = None
 
     def __post_init__(self) -> None:
-        self.orders = Orders(complete=self.recorded_complete, protected=self.recorded_protected)
+        self._interval_generation, self._interval = self.widened
+        self.orders = Orders(
+            complete=self.recorded_complete, protected=self.recorded_protected, interval=self._interval
+        )
 
     def take(self, report: NodeReport) -> bool:
         """Take up a node's report; False for one that a newer one overtook. `settle` follows, for several at once."""
@@ -211,7 +218,7 @@ class Collector:
             target_groups=tuple(sorted(self.groups_of(holders[target], table))) if target and table else (),
             drop=drop,
             problems=tuple(sorted(self._problems.items())),
-            interval=self._interval,
+            interval=self._interval if self.generation <= self._interval_generation else Interval(),
             reason=reason,
         )
         if new != self.orders:
@@ -356,10 +363,12 @@ class Collector:
             kept.add(snapshot)
         return kept
 
+    def _current(self) -> list[NodeReport]:
+        generation = self.generation
+        return [report for report in self.reports.values() if report.generation == generation]
+
     def _is_capturing(self) -> bool:
-        return any(
-            report.is_capturing and report.generation == self.generation for report in self.reports.values()
-        )
+        return any(report.is_capturing for report in self._current())
 
     def _droppable(
         self,
@@ -368,6 +377,7 @@ class Collector:
         kept: set[SnapshotId],
         complete: SnapshotId | None,
     ) -> Iterable[tuple[SnapshotId, str]]:
+        passed = self._passed()
         for snapshot in sorted(holders):
             if snapshot in kept:
                 continue
@@ -375,23 +385,33 @@ class Collector:
                 yield snapshot, f"{complete} is complete"
                 continue
             missing = [rank for rank in range(world_sizes[snapshot]) if rank not in holders[snapshot]]
-            late = [rank for rank in missing if self._has_passed(snapshot, rank)]
+            is_over = self._is_over(snapshot.generation)
+            late = [
+                rank
+                for rank in missing
+                if _is_past(snapshot, passed.get((snapshot.generation, rank)), is_over)
+            ]
             if late:
                 listed = ", ".join(str(rank) for rank in late[:REASONS_SHOWN])
                 yield snapshot, f"ranks {listed} went on without it"
 
-    def _has_passed(self, snapshot: SnapshotId, rank: int) -> bool:
-        """No node will capture this shard any more. A rank that nobody reports on may only be out of reach."""
+    def _passed(self) -> dict[tuple[int, int], int]:
+        """(generation, rank) -> newest step that its node captures no more."""
+        found: dict[tuple[int, int], int] = {}
         for report in self.reports.values():
-            if rank in report.passed and report.generation == snapshot.generation:
-                return report.passed[rank] >= snapshot.step
-        if snapshot.generation >= self.generation or not self._world_is_served():
+            for rank, step in report.passed.items():
+                found.setdefault((report.generation, rank), step)
+        return found
+
+    def _is_over(self, generation: int) -> bool:
+        """No node captures anything of it any more, whoever its ranks were."""
+        if generation >= self.generation or not self._world_is_served():
             return False
-        return all(report.closed_below > snapshot.generation for report in self.reports.values())
+        return all(report.closed_below > generation for report in self.reports.values())
 
     def _world_is_served(self) -> bool:
         """Every rank of the current generation has a session somewhere, and captures: older worlds are over."""
-        current = [report for report in self.reports.values() if report.generation == self.generation]
+        current = self._current()
         world_size = max((report.world_size for report in current), default=0)
         served = {rank for report in current for rank in report.served}
         return world_size > 0 and len(served) == world_size and self._is_capturing()
@@ -402,7 +422,8 @@ class Collector:
         return max((report.newest_step_seen for report in self.reports.values()), default=-1)
 
     def _note_interval(self, report: NodeReport) -> None:
-        if report.generation > self.orders.generation and report.served:
+        if report.generation > self._interval_generation and report.served:
+            self._interval_generation = report.generation
             self._interval = Interval(configured=max(1, report.interval_steps))
         key = (report.node, report.instance)
         # what was skipped before the first report a collector before this one has acted upon
@@ -414,3 +435,8 @@ class Collector:
                 newest_step_seen=self._newest_step_seen(),
                 factor_max=self.interval_factor_max,
             )
+
+
+def _is_past(snapshot: SnapshotId, passed: int | None, is_over: bool) -> bool:
+    """No node will capture this shard any more. A rank that nobody reports on may only be out of reach."""
+    return is_over if passed is None else passed >= snapshot.step

@@ -255,7 +255,9 @@ class Cluster:
         coordination = self.coordination(name)
         if coordination.collector and not coordination.is_collector and coordination.collector != self.name:
             return coordination.collector
-        is_free = coordination.collector != self.name  # else the key is ours, and the answer to our claim was lost
+        is_free = (
+            coordination.collector != self.name
+        )  # else the key is ours, and the answer to our claim was lost
         if name not in self._parts.jobs.jobs and is_free and not coordination.is_collector:
             raise UnavailableError("nobody collects the job", kind="no_collector", job=name)
         try:
@@ -296,6 +298,7 @@ class Cluster:
             protected=newest.protected if newest else None,
             parent=(current.number, current.parent) if current and current.parent else None,
             record=record,
+            widened=self.worlds[name].widened,
             removed_through=coordination.removed_through,
             ended=lambda generation: self._job_ended(name, generation),
         )

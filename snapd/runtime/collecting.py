@@ -15,6 +15,7 @@ from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector, NodeReport, Orders
 from snapd.core.ending import Ending, inventory_without, report_without
 from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
 from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.core.rows import chunks_of, plan_rows
@@ -75,10 +76,13 @@ class CollectorHost:
         protected: SnapshotId | None,
         parent: tuple[int, SnapshotId] | None,
         record: Callable[[Orders], None],
+        widened: tuple[int, Interval] = (0, Interval()),
         removed_through: int = 0,
         ended: Callable[[int], None] = lambda generation: None,
     ) -> None:
-        """`removed_through`: generations up to it are gone. `ended`: all ranks have closed that generation for good."""
+        """`widened`: (generation, the interval that an earlier collector has ordered for it). `removed_through`:
+        generations up to it are gone. `ended`: all ranks have closed that generation for good.
+        """
         self.job = job
         self.changes = Changes()
         self._around = surroundings
@@ -88,7 +92,10 @@ class CollectorHost:
         self._ended = ended
         self._ending = Ending()
         self._core = Collector(
-            settings.interval_factor_max, recorded_complete=complete, recorded_protected=protected
+            settings.interval_factor_max,
+            recorded_complete=complete,
+            recorded_protected=protected,
+            widened=widened,
         )
         if parent is not None:
             self._core.restored(*parent)
@@ -158,6 +165,9 @@ class CollectorHost:
         if self._ending.is_over(self.reports.values()) and self._ending.generation > self._removed_through:
             self._removed_through = self._ending.generation
             self._ended(self._removed_through)
+        for round_, _ in self._rounds.values():
+            if round_.reports:  # somebody waits at its barrier
+                self._settle_round(round_)
         self.changes.notify()  # also without new orders: a restore may wait for what a report says
 
     # restoring
@@ -323,16 +333,20 @@ class CollectorHost:
             )
         round_, _ = known
         round_.report(rank, report)
-        self.changes.notify()
-        await self.changes.wait_until(
-            lambda: round_.settle(lost_ranks=self._lost_ranks(generation, round_.world_size)) is not None,
-            self._settings.restore_finish_s,
-        )
+        self._settle_round(round_)
+        if round_.answer is not None:
+            self.changes.notify()
+        await self.changes.wait_until(lambda: round_.answer is not None, self._settings.restore_finish_s)
         answer = round_.settle(is_late=True)
         assert answer is not None
         if answer.is_committed and round_.decision.chosen is not None:
             self._core.restored(generation, round_.decision.chosen)
         return answer
+
+    def _settle_round(self, round_: RestoreRound) -> None:
+        """Once for each change, not once for each rank that waits."""
+        if round_.answer is None:
+            round_.settle(lost_ranks=self._lost_ranks(round_.generation, round_.world_size))
 
     def _lost_ranks(self, generation: int, world_size: int) -> set[int]:
         """Ranks whose node says that it serves none of that generation any more."""

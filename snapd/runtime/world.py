@@ -232,6 +232,18 @@ class World:
     def target(self) -> SnapshotId | None:
         return self.orders.target
 
+    @property
+    def widened(self) -> tuple[int, Interval]:
+        """(generation, its widened interval) as ordered last, or, before any orders, as the pages of trainers say that
+        outlived a daemon; generation 0 if it is as configured.
+        """
+        generation, interval = self.orders.generation, self.orders.interval
+        job = self._find_job()
+        if not generation and job is not None:
+            generation = max((session.generation for session in job.served_sessions()), default=0)
+            interval = job.coordination.interval()
+        return (generation, interval) if interval.factor > 1 else (0, Interval())
+
     def protection_reason(self) -> str:
         """What is being done, and what holds it up here."""
         trouble = self.trouble()

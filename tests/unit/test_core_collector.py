@@ -458,8 +458,25 @@ def test_a_new_generation_begins_as_configured_again() -> None:
     core.settle(TABLE)
     core.take(nodes[0](aborts=1))
     assert interval_after(core).factor == 2
+    core.take(nodes[1](generation=2, served=()))
+    assert interval_after(core) == Interval(), "also before its trainers have come"
     core.take(nodes[0](generation=2, interval_steps=3))
     assert interval_after(core) == Interval(configured=3)
+
+
+def test_a_collector_that_takes_over_goes_on_with_a_widened_interval() -> None:
+    _, nodes = collector(), world()
+    widened = Interval(configured=3, factor=2, from_step=30)
+    successor = Collector(8, widened=(1, widened))
+    assert successor.orders.interval == widened, "also for who asks before anything is settled"
+    for node in nodes:
+        successor.take(node(interval_steps=3, newest_step_seen=40))
+    assert interval_after(successor) == widened
+    successor.take(nodes[0](aborts=1))
+    assert interval_after(successor).factor == 4
+    for node in nodes:
+        successor.take(node(generation=2, interval_steps=3))
+    assert interval_after(successor) == Interval(configured=3)
 
 
 def test_a_collector_that_takes_over_widens_nothing_for_what_was_skipped_before() -> None:

@@ -169,6 +169,20 @@ def test_the_interval_is_taken_once(scene: Scene) -> None:
 
 
 @still
+def test_a_collector_that_begins_here_is_told_of_a_widened_interval_and_of_its_generation(
+    scene: Scene,
+) -> None:
+    assert scene.world.widened == (0, Interval()), "as configured: nothing to tell"
+    wider = Interval(3, 2, 32)
+    scene.mine.coordination.taken = wider
+    assert scene.world.widened == (1, wider), "from the pages, after a restart"
+    scene.world.obey(Orders(number=1, generation=2, interval=Interval(3, 4, 64)))
+    assert scene.world.widened == (2, Interval(3, 4, 64))
+    scene.world.obey(Orders(number=2, generation=3, interval=Interval(3)))
+    assert scene.world.widened == (0, Interval())
+
+
+@still
 def test_parity_of_what_was_promised_is_kept_whatever_a_new_collector_knows(scene: Scene) -> None:
     scene.world.obey(Orders(number=9, complete=snap(5), protected=snap(4), protected_epoch=2))
     scene.world.obey(Orders(number=1, complete=snap(2)))
