@@ -89,6 +89,8 @@ class Removals:
         is_left = job is not None and any(is_gone(snapshot, through) for snapshot in job.ledger.snapshots)
         if through <= self._followed.get(name, 0) and not is_left:
             return
+        if job is not None and job.opening.locked():
+            return  # a newer generation may be about to begin in it; looked at again once it has
         self._followed[name] = through
         self._log.info("job.ended", job=name, generation=through)
         self._cluster.stop_collecting(name)

@@ -98,6 +98,22 @@ def test_rm_refuses_while_trainers_run_anywhere_and_then_removes_everywhere(
     assert "no job" in nodes["n2"].command("rm", world.job, code=1)
 
 
+def test_a_removed_job_begins_anew_on_daemons_that_have_just_begun(nodes: Cluster, world: FakeWorld) -> None:
+    """They hear of the old removal while the first rank's session is being opened."""
+    world.close()
+    nodes["n1"].command("rm", world.job)
+    wait_gone(nodes, world.job)
+    for daemon in world.daemons:
+        daemon.kill()
+        daemon.start()
+    nodes.wait_settled()
+    again = FakeWorld(nodes.daemons[1:], world.job, "two")
+    world.trainers = again.trainers
+    assert {trainer.session.generation for trainer in again.trainers} == {2}
+    assert again.restore() == [-1, -1]
+    again.protect(1)
+
+
 def test_a_node_that_is_absent_is_named_and_follows_when_it_comes_back(
     nodes: Cluster, world: FakeWorld
 ) -> None:
