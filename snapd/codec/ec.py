@@ -26,8 +26,8 @@ HEADER_BYTES = 80
 # 128 KiB above which glibc gives a thread's memory back at each call: the next one would then clear fresh pages, at ten
 # times the CPU of the coding itself.
 ENCODE_PIECE_BYTES = 64 << 10
-# The same for one piece that is decoded: k fragments go in, one comes out and is copied. Larger than they need to be for
-# the cache, because each call inverts a matrix anew.
+# The same for a piece that is decoded: k fragments go in, one comes out and is copied. No smaller than that asks for:
+# each call inverts a matrix anew.
 DECODE_PIECE_BYTES = 96 << 10
 PIECE_ALIGN = 64
 _HEADER_SETS_MAX = 64

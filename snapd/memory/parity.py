@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -57,6 +57,10 @@ class Reservation:
     view: memoryview
     owner: LaneKey
     is_open: bool = True
+
+
+Filled = tuple[Reservation, bytes]
+"""With the digest of what was written into it."""
 
 
 @dataclass(slots=True)
@@ -269,23 +273,6 @@ class ParityStore:
                 del self._plans[plan.map.key]
             return sum(self._forget(key) for key in useless)
 
-    def release_segments(self) -> int:
-        """On the loop: give back all segments when nothing is planned or held. Returns their bytes."""
-        with self._lock:
-            is_idle = not self._plans and all(
-                one.pool.free_count == one.pool.total_count for one in self._classes.values()
-            )
-            if not is_idle or not self._classes:
-                return 0
-            segments = self.segments
-        self._index.remove_segments([segment.number for segment in segments])
-        with self._lock:
-            self._classes.clear()
-            self._class_of.clear()
-        for segment in segments:
-            segment.path.unlink(missing_ok=True)
-        return sum(segment.nbytes for segment in segments)
-
     def _refer(self, plan: RowPlan) -> None:
         self._plans[plan.map.key] = plan
         for row in plan.rows:
@@ -340,25 +327,43 @@ class ParityStore:
         with self._lock:
             self._class_of[reservation.place.segment].pool.return_grant(reservation.owner)
 
-    def commit(self, reservation: Reservation, digest: bytes) -> None:
-        """On the loop: the bytes were checked; from now on the fragment is held. One that is here already stays, and
-        the frame is free again. UnavailableError (kind `not_planned`): its plan is gone. After an error the caller
-        cancels.
+    def commit(self, filled: Sequence[Filled]) -> list[UnavailableError | None]:
+        """On the loop, in one transaction: the bytes were checked; from now on the fragments are held. One that is here
+        already stays, and the frame is free again. Returns, for each, None or an error (kind `not_planned`): its plan
+        is gone. The caller cancels what failed; everything, when this raises.
         """
-        key = (reservation.row_id, reservation.number)
-        row = FragmentRow(*key, reservation.place, reservation.view.nbytes, digest)
+        problems: list[UnavailableError | None] = []
+        known: list[Reservation] = []
+        new: dict[FragmentKey, tuple[Reservation, FragmentRow]] = {}
         with self._lock:
-            self.check_planned(key[0])
-            is_known = key in self._fragments
-        if is_known:
+            for reservation, digest in filled:
+                key = (reservation.row_id, reservation.number)
+                try:
+                    self.check_planned(key[0])
+                except UnavailableError as error:
+                    problems.append(error)
+                    continue
+                problems.append(None)
+                if key in self._fragments or key in new:
+                    known.append(reservation)
+                else:
+                    row = FragmentRow(*key, reservation.place, reservation.view.nbytes, digest)
+                    new[key] = (reservation, row)
+        if new:
+            self._index.add_fragments(row for _, row in new.values())
+            self._hold(new)
+        for reservation in known:
             self.cancel(reservation)
-            return
-        self._index.add_fragment(row)
-        reservation.is_open = False
-        reservation.view.release()
+        return problems
+
+    def _hold(self, new: Mapping[FragmentKey, tuple[Reservation, FragmentRow]]) -> None:
+        """Their rows were committed."""
         with self._lock:
-            self._class_of[row.place.segment].pool.settle(reservation.owner, [row.place])
-            self._fragments[key] = Fragment(row, is_checked=True)
+            for key, (reservation, row) in new.items():
+                reservation.is_open = False
+                reservation.view.release()
+                self._class_of[row.place.segment].pool.settle(reservation.owner, [row.place])
+                self._fragments[key] = Fragment(row, is_checked=True)
             self.version += 1
 
     @contextmanager

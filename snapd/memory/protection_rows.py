@@ -127,12 +127,15 @@ class ProtectionRows:
         ).fetchall()
         return [FragmentRow(row[0], row[1], Place(row[2], row[3]), row[4], row[5]) for row in rows]
 
-    def add_fragment(self, row: FragmentRow) -> None:
-        """The commit of a fragment: once this returns, it is held."""
+    def add_fragments(self, rows: Iterable[FragmentRow]) -> None:
+        """The commit of fragments: once this returns, they are held; after an error none is."""
         with self._transaction() as connection:
-            connection.execute(
+            connection.executemany(
                 "INSERT INTO fragments VALUES (?, ?, ?, ?, ?, ?)",
-                (row.row_id, row.number, row.place.segment, row.place.frame, row.nbytes, row.digest),
+                [
+                    (row.row_id, row.number, row.place.segment, row.place.frame, row.nbytes, row.digest)
+                    for row in rows
+                ],
             )
 
     def remove(self, maps: Iterable[RowMap], fragments: Iterable[tuple[bytes, int]]) -> None:

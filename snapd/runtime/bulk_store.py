@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ import xxhash
 from snapd.core.frames import FramePool
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
-from snapd.errors import IntegrityError, NotFoundError
-from snapd.memory.parity import Reservation
+from snapd.errors import IntegrityError, NotFoundError, SnapdError
+from snapd.memory.parity import Filled, Reservation
 from snapd.memory.segments import SegmentSet
 from snapd.peer.base import HOLDS_MAX, ChunkName, FragmentName, Name
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
-from snapd.runtime.loop_caller import LoopCaller
+from snapd.runtime.loop_caller import GroupCaller, LoopCaller
 
 LEASE_IDLE_S = 0.05
 
@@ -53,6 +54,7 @@ class NodeBulkStore:
         self._find_job = find_job
         self._loop = loop
         self._caller = LoopCaller(loop)
+        self._commits = GroupCaller(loop, _commit_arrived)
         self._lock = threading.Lock()
         self._leases: dict[LeaseKey, _Lease] = {}
 
@@ -71,7 +73,7 @@ class NodeBulkStore:
             yield reservation.view
             if xxhash.xxh3_128_digest(reservation.view) != digest:
                 raise IntegrityError("other bytes arrived than were announced", kind="digest", job=name.job)
-            self._caller.call(commit_fragment, job, reservation, digest)
+            self._commits.call((job, (reservation, digest)))
         finally:
             job.parity.cancel(reservation)
 
@@ -185,12 +187,39 @@ class NodeBulkStore:
 
 def commit_fragment(job: Job, reservation: Reservation, digest: bytes) -> None:
     """On the loop: the last step of a fragment whose bytes were checked."""
+    for problem in commit_fragments(job, [(reservation, digest)]):
+        if problem is not None:
+            raise problem
+
+
+def commit_fragments(job: Job, filled: Sequence[Filled]) -> Sequence[SnapdError | None]:
+    """On the loop: the last step of fragments whose bytes were checked, in one transaction. Returns what is wrong with
+    each. Whoever counts them looks every now and then: nobody is woken for them.
+    """
     if job.is_removed:
         raise NotFoundError("the job was removed meanwhile", kind="fragment", job=job.name)
-    point("daemon.protect.fragment.before")
-    job.parity.commit(reservation, digest)
-    point("daemon.protect.fragment.after")
-    job.changes.notify()
+    for _ in filled:
+        point("daemon.protect.fragment.before")
+    problems = job.parity.commit(filled)
+    for _ in filled:
+        point("daemon.protect.fragment.after")
+    return problems
+
+
+def _commit_arrived(arrived: Sequence[tuple[Job, Filled]]) -> Sequence[SnapdError | None]:
+    """On the loop: what peers have pushed since it last came round, a transaction per job."""
+    problems: list[SnapdError | None] = [None] * len(arrived)
+    by_job: dict[Job, list[int]] = defaultdict(list)
+    for index, (job, _) in enumerate(arrived):
+        by_job[job].append(index)
+    for job, indices in by_job.items():
+        try:
+            found = commit_fragments(job, [arrived[index][1] for index in indices])
+        except SnapdError as error:
+            found = [error] * len(indices)
+        for index, problem in zip(indices, found, strict=True):
+            problems[index] = problem
+    return problems
 
 
 def discard_fragment(job: Job, name: FragmentName, error: IntegrityError) -> None:

@@ -18,9 +18,9 @@ from snapd.codec.base import Codec
 from snapd.core.ids import SnapshotId
 from snapd.core.rows import Row, RowChunk
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
-from snapd.memory.parity import Reservation
+from snapd.memory.parity import Filled, Reservation
 from snapd.peer.base import ChunkName, FragmentName, Links, Name
-from snapd.runtime.bulk_store import commit_fragment, discard_fragment
+from snapd.runtime.bulk_store import commit_fragments, discard_fragment
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.loop_caller import LoopCaller
@@ -103,7 +103,9 @@ def code_batch(bench: Bench, tasks: Sequence[RowTask], piece_bytes: int) -> Batc
     """
     result = BatchResult()
     count = sum(pieces_per_row(task.row) - (0 in task.lacking) for task in tasks)
-    with bench.buffers.lend(count, piece_bytes, bench.stop) as pieces:
+    with ExitStack() as undo:
+        pieces = undo.enter_context(bench.buffers.lend(count, piece_bytes, bench.stop))
+        own = OwnFragments(bench, undo)
         views = {
             task.row.number: [pieces.pop()[: chunk.nbytes] for chunk in task.row.chunks] for task in tasks
         }
@@ -117,7 +119,8 @@ def code_batch(bench: Bench, tasks: Sequence[RowTask], piece_bytes: int) -> Batc
         for task in tasks:
             if task.row.number not in failed:
                 bench.check()
-                _code(bench, task, views[task.row.number], parity[task.row.number], result)
+                _code(bench, task, views[task.row.number], parity[task.row.number], own, result)
+        own.commit(result)
     return result
 
 
@@ -197,38 +200,75 @@ def _name(bench: Bench, chunk: RowChunk) -> Name:
 
 
 def _code(
-    bench: Bench, task: RowTask, chunks: list[memoryview], fragments: list[memoryview], result: BatchResult
+    bench: Bench,
+    task: RowTask,
+    chunks: list[memoryview],
+    fragments: list[memoryview],
+    own: OwnFragments,
+    result: BatchResult,
 ) -> None:
-    """Encode a row, our own fragment straight into its frame, and bring each to where it belongs."""
-    row, parity = task.row, bench.job.parity
-    with ExitStack() as undo:
-        own: Reservation | None = None
-        if 0 in task.lacking:
-            try:
-                own = parity.reserve(row.id, 0, row.nbytes)
-            except SnapdError as error:
-                result.failures.append(Failure(row, "", error))
-                return
-            undo.callback(parity.cancel, own)  # nothing after a commit
-            fragments = [own.view, *fragments]
-        data: list[memoryview | None] = [*chunks]
-        data.extend([None] * (bench.codec.k - len(data)))
-        bench.codec.encode(data, fragments)
-        result.rows_coded += 1
-        result.encoded_bytes += sum(chunk.nbytes for chunk in chunks)
-        for number in sorted(task.lacking):
-            bench.check()
-            node = row.parity_nodes[number] if number else ""
-            try:
-                if number == 0 and own is not None:
-                    digest = xxhash.xxh3_128_digest(own.view)
-                    bench.caller.call(commit_fragment, bench.job, own, digest)
-                else:
-                    _push(bench, row, number, fragments[number], result)
-            except SnapdError as error:
-                result.failures.append(Failure(row, node, error))
+    """Encode a row, our own fragment straight into its frame, and push the others to where they belong."""
+    row, ours = task.row, None
+    if 0 in task.lacking:
+        try:
+            ours = own.reserve(row)
+        except SnapdError as error:
+            result.failures.append(Failure(row, "", error))
+            return
+        fragments = [ours.view, *fragments]
+    data: list[memoryview | None] = [*chunks]
+    data.extend([None] * (bench.codec.k - len(data)))
+    bench.codec.encode(data, fragments)
+    if ours is not None:
+        own.add(row, ours)
+    result.rows_coded += 1
+    result.encoded_bytes += sum(chunk.nbytes for chunk in chunks)
+    for number in sorted(task.lacking - {0}):
+        bench.check()
+        try:
+            _push(bench, row, number, fragments[number], result)
+        except SnapdError as error:
+            result.failures.append(Failure(row, row.parity_nodes[number], error))
+        else:
+            result.placed.append((row.number, number))
+
+
+class OwnFragments:
+    """Our own fragments of a batch: committed together, because a transaction and a visit to the loop cost more than
+    the row that they are for.
+    """
+
+    def __init__(self, bench: Bench, undo: ExitStack) -> None:
+        self._bench, self._undo = bench, undo
+        self._rows: list[Row] = []
+        self._filled: list[Filled] = []
+
+    def reserve(self, row: Row) -> Reservation:
+        """A frame to encode into; what is not committed is free again when `undo` closes."""
+        parity = self._bench.job.parity
+        reservation = parity.reserve(row.id, 0, row.nbytes)
+        self._undo.callback(parity.cancel, reservation)  # nothing after a commit
+        return reservation
+
+    def add(self, row: Row, encoded: Reservation) -> None:
+        self._rows.append(row)
+        self._filled.append((encoded, xxhash.xxh3_128_digest(encoded.view)))
+
+    def commit(self, result: BatchResult) -> None:
+        """All that were added."""
+        if not self._filled:
+            return
+        self._bench.check()
+        problems: Sequence[SnapdError | None]
+        try:
+            problems = self._bench.caller.call(commit_fragments, self._bench.job, self._filled)
+        except SnapdError as error:
+            problems = [error] * len(self._filled)
+        for row, problem in zip(self._rows, problems, strict=True):
+            if problem is None:
+                result.placed.append((row.number, 0))
             else:
-                result.placed.append((row.number, number))
+                result.failures.append(Failure(row, "", problem))
 
 
 def _push(bench: Bench, row: Row, number: int, view: memoryview, result: BatchResult) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from concurrent.futures import CancelledError
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
-from snapd.errors import UnavailableError
+from snapd.errors import InternalError, SnapdError, UnavailableError
 
 CALL_TIMEOUT_S = 30.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class LoopCaller:
@@ -49,3 +51,58 @@ class LoopCaller:
         """Run `function` on the loop some time; nothing is waited for. A closed loop drops it."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(lambda: function(*args, **kwargs))
+
+
+class GroupCaller(Generic[T]):
+    """As `LoopCaller`, for what costs less together: `function` gets all that threads have given since the loop last
+    came round, and returns None or an error for each. It raises no SnapdError.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, function: Callable[[Sequence[T]], Sequence[SnapdError | None]]
+    ) -> None:
+        self._loop, self._function = loop, function
+        self._lock = threading.Lock()
+        self._given: list[tuple[T, Future[SnapdError | None]]] = []
+
+    def call(self, given: T) -> None:
+        """Wait until `function` has seen to it; raise its error.
+
+        Raises:
+            UnavailableError: kind `stopping`: as `LoopCaller.call`; `function` has not seen it and never will.
+        """
+        seen_to: Future[SnapdError | None] = Future()
+        with self._lock:
+            is_first = not self._given
+            self._given.append((given, seen_to))
+        if is_first:
+            self._wake()
+        try:
+            error = seen_to.result(CALL_TIMEOUT_S)
+        except FutureTimeout:
+            if seen_to.cancel():
+                raise UnavailableError("the daemon's loop does not come round", kind="stopping") from None
+            error = seen_to.result()  # it is being seen to right now
+        if error is not None:
+            raise error
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._run)
+        except RuntimeError:
+            with self._lock:
+                given, self._given = self._given, []
+            for _, seen_to in given:
+                seen_to.set_result(UnavailableError("the daemon is stopping", kind="stopping"))
+
+    def _run(self) -> None:
+        """On the loop."""
+        with self._lock:
+            given, self._given = self._given, []
+        given = [one for one in given if one[1].set_running_or_notify_cancel()]
+        errors: Sequence[SnapdError | None] = [InternalError("failed on the loop") for _ in given]
+        try:
+            errors = self._function([item for item, _ in given])
+        finally:
+            for (_, seen_to), error in zip(given, errors, strict=True):
+                seen_to.set_result(error)

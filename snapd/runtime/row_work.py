@@ -71,7 +71,8 @@ class RowWork:
         self._running: dict[asyncio.Task[BatchResult], Sequence[RowTask]] = {}
         self._finished: list[asyncio.Task[BatchResult]] = []
         self._todo: dict[int, RowTask] = {}  # by number of row
-        self._version, self._counted_s = -1, 0.0
+        self._version = self._losses = -1
+        self._lacking: set[tuple[bytes, int]] = set()  # of the given ones
         self._recheck_s = RECHECK_FIRST_S
         self._moved_s = self._now_s()
         self._asked_s = self._now_s()
@@ -125,11 +126,10 @@ class RowWork:
         job = self._bench.job
         if self._finished or job.is_removed:
             return True
-        is_counted_lately = self._is_busy() and self._now_s() - self._counted_s < COUNT_S
-        return job.parity.version != self._version and not is_counted_lately
+        return job.parity.version != self._version and not self._is_busy()
 
     def _is_busy(self) -> bool:
-        """Fragments come and go; they are counted every now and then, not one by one."""
+        """Fragments come and go; they are counted every `COUNT_S`, not one by one."""
         return bool(self._running) or self.held_count < self.given_count
 
     def _patience_s(self) -> float:
@@ -144,10 +144,13 @@ class RowWork:
 
     def _count(self) -> None:
         parity = self._bench.job.parity
-        if parity.version == self._version and self._counted_s:
+        if parity.version == self._version:
             return
-        self._version, self._counted_s = parity.version, self._now_s()
-        held = len(parity.held_among(self._given))
+        self._version = parity.version
+        if parity.losses != self._losses:
+            self._losses, self._lacking = parity.losses, set(self._given)
+        self._lacking -= parity.held_among(self._lacking)
+        held = len(self._given) - len(self._lacking)
         if held < self.held_count:  # one was found bad
             self._look_at(self._led)
         if held != self.held_count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import pytest
 from snapd.core.cluster import Code
 from snapd.core.ids import Place, SnapshotId
 from snapd.core.manifest import Chunk, ShardRecord
-from snapd.core.protection import PlacedRecord, RowMap
-from snapd.errors import IntegrityError
+from snapd.core.protection import PlacedRecord, RowMap, make_plan
+from snapd.errors import IntegrityError, InvariantViolated, UnavailableError
+from snapd.memory.folders import JobFolder
 from snapd.memory.index import Index
+from snapd.memory.parity import ParityStore
 from snapd.memory.protection_rows import FragmentRow
+from snapd.memory.segments import back_segment
 from snapd.runtime.pipeline import Buffers, Stopped
 
 SIZE = 1 << 16
@@ -30,7 +34,7 @@ ROW = FragmentRow(b"r" * 16, 0, Place(2, 5), 9, b"d" * 16)
 def fill(index: Index) -> None:
     index.protection.add_segment(2, 8 * SIZE, SIZE)
     index.protection.put_map(MAP, [PlacedRecord("a", RECORD)])
-    index.protection.add_fragment(ROW)
+    index.protection.add_fragments([ROW])
 
 
 def test_what_protection_writes_is_read_back_and_removed(tmp_path: Path) -> None:
@@ -43,6 +47,31 @@ def test_what_protection_writes_is_read_back_and_removed(tmp_path: Path) -> None
     assert rows.fragments() == [ROW]
     rows.remove([MAP], [(ROW.row_id, ROW.number)])
     assert not rows.maps() and not rows.records(MAP) and not rows.fragments()
+
+
+def test_fragments_are_held_together_or_not_at_all(tmp_path: Path) -> None:
+    rows = Index.open(tmp_path / "index.db", job="j", may_create=True).protection
+    with pytest.raises(InvariantViolated):
+        rows.add_fragments([ROW, ROW])
+    assert not rows.fragments()
+
+
+def test_of_fragments_that_come_together_each_is_kept_once_and_only_if_planned(tmp_path: Path) -> None:
+    index = Index.open(tmp_path / "index.db", job="j", may_create=True)
+    parity = ParityStore("j", JobFolder(tmp_path), index)
+    plan = make_plan(MAP, [PlacedRecord("a", RECORD)])
+    parity.add_segment(back_segment(tmp_path / "parity", 0, 4 * SIZE, is_writable=True), SIZE)
+    parity.adopt(plan, [])
+    row, other = plan.rows[:2]
+    first, again, later = (parity.reserve(one.id, 0, one.nbytes) for one in (row, row, other))
+    unplanned = replace(later, row_id=b"?" * 16)
+    problems = parity.commit([(one, b"d" * 16) for one in (first, again, unplanned)])
+    assert problems[:2] == [None, None] and isinstance(problems[2], UnavailableError)
+    assert not first.is_open and not again.is_open and later.is_open
+    assert [one.row_id for one in index.protection.fragments()] == [row.id]
+    parity.cancel(later)
+    parity.check()
+    assert parity.used_bytes == SIZE  # the others' frames are free again
 
 
 def test_an_index_from_before_protection_gets_its_tables(tmp_path: Path) -> None:
