@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Annotated
 
@@ -42,14 +43,14 @@ def _screen(client: LocalClient) -> Text:
 
 
 def _show_live(client: LocalClient) -> None:
-    """Refresh until Ctrl-C; a daemon that goes away ends it with the error."""
-    with Live(_screen(client), console=console(), screen=True, auto_refresh=False) as live:
-        try:
-            while True:
-                time.sleep(REFRESH_S)
-                live.update(_screen(client), refresh=True)
-        except KeyboardInterrupt:
-            return
+    """Refresh until Ctrl-C, at whatever moment; a daemon that goes away ends it with the error."""
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(_screen(client), console=console(), screen=True, auto_refresh=False) as live,
+    ):
+        while True:
+            time.sleep(REFRESH_S)
+            live.update(_screen(client), refresh=True)
 
 
 def _print_lines(client: LocalClient, *, once: bool) -> None:
