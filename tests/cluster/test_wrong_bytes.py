@@ -97,12 +97,13 @@ def test_node_is_lost_and_a_survivors_memory_is_bad(
 def test_parity_that_went_bad_is_not_believed(
     made: Cluster, observer: Observer, world: LightWorld, job: str
 ) -> None:
+    """The rows of rank 3 have their parity on n1 and n2: as bytes of n2's are wrong, n1's and data are taken."""
     world.pause()
     number = world.last
     wait_protected_beyond(made, observer, job, number - 1)
     protected = observer.protected(job)[1]
     world.kill()
-    lost, bad = made.daemons[3], made.daemons[2]
+    lost, bad = made.daemons[3], made.daemons[1]
     faults.corrupt(bad, job, files="parity.seg-*")
     lost.kill()
     lost.wipe()
@@ -111,6 +112,7 @@ def test_parity_that_went_bad_is_not_believed(
     try:
         again.open()
         assert again.restore() >= protected
+        assert named(made, "peer.wrong_bytes", job, f"{bad.node} sent wrong bytes for parity"), made.tails()
         with again:
             catches_up(made, observer, again)
     finally:

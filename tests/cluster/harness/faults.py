@@ -68,16 +68,22 @@ class Cut:
 
 
 @contextlib.contextmanager
-def cuts(chosen: Sequence[Cut]) -> Iterator[None]:
-    """These cuts together; at the end of the block some packet must have been dropped by each side of it."""
-    assert chosen
+def cuts(*sides: Sequence[Cut]) -> Iterator[None]:
+    """These cuts together; at the end of the block some packet must have been dropped on each of the sides."""
+    assert sides and all(sides)
+    chosen = [cut for side in sides for cut in side]
     begun: list[Cut] = []
     try:
         for cut in chosen:
             cut.begin()
             begun.append(cut)
         yield
-        wait_for(lambda: any(cut.dropped() for cut in chosen), "packets are dropped by the cut", HAPPENS_S)
+        wait_for(
+            lambda: all(any(cut.dropped() for cut in side) for side in sides),
+            "packets are dropped on every side of the cut",
+            HAPPENS_S,
+            lambda: "; ".join(f"{cut.at.name} from {cut.source.name}: {cut.dropped()}" for cut in chosen),
+        )
     finally:
         for cut in begun:
             cut.end()
@@ -88,14 +94,14 @@ def partition(
 ) -> contextlib.AbstractContextManager[None]:
     """Nothing passes between the two sets, in either direction."""
     pairs = [(a, b) for a in one for b in other]
-    return cuts([Cut(a, b, ports) for a, b in pairs] + [Cut(b, a, ports) for a, b in pairs])
+    return cuts([Cut(a, b, ports) for a, b in pairs], [Cut(b, a, ports) for a, b in pairs])
 
 
 def one_way_loss(
     source: Host, targets: Iterable[Host], *, ports: tuple[int, ...] = ()
 ) -> contextlib.AbstractContextManager[None]:
     """What `source` sends to the targets is lost; what they send arrives."""
-    return cuts([Cut(target, source, ports) for target in targets])
+    return cuts(*([Cut(target, source, ports)] for target in targets))
 
 
 @contextlib.contextmanager
