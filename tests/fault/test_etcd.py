@@ -146,7 +146,7 @@ def test_a_server_that_hangs_holds_nobody(server: EtcdServer) -> None:
                     began = time.monotonic()
                     with pytest.raises(UnavailableError):
                         await call()
-                    assert 0.5 < time.monotonic() - began < 3.0, "it hung, and was given up in time"
+                    assert 0.5 < time.monotonic() - began < 10.0, "it hung, and was given up in time"
             finally:
                 server.go_on()
             await patient(lambda: store.keep_lease(30))
