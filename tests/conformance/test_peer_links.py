@@ -276,7 +276,7 @@ def test_a_peer_that_stalls_in_mid_transfer_ends_at_the_deadline(scene: Scene) -
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         fetched(scene, [chunk(0)], [100_000], timeout_s=0.4)
-    assert 0.3 < time.monotonic() - began < 2
+    assert 0.3 < time.monotonic() - began < 10
     behave(scene)
     scene.server.store.put(chunk(0), bytes(100_000))
     assert fetched(scene, [chunk(0)], [100_000]) == [bytes(100_000)]
@@ -359,7 +359,7 @@ def test_an_address_where_nobody_is_fails_soon_and_is_not_hammered(scene: Scene)
     for _ in range(50):
         with pytest.raises(UnavailableError):
             fetched(scene, [chunk(0)], [6])
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # not the time limit, over and over
 
 
 def test_the_rate_is_kept_to_and_can_be_changed(scene: Scene) -> None:
@@ -373,11 +373,9 @@ def test_the_rate_is_kept_to_and_can_be_changed(scene: Scene) -> None:
     link.fetch(wanted, timeout_s=10)
     link.push(fragment(0), memoryview(bytes(100_000)), digest_of(bytes(100_000)), timeout_s=10)
     took = time.monotonic() - began
-    assert 0.9 < took < 2.5  # 2.1 MB less burst and last transfer
-    began = time.monotonic()
-    scene.links.to("b").fetch(wanted, timeout_s=10)
-    assert time.monotonic() - began < 0.8  # restores do not wait for tokens
+    assert 0.9 < took < 8  # 2.1 MB less burst and last transfer
     scene.pacer.set_rate(1000, 1000)
+    scene.links.to("b").fetch(wanted, timeout_s=10)  # restores do not wait for tokens: half an hour
     with pytest.raises(DeadlineExceeded):
         link.fetch(wanted, timeout_s=0.3)
     opener = threading.Timer(0.2, lambda: scene.pacer.set_rate(None))
@@ -395,15 +393,14 @@ def test_who_waits_for_tokens_does_not_hold_up_a_restore(scene: Scene) -> None:
 
     def wait_in_vain() -> None:
         with pytest.raises(DeadlineExceeded) as caught:
-            paced.fetch([(chunk(0), room(100_000))], timeout_s=1)
+            paced.fetch([(chunk(0), room(100_000))], timeout_s=3)
         refused.append(caught.value)
 
     threads = [threading.Thread(target=wait_in_vain) for _ in range(LIMITS.connections_per_peer + 1)]
     for thread in threads:
         thread.start()
-    began = time.monotonic()
     assert fetched(scene, [chunk(0)], [100_000]) == [bytes(100_000)]
-    assert time.monotonic() - began < 0.8
+    assert not refused, "it waited until the others gave up"
     for thread in threads:
         thread.join()
     assert len(refused) == len(threads)
