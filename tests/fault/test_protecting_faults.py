@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +28,6 @@ from tests.support.cluster_nodes import (
 NODES = ["n0", "n1", "n2"]
 GROUP = group_of(NODES, "2+1")
 SNAPSHOT = SnapshotId(1, 5)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    shm = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix="snapd-test-protecting-", dir=shm if shm.is_dir() else None))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 async def captured(network: Network, step: int = 5, chunks: int = 8) -> dict[int, list[bytes]]:

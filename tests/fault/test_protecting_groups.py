@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,6 @@ from snapd.core.ids import SnapshotId
 from snapd.core.rows import expected_bytes
 from snapd.runtime.protecting import drop_protection
 from tests.support.cluster_nodes import CHUNK, Network, group_of, network_of, protect, sources_now, until
-
-SHM = Path("/dev/shm")
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="snapd-test-protecting-", dir=SHM if SHM.is_dir() else None))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def names(count: int) -> list[str]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,14 +25,6 @@ SPECS = [
     "daemon.protect.done.after:4",
     "daemon.protect.drop.after:2",
 ]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    shm = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix="snapd-test-protecting-", dir=shm if shm.is_dir() else None))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def killed(folder: Path, spec: str) -> list[str]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +14,6 @@ from tests.support.cluster_sockets import joined
 
 NODES = ["n0", "n1", "n2", "n3"]
 GROUP = group_of(NODES, "2+2")
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    shm = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix="snapd-test-protecting-", dir=shm if shm.is_dir() else None))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from snapd.codec.ec import ErasureCodec
 from snapd.core.ids import SnapshotId
@@ -18,14 +13,6 @@ from tests.support.cluster_nodes import CHUNK, group_of, network_of, protect
 
 SNAPSHOT = SnapshotId(1, 5)
 OLDER, NEWER = ["n0", "n1", "n2"], ["n2", "n0", "n1"]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    shm = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix="snapd-test-records-", dir=shm if shm.is_dir() else None))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def test_records_are_those_of_the_epoch_that_was_asked_for(folder: Path) -> None:
