@@ -15,13 +15,14 @@ from snapd_proto import peer_pb2
 from snapd import __version__
 from snapd.codec.ec import ErasureCodec
 from snapd.config import Config
-from snapd.config_cluster import ClusterPlan, is_loopback, join
+from snapd.config_cluster import ClusterPlan
 from snapd.coordination.cluster import ClusterState
 from snapd.coordination.embedded_kv import KvServer, LocalKeyValue
 from snapd.coordination.etcd_url import open_etcd
 from snapd.coordination.highwater import HighwaterFile
 from snapd.coordination.kv import KeyValue
 from snapd.coordination.settings import ClusterEnvironment, ClusterSettings
+from snapd.core.addresses import is_loopback, join
 from snapd.core.cluster import Member, Token
 from snapd.core.ids import SnapshotId
 from snapd.core.keyspace import Keyspace

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from dataclasses import dataclass
 
+from snapd.core.addresses import PORT_MAX, is_loopback, join, split
 from snapd.core.cluster import Code, Seed, checked_node_name
 from snapd.errors import ConfigError
 from snapd.settings import setting
@@ -14,7 +14,6 @@ from snapd.units import MIB
 ETCD = ("etcd://", "etcds://")
 LEADER = "leader"
 DNS = "dns:"
-PORT_MAX = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,31 +149,6 @@ class ClusterPlan:
 
 
 DEFAULT_PORT = 7421
-
-
-def join(host: str, port: int) -> str:
-    """HOST:PORT, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def split(address: str, what: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT.
-
-    Raises:
-        ConfigError: kind `address`.
-    """
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdigit() or not 0 < int(port) <= PORT_MAX:
-        raise ConfigError(f"{what} = {address[:80]!r}: must be HOST:PORT", kind="address")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def plan_cluster(config: ClusterConfig, hostname: str | None = None) -> ClusterPlan | None:

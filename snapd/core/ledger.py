@@ -8,11 +8,12 @@ gives a reason with each. Levels beyond captured (protected, durable in a tier) 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
+from snapd.core.words import listed
 from snapd.errors import InvariantViolated
 
 DROP_REASONS_KEPT = 512
@@ -178,11 +179,11 @@ class Ledger:
         if facts.is_complete:
             return ""
         if facts.id.generation < closed_below:
-            return f"ranks {_listed(facts.missing_ranks)} ended without it"
+            return f"ranks {listed(facts.missing_ranks)} ended without it"
         late = [
             r for r in facts.missing_ranks if self._passed.get((facts.id.generation, r), -1) >= facts.id.step
         ]
-        return f"ranks {_listed(late)} went on without it" if late else ""
+        return f"ranks {listed(late)} went on without it" if late else ""
 
     def drop(self, snapshot: SnapshotId, reason: str) -> SnapshotFacts:
         """Forget a snapshot that `to_drop` named, after its records were deleted from the index."""
@@ -204,9 +205,3 @@ class Ledger:
 
 def _factors_of_two(step: int) -> int:
     return (step & -step).bit_length() if step else 64
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    shown = list(ranks)
-    text = ", ".join(str(rank) for rank in shown[:8])
-    return text if len(shown) <= 8 else f"{text} and {len(shown) - 8} more"

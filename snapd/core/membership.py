@@ -69,9 +69,7 @@ class ClusterView:
         self.table: GroupTable | None = None
         self.epoch_version = 0
         self.floors: dict[str, int] = {}
-        self.floors_version = 0
         self.planner = ""
-        self.planner_version = 0
         self.members: dict[str, Announcement] = {}
         self.known: dict[str, Known] = {}
         self.drains: set[str] = set()
@@ -105,10 +103,10 @@ class ClusterView:
             self.table = None
             self.table = table_from_json(value) if value else None
         elif key == keys.floors:
-            self.floors, self.floors_version = {}, version
+            self.floors = {}
             self.floors = _counts(_object(value)) if value else {}
         elif key == keys.planner:
-            self.planner, self.planner_version = (value.decode("ascii", "replace") if value else ""), version
+            self.planner = value.decode("ascii", "replace") if value else ""
         else:
             self._apply_node(key, value)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from snapd.core.cluster import DATA_FRAGMENTS_MAX, Code, Group, GroupTable, Member
 from snapd.core.placement_draft import VACANT, Draft, Pool, deal
+from snapd.core.words import listed
 
 _LISTED_MAX = 3  # groups or nodes that a text names one by one
 
@@ -197,7 +198,9 @@ class _Change:
             self._draft.open(group.number, [node if node in staying else VACANT for node in group.nodes])
             self._former[group.number] = [domain_of[node] for node in gone]
             if gone:
-                self._words.append(f"group {group.number} lost its place for {_listed(gone)}")
+                self._words.append(
+                    f"group {group.number} lost its place for {listed(gone, shown=_LISTED_MAX)}"
+                )
         had = set(_nodes_of(previous))
         self._new = [node for node in names if node not in had]
         self._pool = Pool(self._new, domain_of)
@@ -357,11 +360,6 @@ def _words_domains(groups: Sequence[Group], domain_of: Mapping[str, str]) -> lis
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _listed(nodes: Sequence[str]) -> str:
-    more = len(nodes) - _LISTED_MAX
-    return ", ".join(nodes[:_LISTED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def _shortened(words: Sequence[str], what: str = "change") -> list[str]:

@@ -16,8 +16,7 @@ from snapd.core.collector import Held
 from snapd.core.ids import SnapshotId
 from snapd.core.restore import Decision, Outcome, Verdict
 from snapd.core.rows import Row
-
-SHOWN = 8
+from snapd.core.words import SHOWN, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +162,10 @@ def _decide(
 ) -> Choice:
     unreachable = tuple(sorted(situation.unreachable))
     if unreachable and doubtful is not None and not situation.accept_older:
-        reason = f"{_listed(unreachable)} did not answer and may hold what {doubtful} lacks"
+        reason = f"{listed(unreachable)} did not answer and may hold what {doubtful} lacks"
         return Choice(Decision(Outcome.UNREACHABLE, chosen, tuple(verdicts), reason), (), unreachable)
     if unreachable and chosen is None:
-        reason = f"{_listed(unreachable)} did not answer, and no other node holds a whole snapshot"
+        reason = f"{listed(unreachable)} did not answer, and no other node holds a whole snapshot"
         return Choice(Decision(Outcome.UNREACHABLE, None, tuple(verdicts), reason), (), unreachable)
     if chosen is None:
         return Choice(_nothing(verdicts, situation.step))
@@ -185,10 +184,10 @@ def _nothing(verdicts: list[Verdict], step: int | None) -> Decision:
     """Absent, or found and of no use."""
     known = [verdict for verdict in verdicts if verdict.verdict in ("incomplete", "unusable")]
     if known:
-        listed = "; ".join(f"{verdict.id}: {verdict.reason}" for verdict in known[:SHOWN])
+        told = "; ".join(f"{verdict.id}: {verdict.reason}" for verdict in known[:SHOWN])
         is_bad = any(verdict.verdict == "unusable" for verdict in known)
         outcome = Outcome.UNUSABLE if is_bad or _was_complete(known) else Outcome.ABSENT
-        return Decision(outcome, None, tuple(verdicts), f"no snapshot can be made whole: {listed}")
+        return Decision(outcome, None, tuple(verdicts), f"no snapshot can be made whole: {told}")
     if step is not None and verdicts:
         held = ", ".join(str(verdict.id) for verdict in verdicts[:SHOWN])
         return Decision(Outcome.ABSENT, None, tuple(verdicts), f"no snapshot of step {step}; there is {held}")
@@ -235,7 +234,7 @@ def _sources(
                 "its node is lost" if was_complete or row_sets else "it was captured nowhere that answers"
             )
             lacking.append(f"rank {rank}: {missing}{why}")
-    return tuple(sources), _listed(lacking, "; ")
+    return tuple(sources), listed(lacking, separator="; ")
 
 
 def _decodable(
@@ -275,7 +274,7 @@ def missing_row(row_set: RowSet, rows: Iterable[Row], inventories: Sequence[Inve
                 f"{data} of {len(row.chunks)} chunks and {coded} of {len(row.parity_nodes)} parity fragments"
             )
             gone = [node for node in row_set.nodes if node not in parity]
-            lost = f"; lost: {_listed(gone)}" if gone else ""
+            lost = f"; lost: {listed(gone)}" if gone else ""
             return f"row {row.number} of group {row_set.group} has only {have}{lost}"
     return ""
 
@@ -284,9 +283,4 @@ def _how(sources: Sequence[Source]) -> str:
     coded = [source.rank for source in sources if not source.nodes]
     if not coded:
         return "whole on living nodes"
-    return f"ranks {_listed([str(rank) for rank in coded])} from parity, the others whole on living nodes"
-
-
-def _listed(items: Sequence[str], separator: str = ", ") -> str:
-    shown = separator.join(items[:SHOWN])
-    return shown if len(items) <= SHOWN else f"{shown} and {len(items) - SHOWN} more"
+    return f"ranks {listed(coded)} from parity, the others whole on living nodes"

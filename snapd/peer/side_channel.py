@@ -8,6 +8,7 @@ import ssl
 import threading
 from typing import Protocol
 
+from snapd.core.addresses import split
 from snapd.errors import AuthError, ConfigError, SnapdError, UnavailableError
 from snapd.peer.deadline import Deadline
 from snapd.peer.links import Dial
@@ -30,23 +31,13 @@ class Contexts(Protocol):
     def client_context(self) -> ssl.SSLContext: ...
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of "host:port" or "[v6]:port".
-
-    Raises:
-        ConfigError: kind `address`.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"bad address {address[:80]!r}", kind="address", hint="use HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
 def dial_socket(contexts: Contexts | None, *, stall_s: float) -> Dial:
     """Connects to side channels: with TLS if there are contexts, else in the clear."""
 
     def dial(node: str, address: str, deadline: Deadline) -> ByteStream:
-        connection = socket.create_connection(split_address(address), timeout=deadline.remaining_s())
+        connection = socket.create_connection(
+            split(address, f"the address of {node}"), timeout=deadline.remaining_s()
+        )
         try:
             tune(connection, stall_s)
             if contexts is None:
@@ -89,11 +80,6 @@ class BulkServer:
         self._acceptor = threading.Thread(target=self._accept, args=[listener], name="snapd-bulk-accept")
         self._acceptor.start()
         return int(listener.getsockname()[1])
-
-    @property
-    def connection_count(self) -> int:
-        with self._lock:
-            return len(self._connections)
 
     def close(self) -> None:
         """Stop listening and break off all connections; returns when their threads are done."""

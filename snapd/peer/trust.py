@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import ssl
 import threading
@@ -98,27 +97,6 @@ def load(node: str, files: TrustFiles) -> Material:
         why = f"is for {', '.join(names) or 'no node'}, and this node is {node}"
         raise _broken(files.certificate, why, hint=f"snapd certs node {node} makes one")
     return Material(certificate, key, ca, server, client, names, not_after_s)
-
-
-def check_plaintext(address_host: str, is_allowed: bool) -> None:
-    """Raise ConfigError (kind `plaintext`) unless that host is this machine, or plaintext was asked for."""
-    if is_allowed or is_loopback(address_host):
-        return
-    raise ConfigError(
-        f"no certificates are given, and {address_host} is not this machine alone",
-        kind="plaintext",
-        hint="set cluster.cert, cluster.key and cluster.ca (`snapd certs` makes them), or cluster.plaintext",
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can be reached at, or reach, that address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _context(files: TrustFiles, *, is_server: bool) -> ssl.SSLContext:

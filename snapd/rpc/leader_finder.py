@@ -15,6 +15,7 @@ import grpc
 from snapd_proto import peer_pb2, peer_pb2_grpc
 
 from snapd.coordination.kv import Change, Check, Reading, Write
+from snapd.core.addresses import join, split
 from snapd.core.cluster import Seed
 from snapd.errors import UnavailableError
 from snapd.rpc.peer_calls import MakeChannel
@@ -66,18 +67,18 @@ class LeaderStore:
         loop = asyncio.get_running_loop()
         found: set[tuple[str, str]] = set()
         for seed in self._seeds:
-            host, _, port = seed.address.rpartition(":")
             if not seed.is_dns:
                 found.add((seed.node, seed.address))
                 continue
+            host, port = split(seed.address, "the leader's address")
             try:
                 answers = await asyncio.wait_for(
-                    loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM), RESOLVE_TIMEOUT_S
+                    loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), RESOLVE_TIMEOUT_S
                 )
             except (OSError, TimeoutError):
                 continue  # the store is away; its own error says so
             hosts = (str(answer[4][0]) for answer in answers)
-            found.update((seed.node, f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}") for ip in hosts)
+            found.update((seed.node, join(ip, port)) for ip in hosts)
         return sorted(found)
 
     # KeyValue

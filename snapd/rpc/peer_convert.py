@@ -22,7 +22,6 @@ HELD_MAX = 1 << 18
 LIST_MAX = 1 << 20
 PLAN_BYTES_MAX = 64
 ROW_ID_BYTES = 16
-NUMBER_MAX = 1 << 62
 HOLD_S_MAX = 60.0
 
 _OUTCOMES_BACK = {number: outcome for outcome, number in OUTCOMES.items()}

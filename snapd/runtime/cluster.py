@@ -255,9 +255,8 @@ class Cluster:
         coordination = self.coordination(name)
         if coordination.collector and not coordination.is_collector and coordination.collector != self.name:
             return coordination.collector
-        is_free = (
-            coordination.collector != self.name
-        )  # else the key is ours, and the answer to our claim was lost
+        # a key that is ours already: the answer to our claim was lost
+        is_free = coordination.collector != self.name
         if name not in self._parts.jobs.jobs and is_free and not coordination.is_collector:
             raise UnavailableError("nobody collects the job", kind="no_collector", job=name)
         try:

@@ -93,10 +93,18 @@ def piece(values: torch.Tensor, group: int = 0, is_early: bool = False) -> Devic
     return DevicePiece(flat_bytes(values, 0, nbytes), torch.zeros(nbytes, dtype=torch.uint8), group, is_early)
 
 
-def test_the_side_stream_waits_for_the_update_and_nobody_waits_for_it(api: FakeApi, stage: DeviceStage) -> None:
+def test_the_side_stream_waits_for_the_update_and_nobody_waits_for_it(
+    api: FakeApi, stage: DeviceStage
+) -> None:
     source = piece(torch.arange(5.0), group=1)
     transfer = stage.submit([source])
-    assert api.log == ["record 0 on training", "side waits for 0", "enter side", "record 1 on side", "leave side"]
+    assert api.log == [
+        "record 0 on training",
+        "side waits for 0",
+        "enter side",
+        "record 1 on side",
+        "leave side",
+    ]
     assert not transfer.is_done()
     transfer.fence(1)
     assert api.log[-1] == "training waits for 1"

@@ -21,14 +21,25 @@ def test_without_torchrun_the_world_is_one_process() -> None:
 
 
 def test_names_as_torchrun_sets_them() -> None:
-    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+    variables = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "1",
+    }
     world = World.from_environment(variables)
     assert (world.rank, world.local_rank, world.node_rank) == (3, 1, 1)
 
 
 @pytest.mark.parametrize(
     "variables",
-    [{"RANK": "x"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"}, {"RANK": "-1"}],
+    [
+        {"RANK": "x"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"},
+        {"RANK": "-1"},
+    ],
 )
 def test_contradictions_are_refused(variables: dict[str, str]) -> None:
     with pytest.raises(ConfigError):

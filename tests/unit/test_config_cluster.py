@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from snapd.config import load
-from snapd.config_cluster import ClusterConfig, ClusterPlan, is_loopback, join, plan_cluster, split
+from snapd.config_cluster import ClusterConfig, ClusterPlan, plan_cluster
+from snapd.core.addresses import is_loopback, join, split
 from snapd.core.cluster import Code, Seed
 from snapd.errors import ConfigError
 
@@ -60,6 +61,12 @@ BAD = [
         {"coordinator": "dns:x"},
         "address",
         "cluster.coordinator = 'x': must be HOST:PORT",
+    ),
+    (
+        "a digit that is no number",
+        {"listen": "h:\u00b2"},
+        "address",
+        "cluster.listen = 'h:\u00b2': must be HOST:PORT",
     ),
     ("leader's node", {"coordinator": "a b@h:1"}, "node_name", "bad node name 'a b'"),
     ("cert alone", {"cert": "c"}, "tls", "cluster.key and cluster.ca missing"),

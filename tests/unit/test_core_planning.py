@@ -154,7 +154,7 @@ def test_survival_agrees_with_its_monte_carlo() -> None:
 def test_aligned_racks() -> None:
     """64 racks in sets of eight."""
     names = [f"d{i}" for i in range(64)]
-    sets = [dict.fromkeys(names[i:i + 8], 1) for i in range(0, 64, 8)]
+    sets = [dict.fromkeys(names[i : i + 8], 1) for i in range(0, 64, 8)]
 
     def of(m: int, lost: int) -> float:
         found, is_exact = domain_survival(sets, Code(8 - m, m), names, lost, random.Random(1).random)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -39,7 +39,7 @@ def test_what_comes_meanwhile_is_one_call_and_each_gets_its_own_answer() -> None
         for thread in threads:
             thread.start()
         while len(caller._given) < len(threads):  # the loop is held up until all have given
-            time.sleep(0.001)
+            os.sched_yield()
         await asyncio.to_thread(lambda: [thread.join(10.0) for thread in threads])
         return [found[one] for one in range(6)]
 

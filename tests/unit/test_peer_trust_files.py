@@ -12,7 +12,7 @@ import pytest
 
 from snapd.errors import ConfigError
 from snapd.peer.certificates import make_ca, make_node
-from snapd.peer.trust import Trust, check_plaintext, is_loopback, load
+from snapd.peer.trust import Trust, load
 from tests.support.peer_scene import Authority, Log
 
 DAY = datetime.timedelta(days=1)
@@ -178,21 +178,3 @@ def test_a_new_authority_is_taken_up_with_what_it_made(authority: Authority) -> 
     files.key.write_bytes(issued.key)
     now[0] += 1
     assert trust.material().certificate == issued.certificate
-
-
-@pytest.mark.parametrize(
-    ("host", "is_one"),
-    [
-        ("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("[::1]", True), ("localhost", True),
-        ("0.0.0.0", False), ("10.0.0.1", False), ("::", False), ("localhost.example", False), ("", False),
-    ],
-)  # fmt: skip
-def test_plaintext_needs_loopback_or_a_word(host: str, is_one: bool) -> None:
-    assert is_loopback(host) is is_one
-    check_plaintext(host, is_allowed=True)
-    if is_one:
-        check_plaintext(host, is_allowed=False)
-        return
-    with pytest.raises(ConfigError) as caught:
-        check_plaintext(host, is_allowed=False)
-    assert caught.value.kind == "plaintext"

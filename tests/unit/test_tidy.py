@@ -45,6 +45,7 @@ ENVIRON_HOMES = {
 BROAD_EXCEPT_HOMES = {
     "client/snapd_client/trouble.py": "training is never killed by us",
     "client/snapd_client/gpu_check.py": "a command that reports each check's failure",
+    "client/snapd_client/restore.py": "the other ranks are told before the error goes on",
 }
 ROOT_LOGGER_HOMES = {"snapd/obs/log.py": "sets logging up for the daemon"}
 SERIALISERS = {"cloudpickle", "dill", "jsonpickle", "marshal", "pickle", "shelve"}

@@ -159,6 +159,8 @@ class Rounds:
                 count += 1
                 if digest != job.reference[rank][step]:
                     raise Wrong(f"{job.name}: rank {rank} has other bytes at step {step} than the reference")
+        if not count:
+            raise Wrong(f"{job.name}: no step of start {job.starts} was there to be compared")
         return count
 
     # one round
