@@ -1,0 +1,86 @@
+"""What lies in a durable tier, as plain data: chunks in packs, shards, snapshots. The core's view of tier.proto."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from snapd.core.ids import SnapshotId
+
+
+class Encoding(enum.IntEnum):
+    """How a chunk's bytes are stored. Numbers are part of the format: append-only."""
+
+    RAW = 0
+    ZSTD = 1
+    SHUFFLED_ZSTD = 2  # bytes of equal significance together, then zstd; `element_nbytes` says of what width
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """One chunk, and where its stored bytes lie."""
+
+    nbytes: int
+    digest: bytes  # XXH3-128 of the raw bytes, 16 bytes
+    pack: str  # the pack's name; see core/tier_keys.py
+    offset: int  # of the stored bytes in the pack's object
+    stored_nbytes: int
+    encoding: Encoding
+    element_nbytes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredShard:
+    """A shard manifest: core/manifest.py's ShardRecord with its chunks in packs."""
+
+    job: str
+    id: SnapshotId
+    rank: int
+    world_size: int
+    chunk_bytes: int
+    layout_nbytes: int
+    early_values_offset: int
+    early_values_nbytes: int
+    chunks: tuple[StoredChunk, ...]
+    parent: SnapshotId | None
+    captured_wall_time_s: float
+    digest: bytes  # XXH3-128 of the chunks' digests in order
+
+    @property
+    def nbytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks)
+
+    @property
+    def packs(self) -> frozenset[str]:
+        return frozenset(chunk.pack for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """A shard as the commit record names it: its manifest's key, size and XXH3-128, and what the shard is."""
+
+    rank: int
+    key: str
+    manifest_nbytes: int
+    manifest_digest: bytes
+    shard_digest: bytes
+    nbytes: int  # of the shard, raw
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSnapshot:
+    """A commit record: the snapshot exists in the tier because this does. Shards are in order of rank, all of them."""
+
+    job: str
+    id: SnapshotId
+    world_size: int
+    revision: int  # 0: as it was committed; higher: a collector rewrote its packs
+    parent: SnapshotId | None
+    write_id: str  # who wrote it, drawn anew for every attempt: tells a lost answer from a lost race
+    shards: tuple[ShardEntry, ...]
+    packs: tuple[str, ...]  # every pack that any shard names, sorted
+    committed_wall_time_s: float  # for display only
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.shards)
