@@ -1,13 +1,13 @@
 """Names of a tier's objects, below the tier's own root. All but intents and pins are written once and never again.
 
-    jobs/JOB/packs/WRITEID-NNNNNN.pack                        chunks
-    jobs/JOB/shards/GGGGGGGGGG-SSSSSSSSSSSSSSS/RRRRR.rN.shard  shard manifests, revision N
-    jobs/JOB/snapshots/GGGGGGGGGG-SSSSSSSSSSSSSSS.rN.snapshot  commit records, revision N; the highest that is good counts
-    jobs/JOB/intents/WRITEID.intent                           who is writing, and on what it builds (put again as a sign of life)
-    jobs/JOB/condemned/ROUND.condemned                        what a collector is about to delete
-    jobs/JOB/pins/NAME.pin                                    snapshots that retention must keep
+    jobs/JOB/packs/WRITEID-NNNNNN.pack             chunks
+    jobs/JOB/shards/G-S/RRRRR.rN.shard             shard manifests, revision N
+    jobs/JOB/snapshots/G-S.rN.snapshot             commit records, revision N; the highest that is good counts
+    jobs/JOB/intents/WRITEID.intent                who is writing, and on what it builds (put again as a sign of life)
+    jobs/JOB/condemned/ROUND.condemned             what a collector is about to delete
+    jobs/JOB/pins/NAME.pin                         snapshots that retention must keep
 
-G and S are decimal, padded with zeros, so that the order of keys is the order of age.
+G, the generation, and S, the step, are decimal and padded with zeros (10 and 15 digits), so that the order of keys is the order of age.
 """
 
 from __future__ import annotations

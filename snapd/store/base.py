@@ -1,4 +1,4 @@
-"""What a durable tier needs of a store: immutable objects by key, conditional creation, ranged reads, the store's clock.
+"""What a durable tier needs of a store: immutable objects by key, conditional creation, ranged reads, its clock.
 
 Keys are relative to the store's root, in ASCII, with '/' between parts; whoever makes them sees to it that they cannot
 leave the root (core/tier_keys.py), and every implementation refuses those that could.
@@ -58,7 +58,9 @@ class Probe:
 class Requests:
     """How much was asked of a store since it was opened. Written under the store's lock."""
 
-    count: dict[str, int] = field(default_factory=dict)  # by kind: put, get, head, list, delete, part, complete, abort
+    count: dict[str, int] = field(
+        default_factory=dict
+    )  # by kind: put, get, head, list, delete, part, complete, abort
     sent_nbytes: int = 0
     received_nbytes: int = 0
     retries: int = 0
