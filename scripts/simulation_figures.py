@@ -11,12 +11,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from snapd.core.cluster import Code, GroupTable, Member
-from snapd.core.collector import Collector, Held, NodeReport
+from snapd.core.collector import Collector
 from snapd.core.ids import Place, SnapshotId
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.core.placement import place
 from snapd.core.protection import PlacedRecord, RowMap, make_plan
 from snapd.core.recovery import HeldRows, Inventory, RowSet, Situation, choose_among_nodes
+from snapd.core.reports import Held, NodeReport
 from snapd.sim.__main__ import find_bug
 from snapd.sim.bugs import MIXES, Bug
 from snapd.sim.runs import crowd_settings

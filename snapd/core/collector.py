@@ -3,7 +3,9 @@
 The collector keeps nothing that it could not be told again: a new one starts from the recorded newest snapshots and
 from the nodes' next reports. Promises: the newest complete snapshot, the one that is being protected (the target) and
 the newest protected one are never among those that may be dropped; `protected` moves only when every node of every
-group that holds a shard has said, under the table's epoch and for the same row plan, that its part is done.
+group that holds a shard has said, under the table's epoch and for the same row plan, that its part is done, and
+coordination has recorded it. What is found and not recorded yet nobody is told of, and nothing goes for its sake: a
+collector that is cut off then takes what it found with it, and no successor could know.
 """
 
 from __future__ import annotations
@@ -15,111 +17,20 @@ from dataclasses import dataclass, field, replace
 from snapd.core.cluster import Group, GroupTable
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval, after_abort, after_complete
+from snapd.core.reports import NodeReport, Orders, Record, Told
 
 REASONS_SHOWN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A shard whose bytes a node has."""
-
-    id: SnapshotId
-    rank: int
-    world_size: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PartDone:
-    """A node holds all that the row plan gives it. `plan`: the plan's identity; members with different ones have not
-    planned the same rows.
-    """
-
-    id: SnapshotId
-    plan: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """The newest snapshots, as some collector has said."""
-
-    complete: SnapshotId | None = None
-    protected: SnapshotId | None = None
-    protected_epoch: int = 0
-
-    def newest(self, other: Told) -> Told:
-        """Of each the newer one: what was said once holds on."""
-        complete = max((s for s in (self.complete, other.complete) if s is not None), default=None)
-        pairs = [(t.protected, t.protected_epoch) for t in (self, other) if t.protected is not None]
-        return Told(complete, *max(pairs, default=(None, 0)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeReport:
-    """All that one node says of a job; a later one (instance, serial) replaces it whole.
-
-    `passed`: rank -> newest step of `generation` that it captures no more. `served`: its ranks with a live session of
-    `generation`. `closed_below`: generations below it capture nothing more on this node. `keep_complete`: complete
-    snapshots that its slots have room for. `is_capturing`: a trainer of `generation` has passed a step, so what it
-    restored, if anything, is behind it. `final`: its ranks that have closed `generation` for good.
-    """
-
-    node: str
-    instance: int
-    serial: int
-    epoch: int
-    generation: int
-    world_size: int
-    held: tuple[Held, ...] = ()
-    passed: Mapping[int, int] = field(default_factory=dict)
-    served: tuple[int, ...] = ()
-    closed_below: int = 0
-    keep_complete: int = 1
-    is_capturing: bool = False
-    newest_step_seen: int = -1
-    interval_steps: int = 1
-    aborts: int = 0
-    done: tuple[PartDone, ...] = ()
-    problems: tuple[tuple[SnapshotId, str], ...] = ()
-    trouble: str = ""
-    told: Told = Told()
-    final: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """What every node is told. `target_groups`: whose nodes take part in protecting the target. `drop`: may go, with
-    the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so;
-    its parity of older epochs may go.
-    """
-
-    number: int = 0
-    generation: int = 0
-    complete: SnapshotId | None = None
-    target: SnapshotId | None = None
-    protected: SnapshotId | None = None
-    target_groups: tuple[int, ...] = ()
-    drop: tuple[tuple[SnapshotId, str], ...] = ()
-    problems: tuple[tuple[SnapshotId, str], ...] = ()
-    interval: Interval = field(default_factory=Interval)
-    reason: str = ""
-    protected_epoch: int = 0
-
-    @property
-    def told(self) -> Told:
-        return Told(self.complete, self.protected, self.protected_epoch)
+UNRECORDED = "the newest complete snapshot is protected; the coordinator has not recorded it yet"
 
 
 @dataclass(slots=True)
 class Collector:
-    """Mutable and single-threaded; knows no clock. `recorded_*`: what coordination remembers of earlier collectors.
-    `widened`: (generation, its interval) as an earlier one has ordered it, as far as this node knows.
+    """Mutable and single-threaded; knows no clock. `before`: what coordination remembers of earlier collectors.
+    After each `settle` the caller has `to_record` recorded where it is news, and says so with `recorded`.
     """
 
     interval_factor_max: int
-    recorded_complete: SnapshotId | None = None
-    recorded_protected: SnapshotId | None = None
-    widened: tuple[int, Interval] = (0, Interval())
+    before: Record = field(default_factory=Record)
     reports: dict[str, NodeReport] = field(default_factory=dict)
     orders: Orders = field(default_factory=Orders)
     _aborts: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -127,13 +38,32 @@ class Collector:
     _interval: Interval = field(init=False)
     _interval_generation: int = field(init=False)
     _target: SnapshotId | None = None
+    _found: tuple[SnapshotId, int] | None = None  # protected under that epoch, and not recorded yet
     _parent: tuple[int, SnapshotId] | None = None
 
     def __post_init__(self) -> None:
-        self._interval_generation, self._interval = self.widened
+        told = self.before.told
+        self._interval_generation, self._interval = self.before.generation, self.before.interval
         self.orders = Orders(
-            complete=self.recorded_complete, protected=self.recorded_protected, interval=self._interval
+            complete=told.complete,
+            protected=told.protected,
+            protected_epoch=told.protected_epoch,
+            interval=self._interval,
         )
+
+    # what is recorded before anybody is told
+
+    @property
+    def to_record(self) -> Record:
+        """What a successor has to begin with."""
+        told = self.orders.told
+        if self._found is not None:
+            told = Told(told.complete, *self._found)
+        return Record(told, self._interval_generation, self._interval)
+
+    def recorded(self, record: Record) -> None:
+        """Coordination has it: what it says is a fact from now on. `settle` follows."""
+        self._note_told(record.told)
 
     def take(self, report: NodeReport) -> bool:
         """Take up a node's report; False for one that a newer one overtook. `settle` follows, for several at once."""
@@ -201,7 +131,10 @@ class Collector:
             if len(ranks) == world_sizes[snapshot] and snapshot not in self._problems
         )
         complete = self._newest_complete(whole)
-        protected, target, reason = self._protection(whole, holders, complete, table)
+        protected, protected_epoch = self._confirmed()
+        done = self._done(whole, holders, table)
+        self._find(done, table)
+        target, reason = self._aim(whole, holders, done, table)
         self._target = target
         kept = self._kept(holders, whole, complete, target, protected)
         is_sure = all(node in self.reports for node in awaited)
@@ -214,7 +147,7 @@ class Collector:
             complete=complete,
             target=target,
             protected=protected,
-            protected_epoch=self._protected_epoch(protected, holders, table),
+            protected_epoch=protected_epoch,
             target_groups=tuple(sorted(self.groups_of(holders[target], table))) if target and table else (),
             drop=drop,
             problems=tuple(sorted(self._problems.items())),
@@ -238,36 +171,65 @@ class Collector:
 
     # protection
 
-    def _protection(
+    def _confirmed(self) -> tuple[SnapshotId | None, int]:
+        """The newest protected snapshot and its epoch, as they are recorded."""
+        protected = self.orders.protected
+        if protected is None or protected in self._problems:
+            return None, 0
+        return protected, self.orders.protected_epoch
+
+    def _done(
         self,
         whole: list[SnapshotId],
         holders: Mapping[SnapshotId, Mapping[int, set[str]]],
-        complete: SnapshotId | None,
         table: GroupTable | None,
-    ) -> tuple[SnapshotId | None, SnapshotId | None, str]:
-        """(newest protected, target, why)."""
-        protected = self.orders.protected
-        if protected is not None and protected in self._problems:
-            protected = None
+    ) -> list[SnapshotId]:
+        """The whole snapshots of which all parts are done. What some node may be dropping just now is none of them."""
+        going = {snapshot for snapshot, _ in self.orders.drop}
+        return [
+            snapshot
+            for snapshot in whole
+            if table is not None
+            and snapshot not in going
+            and self.missing_parts(snapshot, holders[snapshot], table) == ""
+        ]
+
+    def _find(self, done: list[SnapshotId], table: GroupTable | None) -> None:
+        """What is to be recorded as protected. It stays so until it is, whatever comes after it: its record may be
+        under way. A shard that is on no node any more lives in the rows of the epoch before, and nothing takes their
+        place: only what is whole is found.
+        """
+        protected, epoch = self._confirmed()
+
+        def is_news(found: tuple[SnapshotId, int]) -> bool:
+            return found[0] not in self._problems and (protected is None or found > (protected, epoch))
+
+        if self._found is not None and is_news(self._found):
+            return
+        newest = (done[-1], table.epoch) if done and table is not None else None
+        self._found = newest if newest is not None and is_news(newest) else None
+
+    def _aim(
+        self,
+        whole: list[SnapshotId],
+        holders: Mapping[SnapshotId, Mapping[int, set[str]]],
+        done: list[SnapshotId],
+        table: GroupTable | None,
+    ) -> tuple[SnapshotId | None, str]:
+        """(target, why)."""
         if table is None or not whole:
-            return protected, None, "no group table" if table is None else "nothing is complete"
-        done = [s for s in whole if self.missing_parts(s, holders[s], table) == ""]
-        if done and (protected is None or done[-1] > protected):
-            protected = done[-1]
-        newest = whole[-1]
+            return None, "no group table" if table is None else "nothing is complete"
+        newest, confirmed = whole[-1], self._confirmed()
         if newest in done:
-            return protected, None, "the newest complete snapshot is protected"
-        if newest == protected and self.orders.protected_epoch == table.epoch:
+            is_waiting = self._found is not None and newest == self._found[0]
+            return None, UNRECORDED if is_waiting else "the newest complete snapshot is protected"
+        if (newest, table.epoch) in (confirmed, self._found):
             # Never twice under one epoch: its holders may have changed, the rows with them, and other rows would take
             # the place of those that protect it. What a member that came back empty lacks comes with the next snapshot.
-            return (
-                protected,
-                None,
-                "the newest complete snapshot was protected; a member has lost its part since",
-            )
+            return None, "the newest complete snapshot was protected; a member has lost its part since"
         obstacle = self._obstacle(holders[newest], table)
         if obstacle:
-            return protected, None, obstacle
+            return None, obstacle
         current = self._target
         if (
             current is not None
@@ -275,24 +237,10 @@ class Collector:
             and current not in done
             and self._still_worth(current, newest)
         ):
-            return protected, current, "being protected"
-        if protected is not None and newest < protected:
-            return protected, None, "a newer snapshot is protected"
-        return protected, newest, "being protected"  # the words of the next settling: no news in between
-
-    def _protected_epoch(
-        self,
-        protected: SnapshotId | None,
-        holders: Mapping[SnapshotId, Mapping[int, set[str]]],
-        table: GroupTable | None,
-    ) -> int:
-        """A shard that is on no node any more lives in the rows of the epoch before: nothing takes their place."""
-        before = self.orders.protected_epoch if protected == self.orders.protected else 0
-        if protected is None or table is None or protected not in holders or table.epoch <= before:
-            return before
-        if len(holders[protected]) < self.world_sizes()[protected]:
-            return before
-        return table.epoch if self.missing_parts(protected, holders[protected], table) == "" else before
+            return current, "being protected"
+        if confirmed[0] is not None and newest < confirmed[0]:
+            return None, "a newer snapshot is protected"
+        return newest, "being protected"  # the words of the next settling: no news in between
 
     def _still_worth(self, target: SnapshotId, newest: SnapshotId) -> bool:
         """A target of the same generation is finished before a newer one is taken up."""
@@ -351,7 +299,9 @@ class Collector:
         protected: SnapshotId | None,
     ) -> set[SnapshotId]:
         """The newest whole one too: what was complete may have been lost with its nodes since."""
-        kept = {snapshot for snapshot in (complete, target, protected, *whole[-1:]) if snapshot is not None}
+        found = self._found[0] if self._found is not None else None
+        named = (complete, target, protected, found, *whole[-1:])
+        kept = {snapshot for snapshot in named if snapshot is not None}
         if self._parent is not None and (not whole or whole[-1].generation < self._parent[0]):
             kept.add(self._parent[1])
         room = min((report.keep_complete for report in self.reports.values() if report.served), default=None)

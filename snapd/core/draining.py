@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from snapd.core.collector import Orders
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Inventory
+from snapd.core.reports import Orders
 
 LoneShard = tuple[SnapshotId, int]
 

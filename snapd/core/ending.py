@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from snapd.core.collector import NodeReport, Orders, Told
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Inventory
+from snapd.core.reports import NodeReport, Orders, Told
 
 
 @dataclass(slots=True)

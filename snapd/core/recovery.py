@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snapd.core.cluster import Code
-from snapd.core.collector import Held
 from snapd.core.ids import SnapshotId
+from snapd.core.reports import Held
 from snapd.core.restore import Decision, Outcome, Verdict
 from snapd.core.rows import Row
 from snapd.core.words import SHOWN, listed

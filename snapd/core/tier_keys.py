@@ -7,7 +7,8 @@
     jobs/JOB/condemned/ROUND.condemned             what a collector is about to delete
     jobs/JOB/pins/NAME.pin                         snapshots that retention must keep
 
-G, the generation, and S, the step, are decimal and padded with zeros (10 and 15 digits), so that the order of keys is the order of age.
+G, the generation, and S, the step, are decimal and padded with zeros (10 and 15 digits): the order of keys is the
+order of age.
 """
 
 from __future__ import annotations

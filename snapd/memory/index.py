@@ -16,10 +16,10 @@ from pathlib import Path
 
 import xxhash
 
-from snapd.core.collector import Told
 from snapd.core.generations import Generation
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
+from snapd.core.reports import Told
 from snapd.errors import CapacityError, IntegrityError, InvariantViolated, JobUnusable
 from snapd.memory.protection_rows import SCHEMA as PROTECTION_SCHEMA
 from snapd.memory.protection_rows import ProtectionRows

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import grpc
 from snapd_proto import peer_pb2, peer_pb2_grpc
 
-from snapd.core.collector import NodeReport
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Inventory
+from snapd.core.reports import NodeReport
 from snapd.core.restore import RankReport, Verdicts
 from snapd.errors import UnavailableError
 from snapd.rpc import peer_convert as convert

@@ -8,10 +8,10 @@ from dataclasses import replace
 from snapd_proto import peer_pb2, trainer_pb2
 
 from snapd.core.cluster import DATA_FRAGMENTS_MAX, PARITY_FRAGMENTS_MAX, Code, checked_node_name
-from snapd.core.collector import Held, NodeReport, Orders, PartDone, Told
 from snapd.core.ids import STEP_MAX, WORLD_SIZE_MAX, SnapshotId, checked_job_name
 from snapd.core.interval import Interval
 from snapd.core.recovery import HeldRows, Inventory
+from snapd.core.reports import Held, NodeReport, Orders, PartDone, Told
 from snapd.core.restore import Decision, Outcome, RankReport, Verdict, Verdicts
 from snapd.errors import RemoteProtocolError
 from snapd.memory.records import record_from_bytes, record_to_proto

@@ -14,9 +14,9 @@ from typing import TypeVar
 from snapd.coordination.job_records import Newest
 from snapd.coordination.jobs import ClusterCoordination
 from snapd.core.cluster import GroupTable, Member
-from snapd.core.collector import NodeReport, Orders
 from snapd.core.ids import JOB_NAME, SnapshotId
 from snapd.core.recovery import Inventory
+from snapd.core.reports import NodeReport, Orders
 from snapd.core.restore import RankReport, Verdicts
 from snapd.errors import FencedError, NotFoundError, RemoteProtocolError, SnapdError, UnavailableError
 from snapd.runtime.changes import Changes

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import Collector, NodeReport, Orders
+from snapd.core.collector import Collector
 from snapd.core.ending import Ending, inventory_without, report_without
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
+from snapd.core.reports import NodeReport, Orders
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.core.rows import chunks_of, plan_rows
 from snapd.errors import ConflictError, FencedError, NotFoundError, SnapdError, UnavailableError

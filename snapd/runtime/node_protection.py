@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import PartDone
 from snapd.core.ids import SnapshotId
 from snapd.core.protection import RowMap, RowPlan
 from snapd.core.recovery import HeldRows
+from snapd.core.reports import PartDone
 from snapd.errors import IntegrityError
 from snapd.runtime.job import Job
 from snapd.runtime.peers import Records

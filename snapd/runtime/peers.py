@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from snapd.core.cluster import Code
-from snapd.core.collector import NodeReport, Orders
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.core.recovery import Inventory
+from snapd.core.reports import NodeReport, Orders
 from snapd.core.restore import Decision, RankReport, Verdicts
 
 

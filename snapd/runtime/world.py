@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import Held, NodeReport, Orders, PartDone, Told
 from snapd.core.ending import is_gone, orders_without, told_without
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.recovery import HeldRows, Inventory
+from snapd.core.reports import Held, NodeReport, Orders, PartDone, Told
 from snapd.errors import CapacityError, SnapdError
 from snapd.runtime.job import Job
 from snapd.runtime.peers import ReportAnswer

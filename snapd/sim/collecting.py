@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapd.core.cluster import Code
-from snapd.core.collector import NodeReport, Orders
 from snapd.core.ids import SnapshotId
 from snapd.core.protection import PlacedRecord, RowMap
 from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
+from snapd.core.reports import NodeReport, Orders
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.errors import NotFoundError, SnapdError, UnavailableError
 from snapd.sim.bugs import Bug, BuggyCollector

@@ -16,12 +16,12 @@ from snapd.coordination.jobs import ClusterCoordination
 from snapd.coordination.kv import Write
 from snapd.coordination.settings import ClusterEnvironment
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import NodeReport, Orders
 from snapd.core.generations import Assignment, assign
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.core.membership import Highwater
 from snapd.core.placement import place
+from snapd.core.reports import NodeReport, Orders
 from snapd.errors import FencedError, InternalError, NotFoundError, RemoteProtocolError, UnavailableError
 from snapd.sim.bugs import Bug
 from snapd.sim.collecting import Records, SimCollector

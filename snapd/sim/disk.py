@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from snapd.core.cluster import Code
-from snapd.core.collector import Told
 from snapd.core.ids import Place, SnapshotId
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.core.membership import Highwater
 from snapd.core.protection import PlacedRecord, RowMap
+from snapd.core.reports import Told
 
 JOB = "job"
 CHUNK_BYTES = 64

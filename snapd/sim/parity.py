@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from snapd.core.collector import PartDone
 from snapd.core.ids import SnapshotId
 from snapd.core.protection import PlacedRecord, RowMap, RowPlan, make_plan
 from snapd.core.recovery import HeldRows
+from snapd.core.reports import PartDone
 from snapd.sim.bugs import Bug
 from snapd.sim.disk import Disk, FragmentKey, Parity
 

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 from snapd.coordination.job_records import generations_from_json
 from snapd.coordination.kv import Write
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import Collector, Orders
+from snapd.core.collector import Collector
 from snapd.core.generations import Generation
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.core.recovery import Choice
+from snapd.core.reports import Orders
 from snapd.core.restore import Outcome, Verdicts
 from snapd.sim.disk import JOB, Disk, HandOver, Session, ShardKey, StoredShard, encode
 

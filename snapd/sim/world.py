@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import Held, NodeReport, Orders
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Inventory
+from snapd.core.reports import Held, NodeReport, Orders
 from snapd.errors import SnapdError
 from snapd.sim.bugs import Bug
 

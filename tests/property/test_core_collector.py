@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapd.core.cluster import Code, Group, GroupTable
-from snapd.core.collector import Collector, Held, NodeReport, Orders, PartDone
+from snapd.core.collector import Collector
 from snapd.core.ids import SnapshotId
+from snapd.core.reports import Held, NodeReport, Orders, PartDone
 
 NODES = ("a", "b", "c")
 RANKS = 2

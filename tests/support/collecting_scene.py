@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import Orders
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Inventory
+from snapd.core.reports import Orders
 from snapd.core.restore import RankReport
 from snapd.errors import NotFoundError, UnavailableError
 from snapd.runtime.collecting import CollectorHost, CollectorSettings

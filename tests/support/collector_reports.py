@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from snapd.core.cluster import Code, Group, GroupTable
-from snapd.core.collector import Held, NodeReport, PartDone
 from snapd.core.ids import SnapshotId
+from snapd.core.reports import Held, NodeReport, PartDone
 
 
 def snap(step: int, generation: int = 1) -> SnapshotId:

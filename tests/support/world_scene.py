@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from snapd.core.cluster import GroupTable
-from snapd.core.collector import NodeReport, Orders, PartDone, Told
 from snapd.core.generations import Generation
 from snapd.core.ids import Place, SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.ledger import Ledger
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.core.recovery import HeldRows
+from snapd.core.reports import NodeReport, Orders, PartDone, Told
 from snapd.errors import UnavailableError
 from snapd.runtime.peers import ReportAnswer
 from snapd.runtime.world import Here, World

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from snapd.core.collector import Collector, NodeReport, Told
+from snapd.core.collector import Collector
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
+from snapd.core.reports import NodeReport, Told
 from tests.support.collector_reports import Reporting, done, held, snap, table_of
 
 TABLE = table_of(["a", "b", "c"])

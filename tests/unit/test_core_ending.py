@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from snapd.core.collector import Held, NodeReport, Orders, PartDone, Told
 from snapd.core.draining import lacks_protection, lone_shards, that_matter
 from snapd.core.ending import Ending, inventory_without, orders_without, report_without
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Inventory
+from snapd.core.reports import Held, NodeReport, Orders, PartDone, Told
 from snapd.core.restore import Decision, Outcome, RankReport, RestoreRound
 
 OLD, NEW = SnapshotId(3, 10), SnapshotId(4, 2)

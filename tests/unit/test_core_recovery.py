@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator
 import pytest
 
 from snapd.core.cluster import Code
-from snapd.core.collector import Held
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import (
     Choice,
@@ -20,6 +19,7 @@ from snapd.core.recovery import (
     gaps,
     missing_row,
 )
+from snapd.core.reports import Held
 from snapd.core.restore import Outcome
 from snapd.core.rows import Row, RowChunk, plan_rows
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from snapd.core.collector import Orders, Told
 from snapd.core.interval import Interval
 from snapd.core.recovery import HeldRows
+from snapd.core.reports import Orders, Told
 from snapd.runtime.world import AWAY_AFTER_S, GATHER_S, HEAR_EVERY_S, HOLD_S, RETRY_S
 from tests.support.collector_reports import done, snap, table_of
 from tests.support.virtual_time import pass_time
