@@ -1,0 +1,121 @@
+"""Which snapshot goes to the shared tier next, and why: every N steps, every so often, on demand, before the end.
+
+Pure: what is known comes in, a choice with its reason comes out. The same code chooses for one machine and for a
+cluster, where the job's collector names the choice to all nodes. One snapshot is flushed at a time; a newer one takes
+the place of one that is stuck, and what is durable already, or was overtaken by it, is never flushed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snapd.core.ids import SnapshotId
+
+PAUSE_FLOOR_UNKNOWN = "tier_floor"
+PAUSE_GENERATION = "tier_generation"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushRules:
+    """`every_steps`: at each multiple of it, or the first complete snapshot after one; 0: not by steps. `every_s`: so
+    long after the last one was begun; 0: not by time.
+    """
+
+    every_steps: int = 0
+    every_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushSituation:
+    """`newest`: complete on all ranks and not known to be bad. `durable`: the newest of this job that is committed in
+    the tier. `current`: the one that is being flushed; `stuck`: why it does not go on, if it does not. `first_step`:
+    the first step of the newest's generation that was complete. `waited_s`: since the last flush was begun. `floor`:
+    the highest generation that the tier had before the job began; None: it could not be asked yet. `wanted`: asked
+    for, this one or a newer one. `is_ending`: this node goes away.
+    """
+
+    newest: SnapshotId | None = None
+    durable: SnapshotId | None = None
+    current: SnapshotId | None = None
+    stuck: str = ""
+    first_step: int = 0
+    waited_s: float = 0.0
+    floor: int | None = 0
+    wanted: SnapshotId | None = None
+    is_ending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FlushChoice:
+    """`snapshot`: to be flushed now. `due_s`: without one, look again after that time; None: only when something
+    changes. `pause`: the kind of what holds the level up, where that is not the store's matter.
+    """
+
+    snapshot: SnapshotId | None
+    reason: str
+    due_s: float | None = None
+    pause: str = ""
+
+
+def choose_flush(rules: FlushRules, situation: FlushSituation) -> FlushChoice:
+    """What to flush now."""
+    newest, current, durable = situation.newest, situation.current, situation.durable
+    if newest is None:
+        return FlushChoice(None, "nothing is complete")
+    if situation.floor is None:
+        return FlushChoice(
+            None, "it is not known yet which generations the tier has", pause=PAUSE_FLOOR_UNKNOWN
+        )
+    if newest.generation <= situation.floor:
+        reason = (
+            f"the tier had generation {situation.floor} of this job before this start of it, which has generation"
+            f" {newest.generation}: it gets a newer one when the job's world is started anew"
+        )
+        return FlushChoice(None, reason, pause=PAUSE_GENERATION)
+    if current is not None and current.generation > situation.floor and not _is_durable(current, durable):
+        if situation.stuck and newest > current:
+            return FlushChoice(newest, f"{current} is stuck ({situation.stuck}), and {newest} is newer")
+        return FlushChoice(current, "being flushed")
+    if _is_durable(newest, durable):
+        return FlushChoice(None, "the newest complete snapshot is durable")
+    return _due(rules, situation, newest)
+
+
+def _is_durable(snapshot: SnapshotId, durable: SnapshotId | None) -> bool:
+    return durable is not None and durable >= snapshot
+
+
+def _due(rules: FlushRules, situation: FlushSituation, newest: SnapshotId) -> FlushChoice:
+    wanted = situation.wanted
+    if situation.is_ending:
+        return FlushChoice(newest, "this node goes away")
+    if wanted is not None and newest >= wanted and not _is_durable(wanted, situation.durable):
+        return FlushChoice(newest, "asked for")
+    counted_from = counted_from_step(situation.durable, newest.generation, situation.first_step)
+    if rules.every_steps and newest.step // rules.every_steps > counted_from // rules.every_steps:
+        return FlushChoice(newest, f"every {rules.every_steps} steps")
+    if rules.every_s and situation.waited_s >= rules.every_s:
+        return FlushChoice(newest, f"every {rules.every_s:g} s")
+    return _not_yet(rules, situation, counted_from)
+
+
+def _not_yet(rules: FlushRules, situation: FlushSituation, counted_from: int) -> FlushChoice:
+    reasons = []
+    if rules.every_steps:
+        reasons.append(f"at step {(counted_from // rules.every_steps + 1) * rules.every_steps}")
+    due_s = rules.every_s - situation.waited_s if rules.every_s else None
+    if due_s is not None:
+        reasons.append(f"in {due_s:.0f} s")
+    if not reasons:
+        return FlushChoice(None, "flushed on demand and before the end only")
+    return FlushChoice(None, "next " + " or ".join(reasons), due_s=due_s)
+
+
+def counted_from_step(durable: SnapshotId | None, generation: int, first_step: int) -> int:
+    """The step from which steps are counted: of the last durable snapshot; a generation that went back behind it
+    counts from where it began.
+    """
+    if durable is not None and durable.generation == generation:
+        return durable.step
+    began = max(0, first_step - 1)
+    return began if durable is None else min(durable.step, began)
