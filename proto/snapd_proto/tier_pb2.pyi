@@ -378,3 +378,52 @@ class Pin(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Pin: _TypeAlias = Pin  # noqa: Y015
+
+@_typing.final
+class PackIndex(_message.Message):
+    """The index at the end of a pack: what lies in it, so that a pack can be read without any manifest. Columns, one entry for
+    each chunk in order; the stored bytes lie back to back behind the pack's header, so offsets follow from the sizes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_VERSION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STORED_NBYTES_FIELD_NUMBER: _builtins.int
+    NBYTES_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    ELEMENT_NBYTES_FIELD_NUMBER: _builtins.int
+    XXH3_128_FIELD_NUMBER: _builtins.int
+    format_version: _builtins.int
+    name: _builtins.str
+    """the pack's"""
+    xxh3_128: _builtins.bytes
+    """16 bytes for each chunk, of its raw bytes"""
+    @_builtins.property
+    def stored_nbytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def nbytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """raw"""
+
+    @_builtins.property
+    def encoding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def element_nbytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        format_version: _builtins.int = ...,
+        name: _builtins.str = ...,
+        stored_nbytes: _abc.Iterable[_builtins.int] | None = ...,
+        nbytes: _abc.Iterable[_builtins.int] | None = ...,
+        encoding: _abc.Iterable[_builtins.int] | None = ...,
+        element_nbytes: _abc.Iterable[_builtins.int] | None = ...,
+        xxh3_128: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_nbytes", b"element_nbytes", "encoding", b"encoding", "format_version", b"format_version", "name", b"name", "nbytes", b"nbytes", "stored_nbytes", b"stored_nbytes", "xxh3_128", b"xxh3_128"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackIndex: _TypeAlias = PackIndex  # noqa: Y015

@@ -84,3 +84,34 @@ class StoredSnapshot:
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """Who is writing which snapshot, and on what it builds. Put again, with `beat` counted up, as a sign of life."""
+
+    job: str
+    write_id: str
+    node: str
+    id: SnapshotId
+    bases: tuple[SnapshotId, ...]  # committed snapshots whose packs it may use again
+    beat: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """What a collector is about to delete one round later: keys of packs, shards, snapshots and intents."""
+
+    job: str
+    round: int
+    collector: str  # its write id
+    keys: tuple[str, ...]  # manifests first, then packs
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A snapshot that retention must keep, by name."""
+
+    job: str
+    name: str
+    id: SnapshotId
