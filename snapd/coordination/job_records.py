@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from snapd.core.generations import Generation, GenerationKey
 from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
+from snapd.core.reports import Record, Told
 from snapd.errors import RemoteProtocolError
 
 GENERATIONS_KEPT = 64
@@ -18,11 +20,28 @@ Table = dict[GenerationKey, Generation]
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """The newest snapshots of a job that are complete on all ranks, and protected, as the collector said last."""
+    """The newest snapshots of a job that are complete on all ranks, and protected, as the collector said last; and the
+    interval of that generation. `epoch`: of the table when it was written.
+    """
 
     complete: SnapshotId | None
     protected: SnapshotId | None
     epoch: int
+    protected_epoch: int = 0
+    generation: int = 0
+    interval: Interval = field(default_factory=Interval)
+
+    @classmethod
+    def of(cls, record: Record, epoch: int) -> Newest:
+        told = record.told
+        return cls(
+            told.complete, told.protected, epoch, told.protected_epoch, record.generation, record.interval
+        )
+
+    @property
+    def record(self) -> Record:
+        told = Told(self.complete, self.protected, self.protected_epoch)
+        return Record(told, self.generation, self.interval)
 
 
 def bounded(rows: Iterable[Generation]) -> Table:
@@ -71,14 +90,30 @@ def removed_from_bytes(value: bytes | None) -> int:
 
 
 def newest_to_json(newest: Newest) -> bytes:
-    return json.dumps(asdict(newest), separators=(",", ":")).encode("ascii")
+    interval = newest.interval
+    body = {
+        "complete": _id_to_names(newest.complete),
+        "protected": _id_to_names(newest.protected),
+        "epoch": newest.epoch,
+        "protected_epoch": newest.protected_epoch,
+        "generation": newest.generation,
+        "interval": [interval.configured, interval.factor, interval.from_step, interval.complete_since],
+    }
+    return json.dumps(body, separators=(",", ":")).encode("ascii")
 
 
 def newest_from_json(value: bytes) -> Newest:
     """Raise RemoteProtocolError (kind `record`) for anything else."""
     try:
         body = json.loads(value)
-        return Newest(_id(body["complete"]), _id(body["protected"]), int(body["epoch"]))
+        return Newest(
+            _id(body["complete"]),
+            _id(body["protected"]),
+            int(body["epoch"]),
+            int(body.get("protected_epoch", 0)),  # a version before did not write these
+            int(body.get("generation", 0)),
+            _interval(body.get("interval")),
+        )
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RemoteProtocolError("not a record of the newest snapshots", kind="record") from error
 
@@ -94,6 +129,19 @@ def _row(number: Any, incarnation: Any, rollback_count: Any, world_size: Any, pa
 
 def _id_to_fields(snapshot: SnapshotId | None) -> list[int] | None:
     return [snapshot.generation, snapshot.step] if snapshot else None
+
+
+def _id_to_names(snapshot: SnapshotId | None) -> dict[str, int] | None:
+    return {"generation": snapshot.generation, "step": snapshot.step} if snapshot is not None else None
+
+
+def _interval(body: Any) -> Interval:
+    if body is None:
+        return Interval()
+    configured, factor, from_step, complete_since = (int(each) for each in body)
+    if configured < 1 or factor < 1 or from_step < 0 or complete_since < 0:
+        raise ValueError("not an interval")
+    return Interval(configured, factor, from_step, complete_since)
 
 
 def _id(body: Any) -> SnapshotId | None:

@@ -21,12 +21,11 @@ from snapd.coordination.job_records import (
     generations_from_json,
     generations_to_json,
     merged,
-    newest_from_json,
     newest_number,
-    newest_to_json,
     removed_from_bytes,
 )
 from snapd.coordination.kv import Check, Entry, Write
+from snapd.coordination.newest import NewestRecord
 from snapd.core.generations import Assignment, Generation, assign
 from snapd.core.geometry import is_chunk_size
 from snapd.core.ids import SnapshotId
@@ -34,7 +33,6 @@ from snapd.core.interval import Interval
 from snapd.errors import ConflictError, FencedError, RemoteProtocolError, SnapdError, UnavailableError
 
 ATTEMPTS_MAX = 16
-NEWEST_EVERY_S = 1.0
 READY_LEASES = 2.0  # so many leases long a new generation waits for the store to be there
 Answer = TypeVar("Answer")
 
@@ -54,10 +52,7 @@ class ClusterCoordination:
         self._removed_through = 0
         self._claimed_under = 0
         self._revision = 0  # of the last reading
-        self._newest: Newest | None = None
-        self._newest_wanted: Newest | None = None
-        self._newest_written_s = float("-inf")
-        self._newest_wake = asyncio.Event()
+        self._record = NewestRecord(state, job, may_write=self._may_record, lease_ended=self._lease_ended)
         self._changed = asyncio.Event()
 
     # What the job's runtime asks (base.Coordination).
@@ -188,24 +183,24 @@ class ClusterCoordination:
         except TimeoutError:
             return
 
+    def _lease_ended(self) -> None:
+        """The store has refused what our lease should allow: whoever claims the key now collects."""
+        self._claimed_under = 0
+        self._tell()
+
     # The newest snapshots, for those who were not there.
 
-    @property
-    def newest(self) -> Newest | None:
-        """As last read or written here."""
-        return self._newest
+    def publish_newest(self, newest: Newest, written: Callable[[Newest], None] = lambda newest: None) -> None:
+        """By the collector. See `NewestRecord.publish`."""
+        self._record.publish(newest, written)
 
-    def publish_newest(self, newest: Newest) -> None:
-        """By the collector; written at most once a second, the last one wins."""
-        self._newest_wanted = newest
-        self._newest_wake.set()
+    def _may_record(self, newest: Newest) -> bool:
+        is_gone = newest.complete is None or newest.complete.generation <= self._removed_through
+        return self.is_collector and not is_gone
 
     async def read_newest(self) -> Newest | None:
         """What the store says now. Raises UnavailableError; RemoteProtocolError (kind `record`)."""
-        key = self._state.keys.newest(self._job)
-        entry = (await self._state.store.read(key)).items.get(key)
-        self._newest = newest_from_json(entry.value) if entry else None
-        return self._newest
+        return await self._record.read()
 
     # Its end.
 
@@ -246,7 +241,7 @@ class ClusterCoordination:
 
     async def run(self) -> None:
         """Keep the cache fresh and write what is published, until cancelled; then the collector's key is let go."""
-        publishing = asyncio.ensure_future(self._publish())
+        publishing = asyncio.ensure_future(self._record.run())
         try:
             while True:
                 try:
@@ -369,34 +364,6 @@ class ClusterCoordination:
                 hint="it is rebuilt from the daemons that are alive; `snapd status` shows which are missing",
             )
 
-    async def _publish(self) -> None:
-        while True:
-            await self._newest_wake.wait()
-            self._newest_wake.clear()
-            now_s = self._state.environment.monotonic_s
-            await asyncio.sleep(max(0.0, self._newest_written_s + NEWEST_EVERY_S - now_s()))
-            wanted, self._newest_written_s = self._newest_wanted, now_s()
-            if wanted is None or wanted == self._newest or not self.is_collector:
-                continue
-            try:
-                await self._write_newest(wanted)
-            except (SnapdError, OSError) as error:
-                self._state.note("newest.unwritten", {"job": self._job, "reason": str(error)})
-                await asyncio.sleep(NEWEST_EVERY_S)
-                self._newest_wake.set()
-
-    async def _write_newest(self, wanted: Newest) -> None:
-        """Never over a record of a later epoch or generation: then this collector is an old one."""
-        key = self._state.keys.newest(self._job)
-        if wanted.complete is None or wanted.complete.generation <= self._removed_through:
-            return
-        entry = (await self._state.store.read(key)).items.get(key)
-        if entry is not None and _is_after(newest_from_json(entry.value), wanted):
-            raise FencedError("another collector has written something newer", kind="collector")
-        check = Check(key, entry.version if entry else 0)
-        if await self._state.store.transact([check], [Write(key, newest_to_json(wanted))]):
-            self._newest = wanted
-
     async def _let_go(self) -> None:
         try:
             async with asyncio.timeout(self._state.settings.lease_s):
@@ -407,10 +374,3 @@ class ClusterCoordination:
     def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _is_after(stored: Newest, wanted: Newest) -> bool:
-    def order(newest: Newest) -> tuple[int, SnapshotId]:
-        return newest.epoch, newest.complete or SnapshotId(0, 0)
-
-    return order(stored) > order(wanted)

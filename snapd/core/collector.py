@@ -20,7 +20,7 @@ from snapd.core.interval import Interval, after_abort, after_complete
 from snapd.core.reports import NodeReport, Orders, Record, Told
 
 REASONS_SHOWN = 8
-UNRECORDED = "the newest complete snapshot is protected; the coordinator has not recorded it yet"
+BEING_PROTECTED = "being protected"
 
 
 @dataclass(slots=True)
@@ -62,8 +62,10 @@ class Collector:
         return Record(told, self._interval_generation, self._interval)
 
     def recorded(self, record: Record) -> None:
-        """Coordination has it: what it says is a fact from now on. `settle` follows."""
-        self._note_told(record.told)
+        """Coordination has it: what was found is a fact from now on. `settle` follows."""
+        told = record.told
+        if self._found is not None and self._found == (told.protected, told.protected_epoch):
+            self._note_told(Told(None, *self._found))
 
     def take(self, report: NodeReport) -> bool:
         """Take up a node's report; False for one that a newer one overtook. `settle` follows, for several at once."""
@@ -199,15 +201,16 @@ class Collector:
         under way. A shard that is on no node any more lives in the rows of the epoch before, and nothing takes their
         place: only what is whole is found.
         """
-        protected, epoch = self._confirmed()
-
-        def is_news(found: tuple[SnapshotId, int]) -> bool:
-            return found[0] not in self._problems and (protected is None or found > (protected, epoch))
-
-        if self._found is not None and is_news(self._found):
+        if self._found is not None and self._is_news(*self._found):
             return
         newest = (done[-1], table.epoch) if done and table is not None else None
-        self._found = newest if newest is not None and is_news(newest) else None
+        self._found = newest if newest is not None and self._is_news(*newest) else None
+
+    def _is_news(self, snapshot: SnapshotId, epoch: int) -> bool:
+        """To be protected under that epoch would be more than is recorded."""
+        protected, known_epoch = self._confirmed()
+        is_more = protected is None or (snapshot, epoch) > (protected, known_epoch)
+        return is_more and snapshot not in self._problems
 
     def _aim(
         self,
@@ -220,9 +223,10 @@ class Collector:
         if table is None or not whole:
             return None, "no group table" if table is None else "nothing is complete"
         newest, confirmed = whole[-1], self._confirmed()
+        if newest in done and self._is_news(newest, table.epoch):
+            return newest, BEING_PROTECTED  # it is to be recorded; nobody hears of it before
         if newest in done:
-            is_waiting = self._found is not None and newest == self._found[0]
-            return None, UNRECORDED if is_waiting else "the newest complete snapshot is protected"
+            return None, "the newest complete snapshot is protected"
         if (newest, table.epoch) in (confirmed, self._found):
             # Never twice under one epoch: its holders may have changed, the rows with them, and other rows would take
             # the place of those that protect it. What a member that came back empty lacks comes with the next snapshot.
@@ -237,10 +241,10 @@ class Collector:
             and current not in done
             and self._still_worth(current, newest)
         ):
-            return current, "being protected"
+            return current, BEING_PROTECTED
         if confirmed[0] is not None and newest < confirmed[0]:
             return None, "a newer snapshot is protected"
-        return newest, "being protected"  # the words of the next settling: no news in between
+        return newest, BEING_PROTECTED  # the words of the next settling: no news in between
 
     def _still_worth(self, target: SnapshotId, newest: SnapshotId) -> bool:
         """A target of the same generation is finished before a newer one is taken up."""
@@ -275,12 +279,10 @@ class Collector:
                 waiting.extend(absent)
             elif len(set(plans.values())) > 1:
                 waiting.append(f"group {group.number} (its nodes planned different rows)")
+        if not waiting:
+            return ""
         listed = ", ".join(waiting[:REASONS_SHOWN])
-        return (
-            f"waiting for {listed}" + (" and others" if len(waiting) > REASONS_SHOWN else "")
-            if waiting
-            else ""
-        )
+        return f"waiting for {listed}" + (" and others" if len(waiting) > REASONS_SHOWN else "")
 
     def _plan_of(self, node: str, snapshot: SnapshotId, epoch: int) -> bytes | None:
         report = self.reports.get(node)

@@ -16,6 +16,8 @@
 /snapd/NAME/jobs/JOB/chunk_bytes    the job's one chunk size, as the first node named it
 /snapd/NAME/newest/JOB              the newest complete and protected snapshot; outside `jobs/`, so that nobody who
                                     watches a job is woken by it
+/snapd/NAME/recorders/JOB           leased: the node that wrote it last. In the same transaction: the store refuses it
+                                    to a collector whose lease has ended
 ```
 """
 
@@ -85,6 +87,9 @@ class Keyspace:
 
     def newest(self, job: str) -> str:
         return f"{self.root}newest/{job}"
+
+    def recorder(self, job: str) -> str:
+        return f"{self.root}recorders/{job}"
 
 
 def checked_key(text: str) -> str:

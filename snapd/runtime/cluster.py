@@ -16,7 +16,7 @@ from snapd.coordination.jobs import ClusterCoordination
 from snapd.core.cluster import GroupTable, Member
 from snapd.core.ids import JOB_NAME, SnapshotId
 from snapd.core.recovery import Inventory
-from snapd.core.reports import NodeReport, Orders
+from snapd.core.reports import NodeReport, Orders, Record
 from snapd.core.restore import RankReport, Verdicts
 from snapd.errors import FencedError, NotFoundError, RemoteProtocolError, SnapdError, UnavailableError
 from snapd.runtime.changes import Changes
@@ -286,18 +286,17 @@ class Cluster:
 
         current = coordination.generation(coordination.current())
 
-        def record(orders: Orders) -> None:
-            coordination.publish_newest(Newest(orders.complete, orders.protected, self.epoch))
+        def record(record: Record) -> None:
+            coordination.publish_newest(Newest.of(record, self.epoch), lambda new: host.recorded(new.record))
 
-        self._collectors[name] = CollectorHost(
+        before = newest.record if newest else Record()
+        host = self._collectors[name] = CollectorHost(
             name,
             self,
             self._parts.collector_settings,
-            complete=newest.complete if newest else None,
-            protected=newest.protected if newest else None,
+            before=before.with_interval(*self.worlds[name].widened),
             parent=(current.number, current.parent) if current and current.parent else None,
             record=record,
-            widened=self.worlds[name].widened,
             removed_through=coordination.removed_through,
             ended=lambda generation: self._job_ended(name, generation),
         )

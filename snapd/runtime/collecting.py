@@ -15,9 +15,8 @@ from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector
 from snapd.core.ending import Ending, inventory_without, report_without
 from snapd.core.ids import SnapshotId
-from snapd.core.interval import Interval
 from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
-from snapd.core.reports import NodeReport, Orders
+from snapd.core.reports import NodeReport, Orders, Record
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.core.rows import chunks_of, plan_rows
 from snapd.errors import ConflictError, FencedError, NotFoundError, SnapdError, UnavailableError
@@ -65,7 +64,7 @@ class CollectorSettings:
 
 
 class CollectorHost:
-    """One job's collector. Single-threaded, on the event loop. `record` stores the newest snapshots for a successor."""
+    """One job's collector. Single-threaded, on the event loop."""
 
     def __init__(
         self,
@@ -73,31 +72,28 @@ class CollectorHost:
         surroundings: Surroundings,
         settings: CollectorSettings,
         *,
-        complete: SnapshotId | None,
-        protected: SnapshotId | None,
+        before: Record,
         parent: tuple[int, SnapshotId] | None,
-        record: Callable[[Orders], None],
-        widened: tuple[int, Interval] = (0, Interval()),
+        record: Callable[[Record], None],
         removed_through: int = 0,
         ended: Callable[[int], None] = lambda generation: None,
     ) -> None:
-        """`widened`: (generation, the interval that an earlier collector has ordered for it). `removed_through`:
-        generations up to it are gone. `ended`: all ranks have closed that generation for good.
+        """`before`: what earlier collectors have recorded. `record` has news recorded for the next one, and `recorded`
+        called then; it is called again for what is not recorded yet. `removed_through`: generations up to it are gone.
+        `ended`: all ranks have closed that generation for good.
         """
         self.job = job
         self.changes = Changes()
+        self._new_orders = Changes()
         self._around = surroundings
         self._settings = settings
         self._record = record
         self._removed_through = removed_through
         self._ended = ended
         self._ending = Ending()
-        self._core = Collector(
-            settings.interval_factor_max,
-            recorded_complete=complete,
-            recorded_protected=protected,
-            widened=widened,
-        )
+        self._is_closed = False
+        self._core = Collector(settings.interval_factor_max, before)
+        self._recorded = before
         if parent is not None:
             self._core.restored(*parent)
         self._rounds: dict[tuple[int, int], tuple[RestoreRound, tuple[ShardSource, ...]]] = {}
@@ -123,7 +119,9 @@ class CollectorHost:
         ranks = self._core.holders().get(snapshot)
         if table is None or ranks is None:
             return "no group table" if table is None else "no node holds it"
-        return self._core.missing_parts(snapshot, ranks, table)
+        missing = self._core.missing_parts(snapshot, ranks, table)
+        is_unrecorded = not missing and self._core.to_record.told.protected != self.orders.protected
+        return "waiting for the coordinator to record it" if is_unrecorded else missing
 
     @property
     def _is_young(self) -> bool:
@@ -131,9 +129,11 @@ class CollectorHost:
         return asyncio.get_running_loop().time() < self._began_s + GRACE_S
 
     def close(self) -> None:
+        self._is_closed = True
         self._growing_up.cancel()
         if self._settling is not None:
             self._settling.cancel()
+        self._new_orders.notify()
         self.changes.notify()
 
     # reports
@@ -142,7 +142,7 @@ class CollectorHost:
         """Take up a report; answer at once when its node does not know the newest orders, else after `hold_s`."""
         if self._core.take(report_without(report, self._removed_through)):
             self._settle_soon()
-        await self.changes.wait_until(lambda: self.orders.number != known_orders, hold_s)
+        await self._new_orders.wait_until(lambda: self.orders.number != known_orders, hold_s)
         return self.orders
 
     def membership_changed(self, lost: Iterable[str]) -> None:
@@ -152,7 +152,7 @@ class CollectorHost:
         self._settle_soon()
 
     def _settle_soon(self) -> None:
-        if self._settling is None:
+        if self._settling is None and not self._is_closed:
             self._settling = asyncio.get_running_loop().call_later(SETTLE_AFTER_S, self._settle)
 
     def _settle(self) -> None:
@@ -160,16 +160,23 @@ class CollectorHost:
         before = self.orders
         awaited = self._around.living if self._is_young else ()
         after = self._core.settle(self._around.table, awaited=awaited)
-        if after.number != before.number:
-            if (after.complete, after.protected) != (before.complete, before.protected):
-                self._record(after)
+        if self._core.to_record != self._recorded:
+            self._record(self._core.to_record)
         if self._ending.is_over(self.reports.values()) and self._ending.generation > self._removed_through:
             self._removed_through = self._ending.generation
             self._ended(self._removed_through)
         for round_, _ in self._rounds.values():
             if round_.reports:  # somebody waits at its barrier
                 self._settle_round(round_)
+        if after.number != before.number:
+            self._new_orders.notify()
         self.changes.notify()  # also without new orders: a restore may wait for what a report says
+
+    def recorded(self, record: Record) -> None:
+        """The store has it now, so that all may be told."""
+        self._recorded = record
+        self._core.recorded(record)
+        self._settle_soon()
 
     # restoring
 

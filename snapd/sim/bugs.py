@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector
 from snapd.core.ids import SnapshotId
+from snapd.core.reports import Orders
 
 
 class Bug(enum.Enum):
@@ -24,6 +25,7 @@ class Bug(enum.Enum):
     PLAN_IDENTITY_IGNORED = "parts count whatever rows their nodes planned"
     ONE_GROUP_IS_ENOUGH = "a snapshot counts as protected when its first group is done"
     PART_MISSING_IS_FINE = "a snapshot counts as protected while one member of a group is still at work"
+    TOLD_BEFORE_RECORDED = "nodes are told that a snapshot is protected before the store has recorded it"
     DROP_PROTECTED = "the newest protected snapshot may be dropped"
     DROP_NEWEST_COMPLETE = "the newest complete snapshot may be dropped"
     FORGET_COMPLETE = "a complete snapshot is forgotten while a holder is away"
@@ -59,6 +61,13 @@ class BuggyCollector(Collector):
     """The collector with the bugs of its own decisions. Without any it is the real one."""
 
     bugs: frozenset[Bug] = frozenset()
+
+    def settle(self, table: GroupTable | None, *, awaited: Iterable[str] = ()) -> Orders:
+        orders = super().settle(table, awaited=awaited)
+        if Bug.TOLD_BEFORE_RECORDED in self.bugs and self.to_record.told != orders.told:
+            self.recorded(self.to_record)
+            orders = super().settle(table, awaited=awaited)
+        return orders
 
     def _plan_of(self, node: str, snapshot: SnapshotId, epoch: int) -> bytes | None:
         report = self.reports.get(node)

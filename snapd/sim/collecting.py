@@ -13,7 +13,7 @@ from snapd.core.cluster import Code
 from snapd.core.ids import SnapshotId
 from snapd.core.protection import PlacedRecord, RowMap
 from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
-from snapd.core.reports import NodeReport, Orders
+from snapd.core.reports import NodeReport, Orders, Record
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.errors import NotFoundError, SnapdError, UnavailableError
 from snapd.sim.bugs import Bug, BuggyCollector
@@ -58,11 +58,10 @@ class WorldPlan:
 class SimCollector:
     """One job's collector. Nothing is kept that the nodes could not report again."""
 
-    def __init__(self, daemon: SimDaemon, complete: SnapshotId | None, protected: SnapshotId | None) -> None:
+    def __init__(self, daemon: SimDaemon, before: Record) -> None:
         self._daemon = daemon
-        self.core = BuggyCollector(
-            daemon.settings.interval_factor_max, recorded_complete=complete, recorded_protected=protected
-        )
+        self.core = BuggyCollector(daemon.settings.interval_factor_max, before)
+        self._recorded = before
         self.core.bugs = daemon.bugs
         self._began_s = daemon.now_s
         asyncio.get_running_loop().call_later(GRACE_S + SETTLE_AFTER_S, self._settle_soon)
@@ -127,11 +126,18 @@ class SimCollector:
         is_new = daemon.now_s < self._began_s + GRACE_S and Bug.COLLECTOR_IN_HASTE not in daemon.bugs
         awaited = daemon.state.members if is_new else ()
         after = daemon.timed("settle", lambda: self.core.settle(daemon.table, awaited=awaited))
-        if after.number != before.number:
+        to_record = self.core.to_record
+        if after.number != before.number or to_record != self._recorded:
             daemon.truth.ordered(daemon.node, self.core, before, after, daemon.table)
-            if (after.complete, after.protected) != (before.complete, before.protected):
-                daemon.record(after)
+        if to_record != self._recorded:
+            daemon.record(to_record, self._take_recorded)
         self._notify()
+
+    def _take_recorded(self, record: Record) -> None:
+        """The store has it now, so that all may be told."""
+        self._recorded = record
+        self.core.recorded(record)
+        self._settle_soon()
 
     # restoring
 

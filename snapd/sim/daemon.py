@@ -21,7 +21,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.core.membership import Highwater
 from snapd.core.placement import place
-from snapd.core.reports import NodeReport, Orders
+from snapd.core.reports import NodeReport, Orders, Record
 from snapd.errors import FencedError, InternalError, NotFoundError, RemoteProtocolError, UnavailableError
 from snapd.sim.bugs import Bug
 from snapd.sim.collecting import Records, SimCollector
@@ -247,13 +247,12 @@ class SimDaemon:
         except RemoteProtocolError as error:
             raise InternalError("the record of the newest snapshots cannot be read") from error
         if self.collector is None:
-            self.collector = SimCollector(
-                self, newest.complete if newest else None, newest.protected if newest else None
-            )
+            self.collector = SimCollector(self, newest.record if newest else Record())
             self.sim.note(self.node, "collects the job")
 
-    def record(self, orders: Orders) -> None:
-        self.coordination.publish_newest(Newest(orders.complete, orders.protected, self.epoch))
+    def record(self, record: Record, written: Callable[[Record], None]) -> None:
+        newest = Newest.of(record, self.epoch)
+        self.coordination.publish_newest(newest, lambda written_: written(written_.record))
 
     async def report(self, report: NodeReport, known_orders: int, hold_s: float) -> tuple[str, Orders]:
         """Take our own report to the collector, wherever it is."""

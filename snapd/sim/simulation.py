@@ -200,6 +200,7 @@ class Simulation:
         self.store_was_replaced = True
         self.note(STORE, "is put back from a copy" if copy else "is wiped")
         self.store.put_back(copy)
+        self.truth.recorded.clear()
 
     def is_forgotten(self, generation: int) -> bool:
         """Whether every daemon that knew of a generation is away, or was lost: it may be given out again. Away is also

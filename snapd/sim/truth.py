@@ -8,7 +8,8 @@ Fed by the simulation at the moment of each event; a broken promise ends the run
 - P3  no node drops its part of the newest protected snapshot, nor of the newest complete one
 - P4  a generation is given out once; what a trainer hands over after a newer generation's restore was decided is
       never complete
-- P5  protected means: every member of every group of one epoch has stored what one and the same plan gives it
+- P5  protected means: every member of every group of one epoch has stored what one and the same plan gives it; it is
+      a promise from when the store has recorded it
 - P6  after the faults a newer snapshot becomes protected within a bounded time (checked by `simulation.py`)
 - P7  after the store was wiped or rolled back no epoch and no generation is used again
 """
@@ -19,7 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from snapd.coordination.job_records import generations_from_json
+from snapd.coordination.job_records import generations_from_json, newest_from_json
 from snapd.coordination.kv import Write
 from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector
@@ -47,15 +48,18 @@ class BegunAnew(Exception):
     """The store and all that knew the job's past are gone: nothing of before is promised, and the run ends here."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Protected:
-    """A snapshot was protected under an epoch: by which groups, and with which arenas."""
+    """A snapshot was found protected under an epoch: by which groups, with which arenas. `is_fact`: it was recorded,
+    or somebody was told.
+    """
 
     id: SnapshotId
     epoch: int
     at_s: float
     groups: tuple[tuple[tuple[str, ...], int], ...]  # (nodes, m)
     arenas: dict[str, str]
+    is_fact: bool = False
 
 
 @dataclass(slots=True)
@@ -83,6 +87,7 @@ class Truth:
     marks: dict[str, int] = field(default_factory=dict)  # arena -> newest generation that was noted with it
     forgotten: dict[tuple[int, str, int], bool] = field(default_factory=dict)  # when it was first written
     bad: set[SnapshotId] = field(default_factory=set)
+    recorded: set[SnapshotId] = field(default_factory=set)  # as protected, in the store as it is now
     tellers: dict[SnapshotId, set[tuple[str, str]]] = field(default_factory=dict)
     restores: int = 0
     refusals: int = 0
@@ -108,19 +113,24 @@ class Truth:
         if after.target != before.target:
             self.targets += 1
             self.sim.note(node, f"target: {after.target} ({after.reason})")
-        protected = after.protected
-        if protected is None or table is None:
+        found = core.to_record.told
+        if found.protected is None or table is None or found.protected_epoch != table.epoch:
             return
-        if protected != before.protected:
-            self.sim.note(node, f"protected: {protected} under epoch {table.epoch}")
-            self._establish(core, protected, table)
-        elif not self._is_known(protected, table.epoch):
-            if after.protected_epoch == table.epoch and after.protected_epoch != before.protected_epoch:
-                self.sim.note(node, f"protected again: {protected} under epoch {table.epoch}")
-                self._establish(core, protected, table)
+        if not self._is_known(found.protected, table.epoch):
+            again = " again" if any(known.id == found.protected for known in self.protected) else ""
+            self.sim.note(node, f"protected{again}: {found.protected} under epoch {table.epoch}")
+            self._establish(core, found.protected, table)
 
     def _is_known(self, snapshot: SnapshotId, epoch: int) -> bool:
         return any(known.id == snapshot and known.epoch == epoch for known in self.protected)
+
+    def _is_recorded(self, value: bytes) -> None:
+        """The store takes what a collector found: from now on it is a fact, whoever collects next."""
+        newest = newest_from_json(value)
+        for known in self.protected:
+            if (known.id, known.epoch) == (newest.protected, newest.protected_epoch):
+                known.is_fact = True
+                self.recorded.add(known.id)
 
     def _note_complete(self, core: Collector, snapshot: SnapshotId) -> None:
         world_size = core.world_sizes().get(snapshot)
@@ -202,7 +212,9 @@ class Truth:
     def _is_overtaken(self, snapshot: SnapshotId, epoch: int) -> bool:
         """Another collector has said so before, of this or a newer one: parts may have gone since."""
         return any(
-            known.id > snapshot or (known.id == snapshot and known.epoch > epoch) for known in self.protected
+            known.id > snapshot or (known.id == snapshot and known.epoch > epoch)
+            for known in self.protected
+            if known.is_fact
         )
 
     def told(self, node: str, orders: Orders) -> None:
@@ -213,20 +225,28 @@ class Truth:
         if orders.protected is not None and daemon is not None:
             self.tellers.setdefault(orders.protected, set()).add((node, daemon.disk.arena_id))
         if orders.protected is not None and (self.announced is None or orders.protected > self.announced):
-            if not any(known.id == orders.protected for known in self.protected):
+            known = [each for each in self.protected if each.id == orders.protected]
+            if not known:
                 self.fail("P5", f"{node} is told that {orders.protected} is protected, which never was")
+            if not any(each.is_fact for each in known):
+                known[-1].is_fact = True
             self.announced = orders.protected
 
     # what is kept
 
     @property
     def newest_protected(self) -> SnapshotId | None:
-        """The newest that anybody was told of who still has his memory: told to nobody else, it is forgotten."""
-        machines = self.sim.machines
-        for known in sorted({p.id for p in self.protected} - self.bad, reverse=True):
-            if any(machines[name].disk.arena_id == arena for name, arena in self.tellers.get(known, ())):
+        """The newest that the store has recorded, or, once that was replaced, that anybody was told of who still has
+        his memory: with all who were told it is forgotten.
+        """
+        for known in sorted({p.id for p in self.protected if p.is_fact} - self.bad, reverse=True):
+            if known in self.recorded or self._is_remembered(known):
                 return known
         return None
+
+    def _is_remembered(self, snapshot: SnapshotId) -> bool:
+        machines = self.sim.machines
+        return any(machines[name].disk.arena_id == arena for name, arena in self.tellers.get(snapshot, ()))
 
     def stored(self, node: str, record: ShardRecord) -> None:
         self.persisted.add((record.id, record.rank))
@@ -277,7 +297,7 @@ class Truth:
         )
 
     def last_protection(self, snapshot: SnapshotId | None) -> Protected | None:
-        known = (known for known in self.protected if known.id == snapshot)
+        known = (known for known in self.protected if known.id == snapshot and known.is_fact)
         return max(known, key=lambda known: known.epoch, default=None)
 
     def _has_lost(self, known: Protected, node: str) -> bool:
@@ -357,7 +377,11 @@ class Truth:
         return self.marks.get(arena, 0)
 
     def about_to_write(self, write: Write) -> None:
-        """The store is about to take new generations: who could have told that they were given out before?"""
+        """The store is about to take what was found protected, or new generations: who could have told that they were
+        given out before?
+        """
+        if write.value is not None and write.key == self.sim.keys.newest(JOB):
+            self._is_recorded(write.value)
         if write.value is None or write.key != self.sim.keys.generations(JOB):
             return
         for row in generations_from_json(write.value).values():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from snapd.core.cluster import Code, Group, GroupTable
 from snapd.core.collector import Collector
 from snapd.core.ids import SnapshotId
-from snapd.core.reports import Held, NodeReport, Orders, PartDone
+from snapd.core.reports import Held, NodeReport, Orders, PartDone, Record
 
 NODES = ("a", "b", "c")
 RANKS = 2
@@ -37,6 +37,9 @@ class Reports:
         self.taken: dict[str, int] = {}
         self.before = Orders()
         self.parent: tuple[int, SnapshotId] | None = None
+        self.store = Record()
+        self.promised: SnapshotId | None = None
+        self._was_found: SnapshotId | None = None
 
     def _table(self) -> GroupTable:
         return GroupTable(self.epoch, Code(2, 1), (Group(0, NODES, Code(2, 1)),), "")
@@ -150,11 +153,17 @@ class Reports:
 
     def succeed(self) -> None:
         """The collector dies; another one begins with what was recorded."""
-        orders = self.core.orders
-        self.core = Collector(8, recorded_complete=orders.complete, recorded_protected=orders.protected)
+        self.core = Collector(8, self.store)
         if self.parent is not None:
             self.core.restored(*self.parent)
-        self.taken, self.before = {}, Orders(complete=orders.complete, protected=orders.protected)
+        told = self.store.told
+        self.taken, self.before = {}, Orders(complete=told.complete, protected=told.protected)
+
+    def record(self) -> None:
+        """The store takes what was found; the answer may be lost."""
+        self.store = self.core.to_record
+        if self.chance.random() < 0.7:
+            self.core.recorded(self.store)
 
     def obey(self) -> None:
         for snapshot, _ in self.core.orders.drop:
@@ -198,12 +207,20 @@ class Reports:
             assert after.complete is not None
             assert after.complete >= before.complete
         if after.complete != before.complete and after.complete is not None:
-            assert after.complete in whole or after.complete <= (before.complete or after.complete)
+            said = {report.told.complete for report in self.core.reports.values()}  # by a collector before
+            assert after.complete in whole | said or after.complete <= (before.complete or after.complete)
         if before.protected is not None and before.protected not in bad:
             assert after.protected is not None
             assert after.protected >= before.protected
+        told = self.store.told
         if after.protected not in (before.protected, None):
-            assert self._is_done(after.protected)
+            assert after.protected == told.protected, "nobody hears of it before it is recorded"
+        found = self.core.to_record.told.protected
+        if found not in (told.protected, after.protected, self._was_found, None):
+            assert self._is_done(found)
+        self._was_found = found
+        self.promised = max((s for s in (self.promised, after.protected) if s is not None), default=None)
+        assert self.promised is None or self.promised in bad or self.promised not in dropped
         if after.target is not None:
             assert after.target in whole
             assert after.target_groups == (0,)
@@ -219,8 +236,8 @@ class Reports:
 
 
 WEIGHTS = {
-    "capture": 6, "protect": 6, "all_report": 3, "send": 2, "arrive": 2, "obey": 3, "regroup": 1.0, "begin_world": 0.7,
-    "succeed": 0.5, "lose": 0.3, "find_bad": 0.2,
+    "capture": 6, "protect": 6, "record": 3, "all_report": 3, "send": 2, "arrive": 2, "obey": 3, "regroup": 1.0,
+    "begin_world": 0.7, "succeed": 0.5, "lose": 0.3, "find_bad": 0.2,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from snapd.core.cluster import GroupTable
 from snapd.core.ids import SnapshotId
 from snapd.core.recovery import Inventory
-from snapd.core.reports import Orders
+from snapd.core.reports import Orders, Record
 from snapd.core.restore import RankReport
 from snapd.errors import NotFoundError, UnavailableError
 from snapd.runtime.collecting import CollectorHost, CollectorSettings
@@ -60,21 +60,23 @@ class Scene:
     """A collector, its three nodes with a rank each, and what it recorded."""
 
     around: Around = field(default_factory=Around)
-    recorded: list[Orders] = field(default_factory=list)
+    recorded: list[Record] = field(default_factory=list)
+    is_store_away: bool = False
     ended: list[int] = field(default_factory=list)
     host: CollectorHost = None  # type: ignore[assignment]
     nodes: list[Reporting] = field(default_factory=list)
 
     def begin(self, generation: int = 1, **options: object) -> None:
-        facts: dict[str, object] = {
-            "complete": None,
-            "protected": None,
-            "parent": None,
-            "ended": self.ended.append,
-        }
+        facts: dict[str, object] = {"before": Record(), "parent": None, "ended": self.ended.append}
         facts.update(options)
-        self.host = CollectorHost("job", self.around, SETTINGS, record=self.recorded.append, **facts)  # type: ignore[arg-type]
+        self.host = CollectorHost("job", self.around, SETTINGS, record=self.take_record, **facts)  # type: ignore[arg-type]
         self.nodes = [Reporting(n, [r], world_size=3, generation=generation) for r, n in enumerate("abc")]
+
+    def take_record(self, record: Record) -> None:
+        """The store, a moment later."""
+        if not self.is_store_away:
+            self.recorded.append(record)
+            asyncio.get_running_loop().call_later(ANSWER_S, self.host.recorded, record)
 
     async def tell(self, *steps: int, **facts: object) -> Orders:
         """All nodes report what they hold; nobody waits."""

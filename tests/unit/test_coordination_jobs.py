@@ -11,6 +11,7 @@ from snapd.coordination.job_records import Newest
 from snapd.coordination.jobs import ClusterCoordination
 from snapd.coordination.kv import Write
 from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
 from snapd.errors import ConflictError, FencedError, UnavailableError
 from tests.support.clusters import KEYS, member, settled
 from tests.support.kv_scene import Client, kill, scene, virtually
@@ -164,6 +165,65 @@ def test_the_newest_record_is_written_once_a_second_at_most() -> None:
             assert 9 <= stores.server.revision - before <= 11
             await pass_time(2)
             assert await jobs[1].read_newest() == Newest(SnapshotId(1, 99), None, 1)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    virtually(work())
+
+
+def test_what_is_protected_is_written_at_once_and_said_to_be_when_it_is() -> None:
+    async def work() -> None:
+        async with scene() as (stores, cluster):
+            daemon = cluster.start(member("a"))
+            await settled([daemon], "a")
+            job = ClusterCoordination(daemon.state, "job")
+            running = asyncio.ensure_future(job.run())
+            await job.claim_collector()
+            written: list[Newest] = []
+            job.publish_newest(Newest(SnapshotId(1, 1), None, 1), written.append)
+            await pass_time(0.1)
+            assert written == []
+            protected = Newest(SnapshotId(1, 1), SnapshotId(1, 1), 1, 1, 1, Interval(2, 4, 64))
+            job.publish_newest(protected, written.append)
+            await pass_time(0.05)
+            assert written == [protected] == [await job.read_newest()]
+            job.publish_newest(protected, written.append)
+            await pass_time(2)
+            assert written == [protected] * 2, "the store has it already"
+            daemon.state.store.lose_answers = 1  # type: ignore[attr-defined]
+            before = stores.server.revision
+            again = Newest(SnapshotId(1, 2), SnapshotId(1, 2), 1, 1)
+            job.publish_newest(again, written.append)
+            await pass_time(0.5)
+            assert len(written) == 2
+            await pass_time(2)
+            assert written[2:] == [again]
+            assert stores.server.revision == before + 1, "it was written the first time"
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    virtually(work())
+
+
+def test_the_store_takes_no_record_of_a_collector_whose_lease_has_ended() -> None:
+    async def work() -> None:
+        async with scene() as (stores, cluster):
+            daemons = [cluster.start(member(name)) for name in "ab"]
+            await settled(daemons, "a", "b")
+            jobs = [ClusterCoordination(daemon.state, "job") for daemon in daemons]
+            running = asyncio.ensure_future(jobs[0].run())
+            assert await jobs[0].claim_collector() == "a"
+            written: list[Newest] = []
+            stores.server.end_lease(stores.clients[0]._lease)
+            assert await jobs[1].claim_collector() == "b"
+            assert jobs[0].is_collector, "it has not heard of it"
+            jobs[0].publish_newest(Newest(SnapshotId(1, 1), SnapshotId(1, 1), 1, 1), written.append)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert await jobs[1].read_newest() is None
+            assert not jobs[0].is_collector, "now it knows"
+            await pass_time(3)
+            assert written == [] and await jobs[1].read_newest() is None
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 

@@ -12,6 +12,7 @@ from snapd.core import membership
 from snapd.core.cluster import Code, Group, GroupTable
 from snapd.core.generations import Generation
 from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
 from snapd.core.keyspace import Keyspace
 from snapd.core.membership import Announcement, ClusterView, Highwater, Known, judge
 from snapd.errors import ConfigError, RemoteProtocolError
@@ -98,8 +99,11 @@ def test_records_come_back_as_they_were() -> None:
     rows = [Generation(2, "x", 0, 4), Generation(3, "x", 1, 4, SnapshotId(2, 17))]
     kept = job_records.bounded(rows)
     assert job_records.generations_from_json(job_records.generations_to_json(kept)) == kept
-    for newest in (Newest(SnapshotId(1, 2), None, 3), Newest(None, None, 0)):
+    whole = Newest(SnapshotId(1, 2), SnapshotId(1, 1), 3, 2, 1, Interval(5, 4, 80, 3))
+    for newest in (Newest(SnapshotId(1, 2), None, 3), Newest(None, None, 0), whole):
         assert job_records.newest_from_json(job_records.newest_to_json(newest)) == newest
+    of_a_version_before = b'{"complete":{"generation":1,"step":2},"protected":null,"epoch":3}'
+    assert job_records.newest_from_json(of_a_version_before) == Newest(SnapshotId(1, 2), None, 3)
 
 
 READERS: list[Callable[[bytes], object]] = [
@@ -120,7 +124,9 @@ READERS: list[Callable[[bytes], object]] = [
      b'{"epoch": 1, "groups": [[0, "9+9+9", []]], "asked": "1+1"}', b'{"epoch": 1, "groups": [1]}', b"[" * 100_000,
      b'{"member": {"node": "a"}}', b'{"cluster_id": "a", "table": 3}', b'{"epoch": true, "groups": [], "asked": "1+1"}',
      b'{"epoch": 1, "asked": "1+1", "groups": [[0, null, ["a", "a"]]]}',
-     b'{"complete": 1, "protected": 2, "epoch": 3}'],
+     b'{"complete": 1, "protected": 2, "epoch": 3}',
+     b'{"complete": null, "protected": null, "epoch": 3, "interval": [1, 0, 0, 0]}',
+     b'{"complete": null, "protected": null, "epoch": 3, "interval": [1, 2]}'],
 )  # fmt: skip
 def test_garbage_is_refused_by_name(reader: Callable[[bytes], object], garbage: bytes) -> None:
     with pytest.raises(RemoteProtocolError) as error:

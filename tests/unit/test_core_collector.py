@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
+from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
-from snapd.core.reports import NodeReport, Told
+from snapd.core.reports import NodeReport, Orders, Record, Told
 from tests.support.collector_reports import Reporting, done, held, snap, table_of
 
 TABLE = table_of(["a", "b", "c"])
 
 
-def collector(**recorded: SnapshotId) -> Collector:
-    return Collector(8, **recorded)  # type: ignore[arg-type]
+def collector(complete: SnapshotId | None = None, protected: SnapshotId | None = None) -> Collector:
+    return Collector(8, Record(Told(complete, protected)))
+
+
+def settle(core: Collector, table: GroupTable | None, *, awaited: Iterable[str] = ()) -> Orders:
+    """With a store that records at once."""
+    orders = core.settle(table, awaited=awaited)
+    if core.to_record.told != orders.told:
+        core.recorded(core.to_record)
+        orders = core.settle(table, awaited=awaited)
+    return orders
 
 
 def world(size: int = 3, generation: int = 1) -> list[Reporting]:
@@ -58,16 +69,16 @@ def test_a_restarted_daemon_counts_its_serials_anew() -> None:
 
 def test_numbers_grow_with_changes_and_only_then() -> None:
     core, nodes = collector(), world()
-    first = core.settle(TABLE).number
-    assert core.settle(TABLE).number == first
+    first = settle(core, TABLE).number
+    assert settle(core, TABLE).number == first
     all_take(core, nodes, 1)
-    core.settle(TABLE)
-    second = core.settle(TABLE).number
+    settle(core, TABLE)
+    second = settle(core, TABLE).number
     assert second > first
     core.take(nodes[0](newest_step_seen=17))
-    assert core.settle(TABLE).number == second
+    assert settle(core, TABLE).number == second
     core.take(nodes[0](generation=2))
-    assert core.settle(TABLE).number == second + 1
+    assert settle(core, TABLE).number == second + 1
 
 
 # complete, for every subset of what three nodes can hold of two snapshots
@@ -85,7 +96,7 @@ def test_every_subset_of_shards_leads_to_the_newest_complete_one(is_capturing: b
                 mine = [held(step, rank, world_size=3) for r, step in subset if r == rank]
                 newest = max((step for r, step in subset if r == rank), default=0)
                 core.take(node.has(*mine, passed={rank: newest}, is_capturing=is_capturing, keep_complete=1))
-            orders = core.settle(TABLE)
+            orders = settle(core, TABLE)
             whole = [step for step in (1, 2) if all((rank, step) in subset for rank in range(3))]
             assert orders.complete == (snap(whole[-1]) if whole else None), subset
             assert orders.target == orders.complete
@@ -108,15 +119,15 @@ def test_every_subset_of_shards_leads_to_the_newest_complete_one(is_capturing: b
 def test_the_newest_complete_one_is_remembered_when_its_holders_fall_silent() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 4)
-    core.settle(TABLE)
+    settle(core, TABLE)
     core.forget("b")
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert orders.complete == snap(4)
     assert orders.drop == ()
     core.take(nodes[0].has(held(3, 0, world_size=3), held(4, 0, world_size=3)))
     core.take(nodes[2].has(held(3, 2, world_size=3), held(4, 2, world_size=3)))
     core.take(nodes[1].has(held(3, 1, world_size=3)))
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert orders.complete == snap(4)
     assert snap(3) not in dict(orders.drop), "the newest one that is whole stays, whatever was complete once"
 
@@ -124,18 +135,18 @@ def test_the_newest_complete_one_is_remembered_when_its_holders_fall_silent() ->
 def test_a_snapshot_that_is_proved_bad_is_complete_no_more_and_all_hear_of_it() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 1, 2)
-    assert core.settle(TABLE).complete == snap(2)
+    assert settle(core, TABLE).complete == snap(2)
     core.take(nodes[1].has(held(1, 1, world_size=3), problems=((snap(2), "rank 1 chunk 0: digest"),)))
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert orders.complete == snap(1)
     assert orders.target == snap(1)
     assert orders.problems == ((snap(2), "rank 1 chunk 0: digest"),)
 
 
 def test_an_older_snapshot_never_becomes_the_newest_complete_one_afterwards() -> None:
-    core, nodes = collector(recorded_complete=snap(7)), world()
+    core, nodes = collector(complete=snap(7)), world()
     all_take(core, nodes, 5)
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert orders.complete == snap(7)
     assert orders.target == snap(5), "what is whole is protected, even so"
 
@@ -156,7 +167,7 @@ def test_protected_means_all_parts_under_the_tables_epoch_with_one_plan(parts: t
                 done={"none": (), "other plan": done(1, plan=b"other")}.get(part, done(1)),
             )
         )
-    orders = core.settle(table_of(["a", "b", "c"], epoch=2))
+    orders = settle(core, table_of(["a", "b", "c"], epoch=2))
     is_protected = set(parts) == {"done"} or set(parts) == {"other plan"}
     assert orders.protected == (snap(1) if is_protected else None)
     assert orders.target == (None if is_protected else snap(1))
@@ -174,13 +185,13 @@ def test_every_group_that_holds_a_shard_has_to_be_done() -> None:
     all_take(core, nodes, 1)
     for name in "ef":
         core.take(Reporting(name, [], world_size=0)(is_capturing=False))
-    orders = core.settle(table)
+    orders = settle(core, table)
     assert (orders.target, orders.target_groups) == (snap(1), (0, 1))
     for node in nodes[:3]:
         core.take(node(done=done(1)))
-    assert core.settle(table).protected is None
+    assert settle(core, table).protected is None
     core.take(nodes[3](done=done(1)))
-    orders = core.settle(table)
+    orders = settle(core, table)
     assert (orders.protected, orders.target, orders.target_groups) == (snap(1), None, ())
 
 
@@ -190,56 +201,56 @@ def test_plans_may_differ_between_groups() -> None:
     all_take(core, nodes, 1, done=done(1, plan=b"one"))
     for node in nodes[2:]:
         core.take(node(done=done(1, plan=b"two")))
-    assert core.settle(table).protected == snap(1)
+    assert settle(core, table).protected == snap(1)
 
 
 def test_a_target_is_finished_before_a_newer_one_is_taken_up_and_then_the_newest_is() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 1)
-    assert core.settle(TABLE).target == snap(1)
+    assert settle(core, TABLE).target == snap(1)
     for step in (2, 3, 4):
         all_take(core, nodes, 1, step)
-        orders = core.settle(TABLE)
+        orders = settle(core, TABLE)
         assert (orders.complete, orders.target) == (snap(step), snap(1))
         assert snap(1) not in dict(orders.drop)
     all_take(core, nodes, 1, 4, done=done(1))
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert (orders.protected, orders.target) == (snap(1), snap(4))
 
 
 def test_a_target_of_an_older_generation_gives_way() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 5)
-    assert core.settle(TABLE).target == snap(5)
+    assert settle(core, TABLE).target == snap(5)
     for rank, node in enumerate(nodes):
         both = (*held(5, rank, world_size=3), *held(6, rank, world_size=3, generation=2))
         core.take(node(held=both, generation=2, closed_below=2))
-    assert core.settle(TABLE).target == snap(6, 2)
+    assert settle(core, TABLE).target == snap(6, 2)
 
 
 def test_another_epoch_makes_the_newest_complete_one_the_target_again() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 1, done=done(1))
-    assert core.settle(TABLE).protected == snap(1)
-    orders = core.settle(table_of(["a", "b", "c"], epoch=2))
+    assert settle(core, TABLE).protected == snap(1)
+    orders = settle(core, table_of(["a", "b", "c"], epoch=2))
     assert (orders.protected, orders.target) == (snap(1), snap(1)), "protected once, and to be protected anew"
     all_take(core, nodes, 1, done=done(1), epoch=2)
-    orders = core.settle(table_of(["a", "b", "c"], epoch=2))
+    orders = settle(core, table_of(["a", "b", "c"], epoch=2))
     assert (orders.protected, orders.target) == (snap(1), None)
 
 
 def test_a_node_in_no_group_with_a_code_is_said_and_stops_the_target() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 1)
-    orders = core.settle(table_of(["a", "b"], ["c"]))
+    orders = settle(core, table_of(["a", "b"], ["c"]))
     assert orders.target is None
     assert orders.reason == "rank 2's node c is in no group that could protect it"
 
 
 def test_without_a_table_nothing_new_is_begun_and_what_is_protected_stays_so() -> None:
-    core, nodes = collector(recorded_protected=snap(1)), world()
+    core, nodes = collector(protected=snap(1)), world()
     all_take(core, nodes, 1, 2)
-    orders = core.settle(None)
+    orders = settle(core, None)
     assert (orders.complete, orders.protected, orders.target) == (snap(2), snap(1), None)
     assert orders.reason == "no group table"
     assert snap(1) not in dict(orders.drop)
@@ -248,60 +259,133 @@ def test_without_a_table_nothing_new_is_begun_and_what_is_protected_stays_so() -
 def test_a_bad_protected_snapshot_is_protected_no_more() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 1, done=done(1))
-    assert core.settle(TABLE).protected == snap(1)
+    assert settle(core, TABLE).protected == snap(1)
     core.take(nodes[0](problems=((snap(1), "bad"),)))
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert (orders.protected, orders.complete) == (None, None)
+
+
+# nobody is told what is not recorded
+
+
+def test_nobody_is_told_what_is_protected_before_it_is_recorded_and_nothing_goes_for_it() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, done=done(1))
+    settle(core, TABLE)
+    for _ in range(2):
+        all_take(core, nodes, 1, 2, keep_complete=1, done=done(2))
+        orders = core.settle(TABLE)
+        assert (orders.protected, orders.target) == (snap(1), snap(2))
+        assert snap(1) not in dict(orders.drop)
+        assert core.to_record.told == Told(snap(2), snap(2), 1)
+    core.recorded(core.to_record)
+    orders = core.settle(TABLE)
+    assert (orders.protected, orders.protected_epoch, orders.target) == (snap(2), 1, None)
+    assert [s.step for s, _ in orders.drop] == [1]
+
+
+def test_what_was_found_stays_until_it_is_recorded_whatever_comes_after_it() -> None:
+    """Its record may be under way: who comes next would begin with it."""
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1)
+    core.settle(TABLE)
+    all_take(core, nodes, 1, 2, 3, keep_complete=1, done=done(1))
+    orders = core.settle(TABLE)
+    assert (orders.protected, orders.target, orders.complete) == (None, snap(3), snap(3))
+    assert [s.step for s, _ in orders.drop] == [2]
+    all_take(core, nodes, 1, 3, done=done(1, 3))
+    assert snap(1) not in dict(core.settle(TABLE).drop)
+    assert core.to_record.told == Told(snap(3), snap(1), 1)
+    core.recorded(core.to_record)
+    assert core.settle(TABLE).protected == snap(1)
+    assert core.to_record.told.protected == snap(3), "now it is its turn"
+
+
+def test_a_collector_that_is_cut_off_takes_with_it_only_what_nobody_was_told_of() -> None:
+    """Found by the simulation (seed 1048): its own node called it protected, the successor dropped parts of it."""
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, 2, done=done(2))
+    assert core.settle(TABLE).protected is None
+    successor = Collector(8, Record())
+    for rank, node in enumerate(nodes):
+        more = (held(1, rank, world_size=3), held(2, rank, world_size=3), held(3, rank, world_size=3))
+        successor.take(node.has(*more, keep_complete=1, done=()))
+    assert [s.step for s, _ in successor.settle(TABLE).drop] == [1, 2]
+    recorded = Collector(8, core.to_record)
+    for node in nodes:
+        recorded.take(node())
+    assert [s.step for s, _ in recorded.settle(TABLE).drop] == [1], "once recorded, every successor knows it"
+
+
+def test_a_record_that_comes_too_late_is_no_fact() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, done=done(1))
+    core.settle(TABLE)
+    under_way = core.to_record
+    core.take(nodes[0](problems=((snap(1), "bad"),)))
+    core.settle(TABLE)
+    core.recorded(under_way)
+    assert core.settle(TABLE).protected is None
+    assert core.to_record.told.protected is None
+
+
+def test_what_a_node_may_be_dropping_is_not_found_protected() -> None:
+    core, nodes = collector(), world()
+    all_take(core, nodes, 1, 2, keep_complete=1)
+    assert [s.step for s, _ in core.settle(TABLE).drop] == [1]
+    all_take(core, nodes, 1, 2, done=done(1))  # what they said before they heard of it
+    assert core.settle(TABLE).protected is None
+    assert core.to_record.told.protected is None
 
 
 # what an earlier collector has promised
 
 
 def test_what_a_node_was_told_holds_on() -> None:
-    core, nodes = collector(recorded_protected=snap(1)), world()
+    core, nodes = collector(protected=snap(1)), world()
     all_take(core, nodes, 3, 4, keep_complete=1)
     core.take(nodes[0](told=Told(snap(4), snap(3), 2)))
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert (orders.complete, orders.protected, orders.protected_epoch) == (snap(4), snap(3), 2)
     assert orders.drop == ()
 
 
 def test_an_older_word_changes_nothing() -> None:
-    core, nodes = collector(recorded_complete=snap(5), recorded_protected=snap(5)), world()
+    core, nodes = collector(complete=snap(5), protected=snap(5)), world()
     core.take(nodes[0](told=Told(snap(4), snap(3), 2)))
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert (orders.complete, orders.protected) == (snap(5), snap(5))
 
 
 def test_nothing_is_dropped_before_all_who_are_awaited_have_reported() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 1, 2, keep_complete=1, done=done(2))
-    assert core.settle(TABLE, awaited=["a", "b", "c", "d"]).drop == ()
+    assert settle(core, TABLE, awaited=["a", "b", "c", "d"]).drop == ()
     core.take(Reporting("d", [], world_size=0)(is_capturing=False))
-    assert [s.step for s, _ in core.settle(TABLE, awaited=["a", "b", "c", "d"]).drop] == [1]
+    assert [s.step for s, _ in settle(core, TABLE, awaited=["a", "b", "c", "d"]).drop] == [1]
 
 
 def test_the_epoch_under_which_a_snapshot_is_protected_is_told() -> None:
     core, nodes = collector(), world()
     all_take(core, nodes, 1, done=done(1))
-    assert core.settle(TABLE).protected_epoch == 1
+    assert settle(core, TABLE).protected_epoch == 1
     newer = table_of(["a", "b", "c"], epoch=2)
-    assert core.settle(newer).protected_epoch == 1
+    assert settle(core, newer).protected_epoch == 1
     all_take(core, nodes, 1, done=done(1), epoch=2)
-    assert core.settle(newer).protected_epoch == 2
+    assert settle(core, newer).protected_epoch == 2
 
 
 def test_a_later_epoch_protects_nothing_of_which_a_shard_is_left_in_the_rows_of_the_former_one_only() -> None:
     """Found by the simulation (seed 186): the parity of the epoch before was dropped then."""
     core, nodes = collector(), world()
     all_take(core, nodes, 1, done=done(1))
-    assert core.settle(TABLE).protected_epoch == 1
+    assert settle(core, TABLE).protected_epoch == 1
     core.forget("c")
     newer = table_of(["a", "b", "d"], epoch=2)
     for rank, node in enumerate(nodes[:2]):
         core.take(node.has(held(1, rank, world_size=3), done=done(1), epoch=2))
     core.take(Reporting("d", [], world_size=3, generation=1).has(done=done(1), epoch=2))
-    orders = core.settle(newer)
+    orders = settle(core, newer)
     assert core.missing_parts(snap(1), core.holders()[snap(1)], newer) == "", "all of the new group is done"
     assert (orders.protected, orders.protected_epoch) == (snap(1), 1)
 
@@ -313,7 +397,7 @@ def test_slots_keep_as_many_complete_ones_as_there_is_room_for() -> None:
     for room in (1, 2, 3):
         core, nodes = collector(), world()
         all_take(core, nodes, 1, 2, 3, keep_complete=room, done=done(3))
-        orders = core.settle(TABLE)
+        orders = settle(core, TABLE)
         assert orders.protected == snap(3)
         assert [s.step for s, _ in orders.drop] == list(range(1, 4 - room))
 
@@ -323,7 +407,7 @@ def test_the_node_with_least_room_counts_and_one_without_ranks_does_not() -> Non
     all_take(core, nodes, 1, 2, 3, done=done(3), keep_complete=3)
     core.take(nodes[1](keep_complete=2))
     core.take(Reporting("d", [], world_size=0)(keep_complete=1, is_capturing=False))
-    assert [s.step for s, _ in core.settle(TABLE).drop] == [1]
+    assert [s.step for s, _ in settle(core, TABLE).drop] == [1]
 
 
 def test_nothing_older_goes_before_the_new_generation_has_passed_a_step() -> None:
@@ -331,9 +415,9 @@ def test_nothing_older_goes_before_the_new_generation_has_passed_a_step() -> Non
     all_take(core, nodes, 1, 2, 3, keep_complete=1, is_capturing=False)
     for node in nodes:
         core.take(node(generation=2, closed_below=2))
-    assert core.settle(TABLE).drop == ()
+    assert settle(core, TABLE).drop == ()
     core.take(nodes[0](is_capturing=True))
-    assert [s.step for s, _ in core.settle(TABLE).drop] == [1, 2]
+    assert [s.step for s, _ in settle(core, TABLE).drop] == [1, 2]
 
 
 def test_a_trainer_of_an_older_generation_does_not_count_as_capturing() -> None:
@@ -341,7 +425,7 @@ def test_a_trainer_of_an_older_generation_does_not_count_as_capturing() -> None:
     all_take(core, nodes, 1, 2, keep_complete=1)
     for node in nodes[1:]:
         core.take(node(generation=2, is_capturing=False))
-    assert core.settle(TABLE).drop == ()
+    assert settle(core, TABLE).drop == ()
 
 
 def test_what_was_restored_stays_until_the_generation_has_a_complete_one_of_its_own() -> None:
@@ -350,11 +434,11 @@ def test_what_was_restored_stays_until_the_generation_has_a_complete_one_of_its_
         both = (*held(3, rank, world_size=3), *held(5, rank, world_size=3))
         core.take(node(held=both, generation=2, closed_below=2, keep_complete=1))
     core.restored(2, snap(3))
-    assert snap(3) not in dict(core.settle(TABLE).drop)
+    assert snap(3) not in dict(settle(core, TABLE).drop)
     for rank, node in enumerate(nodes):
         new = held(4, rank, world_size=3, generation=2)
         core.take(node(held=(*node.facts["held"], *new)))  # type: ignore[misc]
-    assert [s for s, _ in core.settle(TABLE).drop] == [snap(3), snap(5)]
+    assert [s for s, _ in settle(core, TABLE).drop] == [snap(3), snap(5)]
 
 
 def test_the_parent_of_an_older_generation_does_not_displace_a_newer_ones() -> None:
@@ -362,7 +446,7 @@ def test_the_parent_of_an_older_generation_does_not_displace_a_newer_ones() -> N
     all_take(core, nodes, 3, 4, 5, keep_complete=1, generation=3, closed_below=3)
     core.restored(3, snap(4))
     core.restored(2, snap(3))
-    dropped = dict(core.settle(TABLE).drop)
+    dropped = dict(settle(core, TABLE).drop)
     assert snap(4) not in dropped
     assert snap(3) in dropped
 
@@ -373,7 +457,7 @@ def test_an_unfinished_snapshot_goes_when_a_rank_has_gone_on_without_it(has_pass
     all_take(core, nodes, 1)
     core.take(nodes[0].has(held(1, 0, world_size=3), held(2, 0, world_size=3)))
     core.take(nodes[1](passed={1: 2 if has_passed else 1}))
-    orders = core.settle(TABLE)
+    orders = settle(core, TABLE)
     assert dict(orders.drop) == ({snap(2): "ranks 1 went on without it"} if has_passed else {})
 
 
@@ -392,7 +476,7 @@ def unfinished_of_an_older_world(
                 is_capturing=is_capturing,
             )
         )
-    return dict(core.settle(TABLE).drop)
+    return dict(settle(core, TABLE).drop)
 
 
 @pytest.mark.parametrize("served", [2, 3])
@@ -411,7 +495,7 @@ def test_an_unfinished_one_of_an_older_world_goes_when_the_new_one_is_all_there(
 
 
 def interval_after(core: Collector) -> Interval:
-    return core.settle(TABLE).interval
+    return settle(core, TABLE).interval
 
 
 def test_the_interval_is_as_configured_when_a_generation_begins() -> None:
@@ -443,12 +527,12 @@ def test_it_is_never_wider_than_its_bound_and_narrows_after_64_complete_ones() -
     for count in range(1, 7):
         step = core.orders.interval.from_step + 1
         core.take(nodes[0](aborts=count, newest_step_seen=step))
-        core.settle(TABLE)
+        settle(core, TABLE)
     assert core.orders.interval.factor == 8
     factors = []
     for number in range(1, 66):
         all_take(core, nodes, step + number, newest_step_seen=step + 1000 + number)
-        factors.append(core.settle(TABLE).interval.factor)
+        factors.append(settle(core, TABLE).interval.factor)
     assert factors[62:] == [8, 4, 4]
     assert core.orders.interval.from_step > step + 1000 + 64
 
@@ -456,7 +540,7 @@ def test_it_is_never_wider_than_its_bound_and_narrows_after_64_complete_ones() -
 def test_a_new_generation_begins_as_configured_again() -> None:
     core, nodes = collector(), world()
     core.take(nodes[0](newest_step_seen=10))
-    core.settle(TABLE)
+    settle(core, TABLE)
     core.take(nodes[0](aborts=1))
     assert interval_after(core).factor == 2
     core.take(nodes[1](generation=2, served=()))
@@ -468,7 +552,7 @@ def test_a_new_generation_begins_as_configured_again() -> None:
 def test_a_collector_that_takes_over_goes_on_with_a_widened_interval() -> None:
     _, nodes = collector(), world()
     widened = Interval(configured=3, factor=2, from_step=30)
-    successor = Collector(8, widened=(1, widened))
+    successor = Collector(8, Record(generation=1, interval=widened))
     assert successor.orders.interval == widened, "also for who asks before anything is settled"
     for node in nodes:
         successor.take(node(interval_steps=3, newest_step_seen=40))
@@ -496,6 +580,6 @@ def test_a_node_that_holds_nothing_changes_nothing() -> None:
     core = collector()
     empty = NodeReport(node="a", instance=1, serial=1, epoch=0, generation=0, world_size=0)
     assert core.take(empty)
-    assert replace(core.settle(TABLE), number=0, reason="") == replace(
+    assert replace(settle(core, TABLE), number=0, reason="") == replace(
         collector().orders, number=0, reason=""
     )

@@ -10,6 +10,7 @@ from snapd.core.cluster import Code
 from snapd.core.ids import Place
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.core.recovery import HeldRows, Inventory
+from snapd.core.reports import Record, Told
 from snapd.core.restore import Outcome, RankReport
 from snapd.core.rows import chunks_of, plan_rows
 from snapd.errors import ConflictError, NotFoundError, UnavailableError
@@ -70,7 +71,21 @@ async def test_what_is_newest_is_recorded_once_for_each_change(scene: Scene) -> 
     await scene.tell(1, newest_step_seen=9)
     await scene.tell(1, done=done(1))
     await scene.tell(1, done=done(1), trouble="x")
-    assert [(o.complete, o.protected) for o in scene.recorded] == [(snap(1), None), (snap(1), snap(1))]
+    told = [record.told for record in scene.recorded]
+    assert told == [Told(snap(1)), Told(snap(1), snap(1), 1)]
+
+
+@scenario
+async def test_what_is_protected_is_told_once_it_is_recorded(scene: Scene) -> None:
+    await scene.tell(1)
+    scene.is_store_away = True
+    orders = await scene.tell(1, 2, done=done(1, 2))
+    assert (orders.complete, orders.protected, orders.drop) == (snap(2), None, ())
+    assert scene.host.missing_parts(snap(2)) == "waiting for the coordinator to record it"
+    scene.is_store_away = False
+    orders = await scene.tell(1, 2)
+    assert (orders.protected, orders.target) == (snap(2), None)
+    assert scene.host.missing_parts(snap(2)) == ""
 
 
 @scenario
@@ -363,7 +378,7 @@ async def test_what_was_restored_stays(scene: Scene) -> None:
 def test_a_successor_keeps_what_was_restored_and_what_was_recorded() -> None:
     async def run() -> None:
         scene = Scene()
-        scene.begin(2, complete=snap(3), protected=snap(2), parent=(2, snap(1)))
+        scene.begin(2, before=Record(Told(snap(3), snap(2))), parent=(2, snap(1)))
         orders = await scene.tell(1, 2, 3, keep_complete=1, closed_below=2)
         assert (orders.complete, orders.protected, orders.drop) == (snap(3), snap(2), ())
         scene.host.close()

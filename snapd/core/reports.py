@@ -1,0 +1,115 @@
+"""What the nodes of a job report to its collector, and what all of them are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from snapd.core.ids import SnapshotId
+from snapd.core.interval import Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A shard whose bytes a node has."""
+
+    id: SnapshotId
+    rank: int
+    world_size: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone:
+    """A node holds all that the row plan gives it. `plan`: the plan's identity; members with different ones have not
+    planned the same rows.
+    """
+
+    id: SnapshotId
+    plan: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The newest snapshots, as some collector has said."""
+
+    complete: SnapshotId | None = None
+    protected: SnapshotId | None = None
+    protected_epoch: int = 0
+
+    def newest(self, other: Told) -> Told:
+        """Of each the newer one: what was said once holds on."""
+        complete = max((s for s in (self.complete, other.complete) if s is not None), default=None)
+        pairs = [(t.protected, t.protected_epoch) for t in (self, other) if t.protected is not None]
+        return Told(complete, *max(pairs, default=(None, 0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What coordination keeps of a job for its next collector: what is a fact since, and a generation's interval."""
+
+    told: Told = Told()
+    generation: int = 0
+    interval: Interval = field(default_factory=Interval)
+
+    def with_interval(self, generation: int, interval: Interval) -> Record:
+        """With the newer one of two agreed intervals."""
+        if (generation, interval.from_step) <= (self.generation, self.interval.from_step):
+            return self
+        return Record(self.told, generation, interval)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """All that one node says of a job; a later one (instance, serial) replaces it whole.
+
+    `passed`: rank -> newest step of `generation` that it captures no more. `served`: its ranks with a live session of
+    `generation`. `closed_below`: generations below it capture nothing more on this node. `keep_complete`: complete
+    snapshots that its slots have room for. `is_capturing`: a trainer of `generation` has passed a step, so what it
+    restored, if anything, is behind it. `final`: its ranks that have closed `generation` for good.
+    """
+
+    node: str
+    instance: int
+    serial: int
+    epoch: int
+    generation: int
+    world_size: int
+    held: tuple[Held, ...] = ()
+    passed: Mapping[int, int] = field(default_factory=dict)
+    served: tuple[int, ...] = ()
+    closed_below: int = 0
+    keep_complete: int = 1
+    is_capturing: bool = False
+    newest_step_seen: int = -1
+    interval_steps: int = 1
+    aborts: int = 0
+    done: tuple[PartDone, ...] = ()
+    problems: tuple[tuple[SnapshotId, str], ...] = ()
+    trouble: str = ""
+    told: Told = Told()
+    final: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What every node is told. `target_groups`: whose nodes take part in protecting the target. `drop`: may go, with
+    the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so;
+    its parity of older epochs may go.
+    """
+
+    number: int = 0
+    generation: int = 0
+    complete: SnapshotId | None = None
+    target: SnapshotId | None = None
+    protected: SnapshotId | None = None
+    target_groups: tuple[int, ...] = ()
+    drop: tuple[tuple[SnapshotId, str], ...] = ()
+    problems: tuple[tuple[SnapshotId, str], ...] = ()
+    interval: Interval = field(default_factory=Interval)
+    reason: str = ""
+    protected_epoch: int = 0
+
+    @property
+    def told(self) -> Told:
+        return Told(self.complete, self.protected, self.protected_epoch)
