@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from snapd.config_cluster import ClusterConfig
+from snapd.config_tiers import TierConfig
 from snapd.core.geometry import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, LANES_MAX, SLOTS_MIN, is_chunk_size
 from snapd.errors import ConfigError
 from snapd.runtime.context import NodeSettings
@@ -194,6 +195,7 @@ class Config:
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     restore: RestoreConfig = field(default_factory=RestoreConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tier: TierConfig = field(default_factory=TierConfig)
     log: LogConfig = field(default_factory=LogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     fault: FaultConfig = field(default_factory=FaultConfig)

@@ -1,0 +1,199 @@
+"""`[tier]`: where snapshots become durable. Without `tier.shared` nothing of it is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snapd.errors import ConfigError
+from snapd.settings import setting
+from snapd.store.base import Store
+from snapd.store.opening import S3, StoreOptions, open_store, parsed_url
+from snapd.store.surroundings import Surroundings
+from snapd.units import MIB
+
+COMPRESSION_AUTO, COMPRESSION_ALWAYS, COMPRESSION_OFF = "auto", "always", "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierConfig:
+    """Durable copies of snapshots, in a directory or in S3."""
+
+    shared: str = setting(
+        "",
+        "text",
+        "Where all nodes of a job keep what survives them: `/path` or `file:///path` of a file system that all of them"
+        " see (on one machine any disk), or `s3://bucket/prefix`. Empty: nothing becomes durable.",
+    )
+    every_steps: int = setting(
+        0,
+        "count",
+        "Snapshots of every so many steps become durable, besides those of `tier.every`. 0: none because of its step.",
+        low=0,
+        high=1 << 40,
+    )
+    every: float = setting(
+        600.0,
+        "duration",
+        "How often the newest complete snapshot becomes durable. More often loses less with the cluster and writes"
+        " more. 0: none because of the time.",
+        low=0,
+        high=30 * 86400,
+    )
+    rate: int = setting(
+        256 * MIB,
+        "size",
+        "Bytes a second that a node reads from its memory for the tier; 0: as many as there are. Less leaves disk and"
+        " network to training, more is durable sooner.",
+        low=0,
+        high=1 << 40,
+    )
+    compression: str = setting(
+        COMPRESSION_AUTO,
+        "choice",
+        "`auto` compresses where it does not make the tier slower; `always` saves most bytes and costs CPU; `off`"
+        " costs nothing.",
+        choices=(COMPRESSION_AUTO, COMPRESSION_ALWAYS, COMPRESSION_OFF),
+    )
+    concurrency: int = setting(
+        4,
+        "count",
+        "Requests in flight for one large object. More fills a long line; each costs 8 MiB of memory and more.",
+        low=1,
+        high=16,
+    )
+    grace: float = setting(
+        20.0,
+        "duration",
+        "How long after SIGTERM the newest snapshot may still become durable. Less frees the machine sooner; it must"
+        " fit into what the scheduler grants.",
+        low=0,
+        high=3600,
+    )
+    endpoint: str = setting(
+        "",
+        "text",
+        "URL of an S3 server that is not AWS's, as `https://HOST:PORT`. Empty: AWS, or AWS_ENDPOINT_URL.",
+    )
+    region: str = setting(
+        "", "text", "Region of the bucket. Empty: from the usual AWS chain, else us-east-1."
+    )
+    ca: str = setting(
+        "", "text", "Authority (PEM) that signed the server's certificate. Empty: the system's."
+    )
+    path_style: str = setting(
+        "auto",
+        "choice",
+        "`yes`: the bucket is in the path, as most servers other than AWS want it; `no`: in the host's name; `auto`:"
+        " in the path where `tier.endpoint` is set.",
+        choices=("auto", "yes", "no"),
+    )
+    sse: str = setting(
+        "off",
+        "choice",
+        "Encryption by the server: `s3` with keys of the store, `kms` with a key of the key service, `off`: what the"
+        " bucket does by itself.",
+        choices=("off", "s3", "kms"),
+    )
+    sse_kms_key: str = setting("", "text", "Key of `tier.sse = kms`; empty: the account's default.")
+    single_writer: str = setting(
+        "no",
+        "switch",
+        "Accept a store that overwrites what it was asked to create only if it is not there. Two daemons that write"
+        " the same job there can destroy one another's commits.",
+        choices=("no", "yes"),
+    )
+    connect: float = setting(
+        5.0, "duration", "How long a connection to the store may take to be made.", low=0.1, high=600
+    )
+    stall: float = setting(
+        20.0,
+        "duration",
+        "How long the store may send and take nothing before a request is given up and tried again.",
+        low=0.1,
+        high=3600,
+    )
+    deadline: float = setting(
+        120.0,
+        "duration",
+        "How long one request is tried again before the level pauses and says why. It goes on by itself.",
+        low=1,
+        high=86400,
+    )
+    keep_last: int = setting(
+        5, "count", "So many of the newest durable snapshots stay; 0: all of them.", low=0, high=1 << 30
+    )
+    keep_every: int = setting(
+        0,
+        "count",
+        "Snapshots of every so many steps stay, too; 0: none because of its step.",
+        low=0,
+        high=1 << 40,
+    )
+    keep_hourly: int = setting(
+        0, "count", "For so many hours back the last snapshot of each hour stays, too.", low=0, high=1 << 20
+    )
+    keep_daily: int = setting(
+        0, "count", "For so many days back the last snapshot of each day stays, too.", low=0, high=1 << 20
+    )
+    gc_every: float = setting(
+        3600.0,
+        "duration",
+        "Length of a collector's round: what nobody names any more is deleted after one to two of them. Shorter frees"
+        " room sooner and asks more of the store; it must be far longer than clocks and requests are late.",
+        low=1,
+        high=30 * 86400,
+    )
+    intent_ttl: float = setting(
+        3600.0,
+        "duration",
+        "A writer that gave no sign of life for so long is dead to the collector, and what it left is deleted.",
+        low=4,
+        high=30 * 86400,
+    )
+
+
+def check_tier(config: TierConfig) -> None:
+    """See that the settings go together.
+
+    Raises:
+        ConfigError: kind `store`, one clear line.
+    """
+    if not config.shared:
+        return
+    url = parsed_url(config.shared)
+    for_s3 = [name for name in ("endpoint", "region", "ca", "sse_kms_key") if getattr(config, name)]
+    if url.scheme != S3 and for_s3:
+        raise ConfigError(f"tier.{for_s3[0]} is for S3, and tier.shared is {config.shared}", kind="store")
+    if config.sse_kms_key and config.sse != "kms":
+        raise ConfigError("tier.sse_kms_key needs tier.sse = kms", kind="store")
+    if config.endpoint and not config.endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"tier.endpoint = {config.endpoint!r} must begin with http:// or https://", kind="store"
+        )
+
+
+def store_options(config: TierConfig) -> StoreOptions:
+    return StoreOptions(
+        endpoint=config.endpoint,
+        region=config.region,
+        ca=config.ca,
+        path_style=None if config.path_style == "auto" else config.path_style == "yes",
+        sse=config.sse,
+        sse_kms_key=config.sse_kms_key,
+        concurrency=config.concurrency,
+        connect_s=config.connect,
+        stall_s=config.stall,
+        deadline_s=config.deadline,
+        single_writer=config.single_writer == "yes",
+    )
+
+
+def store_of(config: TierConfig, surroundings: Surroundings, *, url: str = "") -> Store:
+    """The shared tier's store, or the one at `url` with the same settings. The caller closes it.
+
+    Raises:
+        ConfigError: kinds `store`, `store_library`.
+    """
+    if not url:
+        check_tier(config)
+    return open_store(url or config.shared, store_options(config), surroundings)
