@@ -9,6 +9,7 @@ writer's own word takes a frame out of a writer's hands.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ class FramePool:
 
     segments: dict[int, int] = field(default_factory=dict)
     _free: set[Place] = field(default_factory=set)
+    _order: list[Place] = field(default_factory=list)  # heap: all free ones, and some that no longer are
     _granted: dict[LaneKey, list[Place]] = field(default_factory=dict)
     _held: dict[Place, int] = field(default_factory=dict)
     _set_aside: dict[int, set[Place]] = field(default_factory=dict)
@@ -31,7 +33,7 @@ class FramePool:
         if segment in self.segments or frame_count < 1:
             raise InvariantViolated("segment added twice or empty", segment=segment, frames=frame_count)
         self.segments[segment] = frame_count
-        self._free.update(Place(segment, frame) for frame in range(frame_count))
+        self._set_free(Place(segment, frame) for frame in range(frame_count))
 
     # what there is
 
@@ -82,10 +84,24 @@ class FramePool:
             return list(have)
         if missing > len(self._free):
             return None
-        chosen = sorted(self._free)[:missing]
-        self._free.difference_update(chosen)
+        chosen = [self._take_lowest() for _ in range(missing)]
         self._granted[owner] = [*have, *chosen]
         return list(self._granted[owner])
+
+    def _take_lowest(self) -> Place:
+        while True:
+            place = heapq.heappop(self._order)
+            if place in self._free:
+                self._free.remove(place)
+                return place
+
+    def _set_free(self, places: Iterable[Place]) -> None:
+        """In time logarithmic in the number of frames: parity takes and frees one at a time."""
+        for place in places:
+            self._free.add(place)
+            heapq.heappush(self._order, place)
+        if len(self._order) > 2 * len(self._free) + 64:  # many were claimed or held since
+            self._order = sorted(self._free)
 
     def claim(self, owner: LaneKey, places: Iterable[Place]) -> None:
         """At a restart: these frames are granted to `owner` by its page.
@@ -114,12 +130,12 @@ class FramePool:
             if place in kept_set:
                 self._held[place] = 1
             else:
-                self._free.add(place)
+                self._set_free([place])
 
     def return_grant(self, owner: LaneKey) -> int:
         """The writer said that it stopped, or is known dead: its frames are free. Returns how many."""
         places = self._granted.pop(owner, [])
-        self._free.update(places)
+        self._set_free(places)
         return len(places)
 
     def lanes_of(self, session_id: int) -> list[int]:
@@ -144,7 +160,7 @@ class FramePool:
             if lane not in keep_lanes:
                 count += self.return_grant(LaneKey(session_id, lane))
         places = self._set_aside.pop(session_id, set())
-        self._free.update(places)
+        self._set_free(places)
         return count + len(places)
 
     # captured shards
@@ -174,7 +190,7 @@ class FramePool:
                 )
             if count == 1:
                 del self._held[place]
-                self._free.add(place)
+                self._set_free([place])
                 freed += 1
             else:
                 self._held[place] = count - 1
@@ -182,6 +198,8 @@ class FramePool:
 
     def check(self) -> None:
         """Raise InvariantViolated unless every frame is in exactly one state. For tests and `doctor`."""
+        if not self._free.issubset(self._order):
+            raise InvariantViolated("a free frame that cannot be granted")
         seen: list[Place] = [*self._free, *self._held]
         for places in self._granted.values():
             seen.extend(places)
