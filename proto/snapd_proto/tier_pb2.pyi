@@ -198,6 +198,7 @@ class StoredSnapshot(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     PACKS_FIELD_NUMBER: _builtins.int
     COMMITTED_WALL_TIME_S_FIELD_NUMBER: _builtins.int
+    FIRST_MODIFIED_S_FIELD_NUMBER: _builtins.int
     format_version: _builtins.int
     job: _builtins.str
     generation: _builtins.int
@@ -209,6 +210,8 @@ class StoredSnapshot(_message.Message):
     parent_step: _builtins.int
     write_id: _builtins.str
     committed_wall_time_s: _builtins.float
+    first_modified_s: _builtins.float
+    """revisions above 0: the store's time of revision 0's record; else 0"""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardEntry]:
         """in order of rank, all of them"""
@@ -233,14 +236,56 @@ class StoredSnapshot(_message.Message):
         shards: _abc.Iterable[Global___ShardEntry] | None = ...,
         packs: _abc.Iterable[_builtins.str] | None = ...,
         committed_wall_time_s: _builtins.float = ...,
+        first_modified_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_wall_time_s", b"committed_wall_time_s", "format_version", b"format_version", "generation", b"generation", "has_parent", b"has_parent", "job", b"job", "packs", b"packs", "parent_generation", b"parent_generation", "parent_step", b"parent_step", "revision", b"revision", "shards", b"shards", "step", b"step", "world_size", b"world_size", "write_id", b"write_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_wall_time_s", b"committed_wall_time_s", "first_modified_s", b"first_modified_s", "format_version", b"format_version", "generation", b"generation", "has_parent", b"has_parent", "job", b"job", "packs", b"packs", "parent_generation", b"parent_generation", "parent_step", b"parent_step", "revision", b"revision", "shards", b"shards", "step", b"step", "world_size", b"world_size", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoredSnapshot: _TypeAlias = StoredSnapshot  # noqa: Y015
+
+@_typing.final
+class VoidRecord(_message.Message):
+    """In a commit record's place: that revision can never be committed any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_VERSION_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    IS_DROPPED_FIELD_NUMBER: _builtins.int
+    COLLECTOR_FIELD_NUMBER: _builtins.int
+    format_version: _builtins.int
+    job: _builtins.str
+    generation: _builtins.int
+    step: _builtins.int
+    revision: _builtins.int
+    is_dropped: _builtins.bool
+    """so are all revisions below, whatever lies there: the snapshot is gone"""
+    collector: _builtins.str
+    """its write id"""
+    def __init__(
+        self,
+        *,
+        format_version: _builtins.int = ...,
+        job: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        revision: _builtins.int = ...,
+        is_dropped: _builtins.bool = ...,
+        collector: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collector", b"collector", "format_version", b"format_version", "generation", b"generation", "is_dropped", b"is_dropped", "job", b"job", "revision", b"revision", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VoidRecord: _TypeAlias = VoidRecord  # noqa: Y015
 
 @_typing.final
 class Intent(_message.Message):
@@ -256,6 +301,7 @@ class Intent(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     BASES_FIELD_NUMBER: _builtins.int
     BEAT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     format_version: _builtins.int
     job: _builtins.str
     write_id: _builtins.str
@@ -265,6 +311,8 @@ class Intent(_message.Message):
     step: _builtins.int
     beat: _builtins.int
     """counts up each time that the intent is put again"""
+    revision: _builtins.int
+    """of the commit record that this writer is going to create"""
     @_builtins.property
     def bases(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotName]:
         """whose packs it may use again"""
@@ -280,10 +328,11 @@ class Intent(_message.Message):
         step: _builtins.int = ...,
         bases: _abc.Iterable[Global___SnapshotName] | None = ...,
         beat: _builtins.int = ...,
+        revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bases", b"bases", "beat", b"beat", "format_version", b"format_version", "generation", b"generation", "job", b"job", "node", b"node", "step", b"step", "write_id", b"write_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bases", b"bases", "beat", b"beat", "format_version", b"format_version", "generation", b"generation", "job", b"job", "node", b"node", "revision", b"revision", "step", b"step", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

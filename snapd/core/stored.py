@@ -80,6 +80,7 @@ class StoredSnapshot:
     shards: tuple[ShardEntry, ...]
     packs: tuple[str, ...]  # every pack that any shard names, sorted
     committed_wall_time_s: float  # for display only
+    first_modified_s: float = 0.0  # of a revision above 0: the store's time of the record of revision 0
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +97,7 @@ class Intent:
     id: SnapshotId
     bases: tuple[SnapshotId, ...]  # committed snapshots whose packs it may use again
     beat: int = 0
+    revision: int = 0  # of the commit record that it is going to create
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +117,16 @@ class Pin:
     job: str
     name: str
     id: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class VoidRecord:
+    """What a collector creates in a commit record's place, so that no late writer can commit what it is about to delete:
+    the revision was given up. `is_dropped`: the snapshot is gone, with every revision below.
+    """
+
+    job: str
+    id: SnapshotId
+    revision: int
+    is_dropped: bool
+    collector: str  # its write id

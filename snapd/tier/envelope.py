@@ -39,6 +39,7 @@ class Kind(enum.Enum):
     INTENT = b"INTN"
     CONDEMNED = b"COND"
     PIN = b"PINN"
+    VOID = b"VOID"  # in a commit record's place
     PACK = b"PACK"  # header of a pack
     PACK_INDEX = b"INDX"  # footer of a pack
 
@@ -50,6 +51,7 @@ NBYTES_MAX = {
     Kind.INTENT: 256 * KIB,
     Kind.CONDEMNED: 32 * MIB,
     Kind.PIN: 4 * KIB,
+    Kind.VOID: 4 * KIB,
 }
 
 
@@ -70,6 +72,11 @@ def check_version(key: str, version: int) -> None:
         )
     if version < 1:
         raise bad_object(key, f"format version {version}")
+
+
+def kind_name(data: bytes) -> bytes:
+    """What an object says that it is; nothing of it is checked."""
+    return bytes(data[8:12]) if data[:8] == MAGIC else b""
 
 
 def wrap(kind: Kind, payload: bytes) -> bytes:

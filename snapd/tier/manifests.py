@@ -34,6 +34,7 @@ from snapd.tier.envelope import (
     unwrap,
 )
 from snapd.tier.notes import (
+    check_not_void,
     decode_condemned,
     decode_intent,
     decode_pin,
@@ -210,6 +211,7 @@ def encode_snapshot(snapshot: StoredSnapshot) -> bytes:
         write_id=snapshot.write_id,
         packs=snapshot.packs,
         committed_wall_time_s=snapshot.committed_wall_time_s,
+        first_modified_s=snapshot.first_modified_s,
     )
     if snapshot.parent is not None:
         message.has_parent = True
@@ -233,8 +235,9 @@ def decode_snapshot(data: bytes, *, key: str, job: str) -> StoredSnapshot:
     """Parse and check a commit record that lies at `key` in the tier of `job`.
 
     Raises:
-        IntegrityError: see the module.
+        IntegrityError: see the module; `tier_void`: a collector has taken its place.
     """
+    check_not_void(data, key=key, job=job)
     payload = unwrap(Kind.SNAPSHOT, data, key)
     message = tier_pb2.StoredSnapshot()
     try:
@@ -269,6 +272,7 @@ def decode_snapshot(data: bytes, *, key: str, job: str) -> StoredSnapshot:
         shards=tuple(_checked_entry(key, job, identity, entry) for entry in message.shards),
         packs=packs,
         committed_wall_time_s=_wall_time(key, message.committed_wall_time_s),
+        first_modified_s=_wall_time(key, message.first_modified_s),
     )
 
 

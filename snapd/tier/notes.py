@@ -7,9 +7,19 @@ import re
 from google.protobuf.message import DecodeError, Message
 from snapd_proto import tier_pb2
 
-from snapd.core.stored import Condemned, Intent, Pin
+from snapd.core.stored import Condemned, Intent, Pin, VoidRecord
 from snapd.core.tier_keys import PIN_NAME, WRITE_ID, TierKeys
-from snapd.tier.envelope import FORMAT_VERSION, Kind, bad_object, check_head, sealed, snapshot_id, unwrap
+from snapd.errors import IntegrityError
+from snapd.tier.envelope import (
+    FORMAT_VERSION,
+    Kind,
+    bad_object,
+    check_head,
+    kind_name,
+    sealed,
+    snapshot_id,
+    unwrap,
+)
 from snapd.tier.wire import WireError, check_counts
 
 BASES_MAX = 4096
@@ -37,6 +47,7 @@ def encode_intent(intent: Intent) -> bytes:
         generation=intent.id.generation,
         step=intent.id.step,
         beat=intent.beat,
+        revision=intent.revision,
     )
     message.bases.extend(tier_pb2.SnapshotName(generation=b.generation, step=b.step) for b in intent.bases)
     return sealed(Kind.INTENT, message.SerializeToString(deterministic=True))
@@ -58,6 +69,7 @@ def decode_intent(data: bytes, *, key: str, job: str) -> Intent:
         id=snapshot_id(key, message.generation, message.step),
         bases=tuple(snapshot_id(key, base.generation, base.step) for base in message.bases),
         beat=message.beat,
+        revision=message.revision,
     )
 
 
@@ -116,3 +128,44 @@ def decode_pin(data: bytes, *, key: str, job: str) -> Pin:
     if PIN_NAME.fullmatch(message.name) is None or key != TierKeys(job).pin(message.name):
         raise bad_object(key, f"is the pin of {message.name[:64]!r}")
     return Pin(job, message.name, snapshot_id(key, message.generation, message.step))
+
+
+def encode_void(void: VoidRecord) -> bytes:
+    message = tier_pb2.VoidRecord(
+        format_version=FORMAT_VERSION,
+        job=void.job,
+        generation=void.id.generation,
+        step=void.id.step,
+        revision=void.revision,
+        is_dropped=void.is_dropped,
+        collector=void.collector,
+    )
+    return sealed(Kind.VOID, message.SerializeToString(deterministic=True))
+
+
+def decode_void(data: bytes, *, key: str, job: str) -> VoidRecord:
+    """Raises: IntegrityError: see manifests.py."""
+    message = tier_pb2.VoidRecord()
+    _parse(Kind.VOID, data, key, message, {})
+    check_head(key, job, message.format_version, message.job)
+    identity = snapshot_id(key, message.generation, message.step)
+    if TierKeys(job).snapshot_of(key) != (identity, message.revision):
+        raise bad_object(key, f"voids {identity}, revision {message.revision}")
+    if WRITE_ID.fullmatch(message.collector) is None:
+        raise bad_object(key, "its collector's write id is none")
+    return VoidRecord(job, identity, message.revision, message.is_dropped, message.collector)
+
+
+def check_not_void(data: bytes, *, key: str, job: str) -> None:
+    """See that what lies in a commit record's place is meant to be one.
+
+    Raises:
+        IntegrityError: kind `tier_void`; context `is_dropped`: lower revisions are void too.
+    """
+    if kind_name(data) != Kind.VOID.value:
+        return
+    void = decode_void(data, key=key, job=job)
+    what = "the snapshot was dropped by retention" if void.is_dropped else "the writing of it was given up"
+    raise IntegrityError(
+        f"{key}: {what}; a collector has voided it", kind="tier_void", key=key, is_dropped=void.is_dropped
+    )
