@@ -19,7 +19,9 @@ from .match import Builder, Differences, Matcher
 from .names import Names
 from .parts import Parts
 from .pieces import PlanArrays
+from .recut import Recut, recut
 from .tree import StateTree
+from .wrappers import align_names
 
 _log = logging.getLogger(__name__)
 
@@ -74,11 +76,13 @@ def prepare_restore(
     *,
     allow_partial: Sequence[str] = (),
     others: Mapping[int, pb.ShardLayout] | None = None,
+    is_elastic: bool = False,
 ) -> PendingRestore:
     """Compare a snapshot with the live state and choose where each byte goes. Nothing live is changed.
 
     Args:
         others: layouts of other ranks' shards, where replicas share out their bytes (rank -> layout).
+        is_elastic: the state may be cut otherwise here; `others` are then the layouts of all other saved ranks.
         allow_partial: patterns (fnmatch) of names that may be missing, extra or reshaped; they are left as
             they are.
     Raises:
@@ -88,7 +92,16 @@ def prepare_restore(
     names = Names(tree.state, tree.vouched)
     tree.vouch_for_optimizers()
     differences = Differences(allow_partial)
-    matcher = Matcher(layout, early, names, differences, tree.vouched, others)
+    anew = Recut(layout)
+    if is_elastic:
+        every = {**(others or {}), layout.rank: layout}
+        for one in every.values():
+            align_names(one, tree.state, names)
+        anew = recut(layout, every, tree.state, names)
+        layout = anew.layout
+    matcher = Matcher(layout, early, names, differences, tree.vouched, others, anew.fills)
+    for number in anew.dropped:
+        matcher.destinations.drop(number)
     parts = Parts(matcher)
     saved = {
         key.text: value

@@ -8,7 +8,7 @@ into host memory of its own, from which `finish` copies.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from snapd_proto import format_pb2 as pb
 from torch.distributed.tensor import DTensor
 
 from ..errors import IntegrityError
+from .boxes import Part
 from .classes import Vouched, find_class, type_name
 from .decode import Decoder
 from .encode import encode_plain
@@ -30,9 +31,14 @@ class Destinations:
     """
 
     def __init__(
-        self, layout: pb.ShardLayout, vouched: Vouched, others: Mapping[int, pb.ShardLayout] | None = None
+        self,
+        layout: pb.ShardLayout,
+        vouched: Vouched,
+        others: Mapping[int, pb.ShardLayout] | None = None,
+        fills: Mapping[int, Sequence[Part]] | None = None,
     ) -> None:
-        self._layout, self._vouched = layout, vouched
+        """`fills`: regions that are put together from parts of several shards (recut.py)."""
+        self._layout, self._vouched, self._fills = layout, vouched, fills or {}
         self._elsewhere = Elsewhere(layout, others or {})
         self._live: dict[int, torch.Tensor] = {}
         self._claimed: set[int] = set()
@@ -46,7 +52,7 @@ class Destinations:
         for number, tensor in enumerate(layout.tensors):
             if tensor.is_parameter:
                 self._parameter_of.setdefault(tensor.parameter_name, number)
-        check_bounds(layout)
+        check_bounds(layout, self._fills)
 
     # --- claiming ---------------------------------------------------------------------------------
     def difference(self, number: int, live: torch.Tensor) -> str:
@@ -233,7 +239,7 @@ class Destinations:
 
     def plan(self) -> RestorePlan:
         """The copies from chunks to destinations, sorted by chunk."""
-        return plan_copies(self._layout, self._bases, self._elsewhere)
+        return plan_copies(self._layout, self._bases, self._elsewhere, self._fills)
 
     def finish(self) -> None:
         """All bytes have arrived: copy what could not be written directly, and tell the version counters."""

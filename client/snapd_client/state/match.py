@@ -19,6 +19,7 @@ from snapd_proto import format_pb2 as pb
 from torch import nn
 
 from ..errors import IntegrityError
+from .boxes import Part
 from .classes import Vouched, find_class, type_name
 from .decode import Decoder, empty_mapping, empty_mutable, factory, fill, new_sequence, put_back, read_atom
 from .destinations import Destinations
@@ -68,10 +69,11 @@ class Matcher:
         differences: Differences,
         vouched: Vouched,
         others: AbstractMapping[int, pb.ShardLayout] | None = None,
+        fills: AbstractMapping[int, AbstractSequence[Part]] | None = None,
     ) -> None:
         self.layout, self.early = layout, early
         self.names, self.differences, self.vouched = names, differences, vouched
-        self.destinations = Destinations(layout, vouched, others)
+        self.destinations = Destinations(layout, vouched, others, fills)
         self.ways: dict[str, Callable[[pb.Opaque, object, str], Builder]] = {"fields": self._fields}
         self.parameter_tensors: dict[int, int] = {}  # a parameter that has no live counterpart -> its tensor
         self._made_parameters: dict[int, nn.Parameter] = {}

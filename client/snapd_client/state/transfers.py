@@ -7,16 +7,20 @@ node that keep bytes for it (`replicas`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 from snapd_proto import format_pb2 as pb
 
 from ..errors import IntegrityError
+from .boxes import Offsets, Part
 from .pieces import PlanArrays, empty_plan
 from .tensors import dtypes, span_nbytes
 
 TENSOR_DIMS_MAX = 64
+Columns = tuple[Offsets, Offsets, Offsets, Offsets]
 
 
 class RestorePlan(NamedTuple):
@@ -76,44 +80,102 @@ def chunk_count(layout: pb.ShardLayout) -> int:
     return max((-(-(entry.shard_offset + entry.nbytes) // size) for entry in layout.ranges), default=0)
 
 
-def plan_copies(layout: pb.ShardLayout, bases: Mapping[int, int], elsewhere: Elsewhere) -> RestorePlan:
-    """The copies that fill the regions in `bases` (region -> address), sorted by source."""
-    spans: dict[int, list[tuple[int, int, int]]] = {
-        layout.rank: []
-    }  # rank -> (shard offset, nbytes, address)
+@dataclass(slots=True)
+class _Spans:
+    """Runs of bytes of one shard and where they go: columns of (shard offset, nbytes, destination, offset there)."""
+
+    rows: list[Columns] = field(default_factory=list)
+
+    def add(self, there: Offsets, nbytes: int, destination: int, here: Offsets) -> None:
+        count = len(there)
+        sizes = np.full(count, nbytes, dtype=np.uint64)
+        self.rows.append((there, sizes, np.full(count, destination, dtype=np.uint64), here))
+
+    def pieces(self, chunk_bytes: int) -> tuple[Offsets, ...]:
+        """Cut at chunk borders and sorted: (chunk, start in it, destination, offset there, nbytes)."""
+        at, nbytes, destination, here = (np.concatenate(column) for column in zip(*self.rows, strict=True))
+        size = np.uint64(chunk_bytes)
+        first = at // size
+        counts = ((at + nbytes - np.uint64(1)) // size - first + np.uint64(1)).astype(np.int64)
+        index = np.repeat(np.arange(len(at)), counts)
+        nth = (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.uint64)
+        chunk = first[index] + nth
+        begin = np.maximum(at[index], chunk * size)
+        end = np.minimum((at + nbytes)[index], (chunk + np.uint64(1)) * size)
+        order = np.lexsort((begin, chunk))
+        columns = (
+            chunk,
+            begin - chunk * size,
+            destination[index],
+            here[index] + begin - at[index],
+            end - begin,
+        )
+        return tuple(column[order] for column in columns)
+
+
+def plan_copies(
+    layout: pb.ShardLayout,
+    bases: Mapping[int, int],
+    elsewhere: Elsewhere,
+    fills: Mapping[int, Sequence[Part]] | None = None,
+) -> RestorePlan:
+    """The copies that fill the regions in `bases` (region -> address), sorted by source.
+
+    `fills`: regions that are put together from runs of any shard, instead of lying somewhere in one piece.
+    """
+    spans: dict[int, _Spans] = {layout.rank: _Spans()}
+    destinations = array("Q")
     for number, address in bases.items():
         region = layout.regions[number]
-        rank, offset = layout.rank, region.shard_offset
-        if region.held_by_rank_plus_one:
-            rank, offset = elsewhere.shard_offset(number, region)
-        spans.setdefault(rank, []).append((offset, region.nbytes, address))
-    plan, destinations = empty_plan(), array("Q")
+        if fills and number in fills:
+            for part in fills[number]:
+                spans.setdefault(part.rank, _Spans()).add(
+                    part.runs.there, part.runs.nbytes, len(destinations), part.runs.here
+                )
+        elif region.nbytes:
+            rank, offset = layout.rank, region.shard_offset
+            if region.held_by_rank_plus_one:
+                rank, offset = elsewhere.shard_offset(number, region)
+            start = np.array([offset], dtype=np.uint64)
+            spans.setdefault(rank, _Spans()).add(
+                start, region.nbytes, len(destinations), np.zeros_like(start)
+            )
+        destinations.append(address)
+    plan = empty_plan()
     sources: list[tuple[int, int]] = []
-    pieces: list[list[int]] = []
+    pieces_of_source: list[tuple[int, int]] = []
     for rank, found in spans.items():
         shard = layout if rank == layout.rank else elsewhere.layout_of(rank)
-        size, first = shard.chunk_bytes, len(sources)
-        sources.extend((rank, chunk) for chunk in range(chunk_count(shard)))
-        pieces.extend([0, 0] for _ in range(chunk_count(shard)))
-        for at, nbytes, address in sorted(found):
-            destinations.append(address)
-            offset = 0
-            while offset < nbytes:
-                chunk, start = divmod(at + offset, size)
-                count = min(nbytes - offset, size - start)
-                counter = pieces[first + chunk]
-                if counter[1] == 0:
-                    counter[0] = len(plan.nbytes)
-                counter[1] += 1
-                row = (first + chunk, start, len(destinations) - 1, offset, count, 0)
-                for column, value in zip(plan, row, strict=True):
-                    column.append(value)
-                offset += count
-    return RestorePlan(plan, destinations, sources, [(first, count) for first, count in pieces])
+        count = chunk_count(shard)
+        counts = np.zeros(count, dtype=np.int64)
+        if found.rows:
+            chunk, start, destination, here, nbytes = found.pieces(shard.chunk_bytes)
+            if len(chunk) and int(chunk[-1]) >= count:
+                raise IntegrityError("a region lies beyond the shard's end", rank=rank, chunk=int(chunk[-1]))
+            counts = np.bincount(chunk.astype(np.int64), minlength=count)
+            columns = (
+                chunk + np.uint64(len(sources)),
+                start,
+                destination,
+                here,
+                nbytes,
+                np.zeros_like(chunk),
+            )
+            before = len(plan.nbytes)
+            for column, values in zip(plan, columns, strict=True):
+                column.frombytes(values.astype(column.typecode).tobytes())
+        else:
+            before = len(plan.nbytes)
+        firsts = before + np.cumsum(counts) - counts
+        sources.extend((rank, number) for number in range(count))
+        pieces_of_source.extend(zip(firsts.tolist(), counts.tolist(), strict=True))
+    return RestorePlan(plan, destinations, sources, pieces_of_source)
 
 
-def check_bounds(layout: pb.ShardLayout) -> None:
+def check_bounds(layout: pb.ShardLayout, filled: Collection[int] = ()) -> None:
     """Refuse a layout whose numbers do not fit together, before anything is allocated or addressed.
+
+    `filled`: regions that do not lie in the shard, but are put together from others.
 
     Raises:
         IntegrityError: names the tensor.
@@ -121,8 +183,8 @@ def check_bounds(layout: pb.ShardLayout) -> None:
     end = max((r.shard_offset + r.nbytes for r in layout.ranges), default=0)
     if not layout.chunk_bytes or layout.chunk_bytes % 64:
         raise IntegrityError("the layout's chunk size is impossible", chunk_bytes=layout.chunk_bytes)
-    for region in layout.regions:
-        if region.held_by_rank_plus_one:
+    for index, region in enumerate(layout.regions):
+        if region.held_by_rank_plus_one or index in filled:
             continue  # its bytes are in another shard, whose layout is checked like this one
         if region.shard_offset + region.nbytes > end:
             raise IntegrityError("a region lies beyond the shard's end", offset=region.shard_offset)
