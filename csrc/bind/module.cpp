@@ -23,4 +23,5 @@ NB_MODULE(snapd_native, module) {
   snapd::bind::add_engine(module);
   snapd::bind::add_mapping(module);
   snapd::bind::add_control_page(module);
+  snapd::bind::add_byte_filter(module);
 }

@@ -8,6 +8,8 @@ Every failure raises a subclass of ValueError or OSError with the offending argu
 from collections.abc import Sequence
 from typing import Final, final
 
+from typing_extensions import Buffer
+
 LANE_FREE: Final[int]
 LANE_GRANTED: Final[int]
 LANE_OPEN: Final[int]
@@ -196,3 +198,15 @@ def copy_bytes(dst: int, src: int, nbytes: int) -> None:
 
 def copy_kernel() -> str:
     """Which kernel the processor got: "avx512", "avx2", "sse2" or "scalar"; SNAPD_COPY_KERNEL forces one."""
+
+def shuffle_bytes(src: Buffer, dst: Buffer, width: int) -> None:
+    """Fill `dst` with the byte planes of `src`: byte 0 of every element of `width` (2, 4, 8) bytes, then byte 1, and so on.
+
+    Bytes behind the last whole element come last, as they are. Of equal size, contiguous, not overlapping. Without the GIL.
+    """
+
+def unshuffle_bytes(src: Buffer, dst: Buffer, width: int) -> None:
+    """The inverse of shuffle_bytes."""
+
+def byte_filter() -> str:
+    """Which kernel the processor got for the two: "avx2", "sse2" or "scalar"."""
