@@ -1,8 +1,8 @@
 """Does compressing pay? Pure bookkeeping of what was measured; the caller brings the seconds.
 
-Encoders run beside the store's writes. While they keep up with what the store takes, fewer bytes mean less time; when they
-do not, compressing makes the flush slower: a fast disk takes bytes raw sooner than they can be packed. `auto` compresses
-only in the first case.
+Encoders run beside the store's writes. While they keep up with what the store takes, fewer bytes mean less time; when
+they do not, compressing makes the flush slower: a fast disk takes bytes raw sooner than they can be packed. `auto`
+compresses only in the first case.
 """
 
 from __future__ import annotations

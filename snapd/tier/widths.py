@@ -1,4 +1,4 @@
-"""Of which width the elements in each chunk of a shard are: what the byte filter must know. Pure functions of a layout."""
+"""Of which width the elements in each chunk of a shard are, for the byte filter. Pure functions of a layout."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def element_nbytes(tensor: format_pb2.Tensor) -> int:
 
 
 def element_widths(layout: format_pb2.ShardLayout, chunk_count: int) -> tuple[int, ...]:
-    """For each chunk of the shard the width of the elements that most of its bytes belong to; MIXED (1) for the layout,
-    the early part, chunks that hold nothing, and those of bytes.
+    """For each chunk of the shard the width of the elements that most of its bytes belong to; MIXED (1) where that is
+    the layout, the early values, or bytes, and for chunks that the layout does not know.
 
     Tensors that begin anywhere else than at a multiple of their width count as mixed: planes would mix significances.
     """
@@ -35,24 +35,14 @@ def element_widths(layout: format_pb2.ShardLayout, chunk_count: int) -> tuple[in
     held: list[dict[int, int]] = [{} for _ in range(chunk_count)]
     if chunk_bytes <= 0:
         return (MIXED,) * chunk_count
-    first = early_chunks_end(layout)
     for start, nbytes, width in _runs(layout):
-        for index in range(
-            max(first, start // chunk_bytes), min(chunk_count, frames_for(start + nbytes, chunk_bytes))
-        ):
-            begin, end = index * chunk_bytes, (index + 1) * chunk_bytes
-            count = min(end, start + nbytes) - max(begin, start)
+        end = start + nbytes
+        for index in range(start // chunk_bytes, min(chunk_count, frames_for(end, chunk_bytes))):
+            count = min(end, (index + 1) * chunk_bytes) - max(start, index * chunk_bytes)
             held[index][width] = held[index].get(width, 0) + count
     return tuple(
         max(widths, key=lambda width: (widths[width], -width)) if widths else MIXED for widths in held
     )
-
-
-def early_chunks_end(layout: format_pb2.ShardLayout) -> int:
-    """The number of the first chunk behind the layout and the early range."""
-    ends = [entry.shard_offset + entry.nbytes for entry in layout.ranges if entry.name == "early"]
-    values_end = layout.early_values_offset + layout.early_values_capacity
-    return frames_for(max([values_end, *ends]), layout.chunk_bytes)
 
 
 def _runs(layout: format_pb2.ShardLayout) -> list[tuple[int, int, int]]:
@@ -70,4 +60,5 @@ def _runs(layout: format_pb2.ShardLayout) -> list[tuple[int, int, int]]:
             width = MIXED
         if start not in runs or runs[start][1] < tensor.nbytes:
             runs[start] = (start, tensor.nbytes, width)
-    return sorted(runs.values())
+    values_end = layout.early_values_offset + layout.early_values_capacity
+    return [(0, values_end, MIXED), *runs.values()]
