@@ -12,6 +12,7 @@ from snapd.cli.connect import connected
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import format_moment, format_ranks, print_json, print_parts, table
+from snapd.cli.tier_source import FromOption, opened_tier, snapshots_in
 from snapd.errors import NotFoundError
 from snapd.units import format_size
 
@@ -24,22 +25,31 @@ RIGHT = ("GEN", "STEP", "RANKS", "SIZE", "SHARED")
 
 def ls(
     job: Annotated[str, typer.Argument(help="Only this job.", show_default=False)] = "",
+    from_url: FromOption = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> ExitCode:
     """List the snapshots, newest first."""
-    with connected(runtime_dir) as client:
-        snapshots = sorted(client.list_snapshots(job), key=lambda s: (s.job, -s.generation, -s.step))
+    if from_url is None:
+        with connected(runtime_dir) as client:
+            snapshots = client.list_snapshots(job)
+    else:
+        with opened_tier(from_url) as source:
+            snapshots = snapshots_in(source, job)
+    snapshots = sorted(snapshots, key=lambda s: (s.job, -s.generation, -s.step))
     if as_json:
         print_json([summary_json(snapshot) for snapshot in snapshots])
-        return ExitCode.DONE if snapshots else ExitCode.FOUND_NOTHING
+    elif not snapshots:
+        of_job, where = f" of job {job!r}" if job else "", f"in {from_url}" if from_url else "here"
+        hint = "" if from_url else "snapd status shows who is attached"
+        raise NotFoundError(f"no snapshots{of_job} {where}", hint=hint)
+    else:
+        now_s = time.time()
+        print_parts(table(HEADINGS, [summary_row(snapshot, now_s) for snapshot in snapshots], right=RIGHT))
     if not snapshots:
-        of_job = f" of job {job!r}" if job else ""
-        raise NotFoundError(f"no snapshots{of_job} here", hint="snapd status shows who is attached")
-    now_s = time.time()
-    rows = [summary_row(snapshot, now_s) for snapshot in snapshots]
-    print_parts(table(HEADINGS, rows, right=RIGHT))
-    return ExitCode.DONE
+        return ExitCode.FOUND_NOTHING
+    is_stored_and_bad = from_url is not None and all(snapshot.problem for snapshot in snapshots)
+    return ExitCode.UNUSABLE if is_stored_and_bad else ExitCode.DONE
 
 
 def summary_row(summary: admin_pb2.SnapshotSummary, now_s: float) -> tuple[str, ...]:

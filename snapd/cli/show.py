@@ -18,6 +18,8 @@ from snapd.cli.output import facts, format_moment, format_ranks, print_json, pri
 from snapd.cli.shard_facts import Shard, own_chunks, range_chunks, shards_of
 from snapd.cli.shards import read_layouts
 from snapd.cli.show_json import shard_json
+from snapd.cli.tier_shards import show_stored
+from snapd.cli.tier_source import FromOption
 from snapd.errors import NotFoundError
 from snapd.export.shard_view import (
     exported_names,
@@ -56,13 +58,17 @@ def show(
             "--rank", min=0, help="List this rank's tensors. Default: the lowest.", show_default=False
         ),
     ] = None,
+    from_url: FromOption = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> ExitCode:
     """Show what a snapshot (the newest complete one) contains and which chunks it shares with others."""
-    with connected(runtime_dir) as client:
-        reply = client.get_snapshot(job, step=step, generation=generation)
-        layouts, problems = read_layouts(client, reply.shards)
+    if from_url is None:
+        with connected(runtime_dir) as client:
+            reply = client.get_snapshot(job, step=step, generation=generation)
+            layouts, problems = read_layouts(client, reply.shards)
+    else:
+        reply, layouts, problems = show_stored(from_url, job, step=step, generation=generation)
     shards = shards_of(reply, layouts)
     if rank is not None and rank not in {shard.record.rank for shard in shards}:
         captured = format_ranks(reply.summary.ranks_captured)

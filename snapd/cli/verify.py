@@ -14,6 +14,8 @@ from snapd.cli.options import GenerationOption, JsonOption, RuntimeDirOption, St
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import print_json, progress_bar
 from snapd.cli.shards import read_layouts
+from snapd.cli.tier_source import FromOption
+from snapd.cli.tier_verify import verify_stored
 from snapd.errors import NotFoundError
 from snapd.export.shard_view import contents_of_chunk
 from snapd.rpc.local_client import LocalClient
@@ -52,10 +54,17 @@ def verify(
     job: Annotated[str, typer.Argument(help="Only this job.", show_default=False)] = "",
     step: StepOption = None,
     generation: GenerationOption = None,
+    from_url: FromOption = None,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="With --from: read and hash every chunk, not only manifests and sizes."),
+    ] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> ExitCode:
     """Hash every chunk again; name every bad one: rank, chunk, and the tensors that lie in it."""
+    if from_url is not None:
+        return verify_stored(from_url, job, step=step, generation=generation, is_deep=deep, as_json=as_json)
     with connected(runtime_dir) as client:
         chosen = [
             snapshot
