@@ -1,0 +1,180 @@
+"""Requests to S3: clients with fitting time-outs; tries with jitter until a deadline; counts; errors in our words."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import boto3.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from snapd.errors import ConfigError, IntegrityError, SnapdError, UnavailableError
+from snapd.store.opening import StoreOptions
+from snapd.store.s3_errors import RAISED, Failure, answer_of, date_of, failure_of
+from snapd.store.surroundings import Meter, StoreClock, Surroundings
+
+T = TypeVar("T")
+Answer = TypeVar("Answer", covariant=True)
+_PAUSE_FIRST_S = 0.1
+_PAUSE_MAX_S = 10.0
+_THROTTLED_FIRST_S = 0.5
+_DAMAGED_TRIES = 3
+_SHORTEST_S = 0.125
+_CONNECTIONS_BESIDE = 8  # of callers in threads of their own
+
+
+class Patience:
+    """How long a call may take, with all that it repeats."""
+
+    def __init__(self, monotonic_s: Callable[[], float], seconds: float) -> None:
+        self._monotonic_s = monotonic_s
+        self._end_s = monotonic_s() + seconds
+        self.seconds = seconds
+
+    def left_s(self) -> float:
+        return self._end_s - self._monotonic_s()
+
+
+class Answering(Protocol[Answer]):
+    """Sends one request with a client and reads the answer whole."""
+
+    def __call__(self, client: Any, /) -> Answer: ...
+
+
+class S3Requests:
+    """Everything that goes to one bucket. Safe for threads."""
+
+    def __init__(
+        self, bucket: str, description: str, options: StoreOptions, surroundings: Surroundings
+    ) -> None:
+        self.bucket = bucket
+        self.description = description
+        self.options = options
+        self.surroundings = surroundings
+        self.meter = Meter()
+        self.clock = StoreClock(surroundings.monotonic_s)
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._session: Any = None
+        self._clients: dict[float, Any] = {}
+
+    def patience(self, deadline_s: float | None) -> Patience:
+        seconds = self.options.deadline_s if deadline_s is None else deadline_s
+        return Patience(self.surroundings.monotonic_s, seconds)
+
+    def ask(
+        self, kind: str, doing: str, patience: Patience, request: Answering[T], *, tries_max: int = 1 << 30
+    ) -> T:
+        """Repeat `request` until it is answered, refused for good, or the time is up. `doing`: for texts.
+
+        Damage on the way is tried a few times only: if it stays, it is not on the way.
+
+        Raises:
+            SnapdError: as base.py says.
+            Refused: the key is taken.
+        """
+        tries = 0
+        while True:
+            tries += 1
+            failure = self._try(kind, doing, patience, request)
+            if not isinstance(failure, Failure):
+                return failure
+            if not failure.is_passing:
+                raise failure.error
+            if isinstance(failure.error, IntegrityError):
+                tries_max = min(tries_max, _DAMAGED_TRIES)
+            if tries >= tries_max or not self._pause(failure, tries, patience):
+                raise _tired(failure.error, tries, patience)
+            self.meter.add(retries=1)
+
+    def _try(self, kind: str, doing: str, patience: Patience, request: Answering[T]) -> T | Failure:
+        self.meter.add(kind)
+        what = f"{doing} in {self.description}"
+        try:
+            return request(self._client(patience.left_s()))
+        except RAISED as error:
+            self.heard(answer_of(error))
+            return failure_of(error, what, self.surroundings.wall_s())
+
+    def _pause(self, failure: Failure, tries: int, patience: Patience) -> bool:
+        """Wait before the next try, evenly between nothing and twice as long as before. False: no time is left."""
+        is_throttled = isinstance(failure.error, SnapdError) and failure.error.kind == "store_throttled"
+        first_s = _THROTTLED_FIRST_S if is_throttled else _PAUSE_FIRST_S
+        pause_s = self.surroundings.chance() * min(_PAUSE_MAX_S, first_s * 2 ** min(tries, 16))
+        if pause_s >= patience.left_s():
+            return False
+        return not self._closing.wait(pause_s)
+
+    def heard(self, answer: Mapping[str, Any]) -> None:
+        """Note the store's clock."""
+        at_s = date_of(answer)
+        if at_s is not None:
+            self.clock.heard(at_s)
+
+    def close(self) -> None:
+        """Requests under way end by themselves; nothing is tried again."""
+        self._closing.set()
+        with self._lock:
+            for client in self._clients.values():
+                client.close()
+            self._clients.clear()
+
+    # clients
+
+    def _client(self, left_s: float) -> Any:
+        """A client that gives up within what is left. Time-outs are a client's: there are some, a power of 2 apart."""
+        stall_s = self.options.stall_s
+        if left_s < stall_s:
+            stall_s = _SHORTEST_S
+            while stall_s * 2 <= left_s:
+                stall_s *= 2
+        with self._lock:
+            if self._closing.is_set():
+                raise UnavailableError(f"{self.description} is being closed", kind="store_unreachable")
+            if stall_s not in self._clients:
+                self._clients[stall_s] = self._made(stall_s)
+            return self._clients[stall_s]
+
+    def _made(self, stall_s: float) -> Any:
+        options = self.options
+        try:
+            if self._session is None:
+                self._session = boto3.session.Session()
+            is_in_path = bool(options.endpoint) if options.path_style is None else options.path_style
+            config = Config(
+                connect_timeout=min(options.connect_s, stall_s),
+                read_timeout=stall_s,
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                max_pool_connections=options.concurrency + _CONNECTIONS_BESIDE,
+                s3={"addressing_style": "path" if is_in_path else "auto"},
+                request_checksum_calculation="when_required",  # each request names its own
+                response_checksum_validation="when_required",
+                tcp_keepalive=True,
+                user_agent_extra="snapd",
+            )
+            return self._session.client(
+                "s3",
+                endpoint_url=options.endpoint or None,
+                region_name=options.region or self._session.region_name or "us-east-1",
+                verify=options.ca or None,
+                config=config,
+            )
+        except (BotoCoreError, ValueError, OSError) as error:
+            failure = failure_of(error, f"no connection to {self.description}", self.surroundings.wall_s())
+            if isinstance(error, ValueError | OSError):
+                raise ConfigError(f"{self.description} cannot be used: {error}", kind="store") from error
+            raise failure.error from error
+
+
+def _tired(error: Exception, tries: int, patience: Patience) -> Exception:
+    """The last error, with how often it was tried."""
+    if isinstance(error, SnapdError):
+        times = (
+            f"tried {tries} times in {patience.seconds:g} s"
+            if tries > 1
+            else f"no answer in {patience.seconds:g} s"
+        )
+        return type(error)(f"{error.message}; {times}", kind=error.kind, hint=error.hint, **error.context)
+    return error
