@@ -1,0 +1,327 @@
+"""Restoring from the shared tier: what a restore needs of it, and what a daemon without memory of the job must know.
+
+One per daemon with a shared tier. The store is opened for reading alone: nothing is probed, credentials that may not
+write will do. On the event loop; what blocks runs in threads of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from snapd.core.ids import SnapshotId
+from snapd.core.ledger import SnapshotFacts
+from snapd.core.restore import Decision, Outcome, Verdict
+from snapd.core.tier_choice import Ask, TierFacts, chosen_from_tier, how_to_ask, merged, unreachable
+from snapd.errors import (
+    AuthError,
+    CapacityError,
+    ConfigError,
+    ConflictError,
+    NotFoundError,
+    SnapdError,
+    UnavailableError,
+)
+from snapd.runtime.job import Job
+from snapd.runtime.tier_bringing import Lacking, Progress, bring_stored
+from snapd.store.base import Store
+from snapd.tier.reading import Candidate, Opened, TierReader
+from snapd.tier.streaming import ReadPool
+
+THREADS = 4
+BRIEF_S = 3.0  # for an answer that is not needed
+PAUSE_FIRST_S = 0.5
+PAUSE_MAX_S = 10.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a round of a restore asks for."""
+
+    world_size: int
+    generation: int  # of the session that asks
+    step: int | None
+    accept_older: bool
+    is_elastic: bool
+
+
+class TierRestores:
+    """`url`: of the tier, as configured. `open_store`: makes a store; asks nothing of it. `wait_s`: how long a restore
+    waits for a tier that may have a newer snapshot.
+    """
+
+    def __init__(self, url: str, open_store: Callable[[], Store], *, wait_s: float) -> None:
+        self.url = url
+        self._open_store = open_store
+        self._wait_s = wait_s
+        self._opening = threading.Lock()
+        self._store: Store | None = None
+        self._is_closing = False
+        self.pool = ReadPool()
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="snapd-restore")
+        self._served: dict[
+            str, dict[int, float]
+        ] = {}  # job -> generation -> when a trainer of it was last served
+
+    # the store
+
+    @property
+    def store(self) -> Store | None:
+        """None: nothing was asked yet."""
+        return self._store
+
+    def _opened(self) -> Store:
+        with self._opening:
+            if self._store is None:
+                if self._is_closing:
+                    raise UnavailableError("the daemon is stopping", kind="stopping")
+                self._store = self._open_store()
+            return self._store
+
+    async def ask(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run something blocking; UnavailableError (kind `stopping`) after `close`."""
+        try:
+            future = self.threads.submit(function, *args, **kwargs)
+        except RuntimeError as error:
+            raise UnavailableError("the daemon is stopping", kind="stopping") from error
+        return await asyncio.wrap_future(future)
+
+    async def reader(self, job: str) -> TierReader:
+        return TierReader(await self.ask(self._opened), job, self.pool)
+
+    def close(self) -> None:
+        """Let go of the store, and join the threads. Blocking."""
+        self._is_closing = True
+        if self._store is not None:
+            self._store.close()
+        self.threads.shutdown(wait=True, cancel_futures=True)
+        self.pool.close()
+
+    # what is known
+
+    def observe(self, jobs: Iterable[Job]) -> None:
+        """Note whose trainers are served; every poll."""
+        for job in jobs:
+            now_s = job.context.environment.monotonic_s()
+            for session in job.served_sessions():
+                self._served.setdefault(job.name, {})[session.generation] = now_s
+
+    def _facts(self, job: Job, generation: int) -> TierFacts:
+        older = [at_s for g, at_s in self._served.get(job.name, {}).items() if g < generation]
+        now_s = job.context.environment.monotonic_s()
+        return TierFacts(
+            floor=job.index.tier_floors().get(self.url),
+            newest=job.flusher.durable if job.flusher is not None else None,
+            idle_s=now_s - max(older) if older else None,
+        )
+
+    async def newest(self, job: Job) -> SnapshotId | None:
+        """The newest snapshot that the tier has of the job, good or bad; None also when it does not answer at once."""
+        with contextlib.suppress(SnapdError, TimeoutError):
+            async with asyncio.timeout(BRIEF_S):
+                found = await self._candidates(job.name)
+                return found[0].id if found else None
+        return None
+
+    async def chunk_bytes(self, job: Job) -> int:
+        """The chunk size of the newest good snapshot there; 0: none, or no answer at once."""
+        with contextlib.suppress(SnapdError, TimeoutError):
+            async with asyncio.timeout(BRIEF_S):
+                reader = await self.reader(job.name)
+                for candidate in await self._candidates(job.name):
+                    opened = await self.ask(reader.open, candidate, [0])
+                    if isinstance(opened, Opened):
+                        return opened.shards[0].chunk_bytes
+        return 0
+
+    async def _candidates(self, job: str) -> list[Candidate]:
+        reader = await self.reader(job)
+        return await self.ask(reader.candidates)
+
+    # a round
+
+    async def decide(self, job: Job, wish: Wish, memory: Decision) -> Decision:
+        """The round's decision, when memory alone would give `memory`. A snapshot that is found is here when this
+        returns, whole and verified; the caller holds it at once.
+
+        Raises:
+            ConflictError: kind `tier_generation`. CapacityError: it does not fit.
+        """
+        self.observe([job])
+        ask, why = how_to_ask(memory, self._facts(job, wish.generation), step=wish.step)
+        if ask is Ask.NOT:
+            return memory
+        job.context.log.info("restore.asks_tier", job=job.name, store=self.url, how=ask.value, reason=why)
+        try:
+            candidates = await self._answer(job, BRIEF_S if ask is Ask.BRIEFLY else self._wait_s)
+        except SnapdError as error:
+            is_enough = ask is Ask.BRIEFLY or (wish.accept_older and memory.outcome is Outcome.FOUND)
+            job.context.log.warning("restore.tier_away", job=job.name, kind=error.kind, reason=error.message)
+            return memory if is_enough else unreachable(memory, (), self.url, error.message)
+        self._check_generation(job, candidates, wish)
+        return await _Choosing(self, job, wish, memory).run(candidates)
+
+    async def _answer(self, job: Job, wait_s: float) -> list[Candidate]:
+        """The listing, asked for again and again. Raises the last error."""
+        clock = asyncio.get_running_loop()
+        deadline_s, pause_s = clock.time() + wait_s, PAUSE_FIRST_S
+        error: SnapdError = UnavailableError("no answer in time", kind="store_slow")
+        while True:
+            try:
+                async with asyncio.timeout(max(0.1, deadline_s - clock.time())):
+                    return await self._candidates(job.name)
+            except TimeoutError:
+                raise error from None
+            except SnapdError as failure:
+                if not is_store_away(failure) or failure.kind == "stopping":
+                    raise
+                error = failure
+            if clock.time() + pause_s >= deadline_s:
+                raise error
+            await asyncio.sleep(pause_s)
+            pause_s = min(PAUSE_MAX_S, 2 * pause_s)
+
+    def _check_generation(self, job: Job, candidates: Sequence[Candidate], wish: Wish) -> None:
+        """A generation was given out while the tier could not be asked, or the job was elsewhere meanwhile."""
+        highest = max((candidate.id.generation for candidate in candidates), default=0)
+        if highest < wish.generation:
+            return
+        job.coordination.start_above(highest)
+        raise ConflictError(
+            f"{self.url} has snapshots of generation {highest}; this start was numbered {wish.generation} before"
+            " that was known",
+            kind="tier_generation",
+            hint="start the trainer again: it gets a number above them",
+            job=job.name,
+        )
+
+
+@dataclass(slots=True)
+class _Choosing:
+    """One round: the tier's snapshots from the newest on, until one is whole here."""
+
+    tier: TierRestores
+    job: Job
+    wish: Wish
+    memory: Decision
+
+    async def run(self, candidates: Sequence[Candidate]) -> Decision:
+        found: list[Verdict] = []
+        is_in_memory = self.memory.outcome in (Outcome.FOUND, Outcome.WORLD_SIZE_DIFFERS)
+        for candidate in candidates:
+            if is_in_memory and self.memory.chosen is not None and candidate.id <= self.memory.chosen:
+                break
+            if self.wish.step is not None and candidate.id.step != self.wish.step:
+                reason = f"step {self.wish.step} was asked for"
+                found.append(Verdict(candidate.id, "other step", reason))
+                continue
+            try:
+                decision = await self._try(candidate, found)
+            except (SnapdError, Lacking) as error:
+                why = self._why_away(error)
+                if self.wish.accept_older and is_in_memory:
+                    return merged(self.memory, found)
+                return unreachable(self.memory, found, self.tier.url, why)
+            if decision is not None:
+                return decision
+        return merged(self.memory, found)
+
+    def _why_away(self, error: SnapdError | Lacking) -> str:
+        """Raises what is not the store's fault."""
+        if isinstance(error, Lacking):
+            return error.reason
+        if not is_store_away(error):
+            raise error
+        return error.message
+
+    async def _try(self, candidate: Candidate, found: list[Verdict]) -> Decision | None:
+        """The decision, if this is the snapshot; else a verdict on it is added."""
+        reader = await self.tier.reader(self.job.name)
+        opened = await self.tier.ask(reader.open, candidate, None)
+        if not isinstance(opened, Opened):
+            if not opened.is_void:
+                found.append(Verdict(candidate.id, "unusable", opened.reason))
+            return None
+        if opened.record.world_size != self.wish.world_size and not self.wish.is_elastic:
+            reason = (
+                f"{opened.id} was captured by {opened.record.world_size} ranks, this world has"
+                f" {self.wish.world_size}"
+            )
+            return Decision(Outcome.WORLD_SIZE_DIFFERS, opened.id, tuple(found), reason)
+        from_memory, problem = await bring_snapshot(self.tier, self.job, reader, opened)
+        if problem:
+            found.append(Verdict(candidate.id, "unusable", problem))
+            self.job.settle()  # what came of it gives its place to the next
+            return None
+        where = reader.store.description
+        return chosen_from_tier(opened.id, where, self.memory, found, from_memory=from_memory)
+
+
+async def bring_snapshot(
+    tier: TierRestores,
+    job: Job,
+    reader: TierReader,
+    opened: Opened,
+    *,
+    ranks: Sequence[int] = (),
+    progress: Progress = lambda nbytes: None,
+) -> tuple[list[int], str]:
+    """Have the shards of `ranks` (empty: of all) here. Returns the ranks whose shards were here already, and why the
+    snapshot cannot be used (empty: it can). Nothing is held when this returns, and nothing awaited since it was.
+
+    Raises:
+        Lacking: the store does not answer. CapacityError, ConflictError.
+    """
+    held, here = 0, []
+    try:
+        for rank in ranks or sorted(opened.shards):
+            shard = opened.shards[rank]
+            facts = job.ledger.snapshots.get(opened.id)
+            if facts is not None and _is_good_here(facts, rank, shard.digest):
+                job.ledger.hold(opened.id)
+                here.append(rank)
+                progress(shard.nbytes)
+            else:
+                await bring_stored(job, reader, shard, tier.threads, progress=progress)
+            held += 1
+    except Lacking as lacking:
+        if lacking.is_away:
+            raise
+        return here, f"rank {rank}: {lacking.reason}"
+    finally:
+        for _ in range(held):
+            job.ledger.unhold(opened.id)
+        tier.pool.trim()
+    _forgive(job, opened.id)
+    return here, ""
+
+
+def _is_good_here(facts: SnapshotFacts, rank: int, digest: bytes) -> bool:
+    shard = facts.shards.get(rank)
+    return shard is not None and shard.is_verified and shard.record.digest == digest
+
+
+def _forgive(job: Job, snapshot: SnapshotId) -> None:
+    """It was proved bad in memory, and has been brought anew."""
+    facts = job.ledger.snapshots.get(snapshot)
+    if facts is not None and facts.problem and facts.is_verified:
+        facts.problem = ""
+        job.index.set_problem(snapshot, "")
+        job.forget_announced()
+
+
+def is_store_away(error: SnapdError) -> bool:
+    """Whether the error says that the store cannot be asked, or refuses: nothing is proved by it."""
+    if isinstance(error, NotFoundError):
+        return error.kind == "bucket"
+    if isinstance(error, ConflictError | CapacityError):
+        return error.kind == "store_full"
+    return isinstance(error, UnavailableError | AuthError | ConfigError)
