@@ -25,6 +25,7 @@ from snapd.units import MIB, format_size, parse_duration_s, parse_size
 
 SLOTS_ALONE = 2
 SLOTS_CLUSTERED = 3
+SLOTS_FOR_TIER = 1  # more, where a shared tier is configured: one is being flushed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,8 @@ class ArenaConfig:
         0,
         "count",
         "Shards that fit per rank: one being captured, the others complete. Each more costs one state of"
-        " memory and keeps one more complete snapshot. 0: 2 alone, 3 in a cluster (one is being protected).",
+        " memory and keeps one more complete snapshot. 0: 2 alone, 3 in a cluster (one is being protected), one"
+        " more with `tier.shared` (one is being flushed).",
         low=0,
         high=LANES_MAX,
     )
@@ -399,7 +401,7 @@ def node_settings(config: Config) -> NodeSettings:
     """What the running node needs of it."""
     return NodeSettings(
         chunk_bytes=config.arena.chunk_bytes,
-        slots=config.arena.slots or (SLOTS_CLUSTERED if config.cluster.coordinator else SLOTS_ALONE),
+        slots=config.arena.slots or _default_slots(config),
         arena_bytes=config.arena.bytes,
         headroom_bytes=config.arena.headroom,
         poll_interval_s=config.capture.poll_interval,
@@ -411,3 +413,8 @@ def node_settings(config: Config) -> NodeSettings:
         sessions_max=config.runtime.connections,
         wait_max_s=config.restore.wait_max,
     )
+
+
+def _default_slots(config: Config) -> int:
+    slots = SLOTS_CLUSTERED if config.cluster.coordinator else SLOTS_ALONE
+    return slots + (SLOTS_FOR_TIER if config.tier.shared else 0)

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 from snapd import __version__
 from snapd.config import Config, Paths, node_settings, paths
 from snapd.config_cluster import plan_cluster
+from snapd.config_tiers import TierConfig, check_tier, store_of
+from snapd.core.flushing import FlushRules
 from snapd.errors import ConfigError, ConflictError, IntegrityError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
 from snapd.obs.log import BoundedFile, EventLog, LogStream, configure_logging
 from snapd.obs.metrics import Metrics
+from snapd.obs.tier_metrics import TierMetrics
 from snapd.rpc.handshake import HandshakeServer
 from snapd.rpc.server import RpcServer
 from snapd.runtime import faultpoints
@@ -27,6 +30,9 @@ from snapd.runtime.context import Context, Environment
 from snapd.runtime.hash_threads import hash_threads
 from snapd.runtime.leaving import finish_levels
 from snapd.runtime.node import Node
+from snapd.runtime.tier_restoring import TierRestores
+from snapd.runtime.tiers import NodeTier, TierSettings
+from snapd.store.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from snapd.clustering import Clustering
@@ -126,6 +132,11 @@ async def serve(
         clustering: Clustering | None = None
         try:
             clustering = await _join_cluster(config, node)
+            node.tier = _tier(config.tier, node)
+            if node.tier is not None:
+                node.tier_restores = TierRestores(
+                    config.tier.shared, node.tier.settings.open, wait_s=config.tier.restore_wait
+                )
             node.start()
             if clustering is not None:
                 clustering.cluster.start()
@@ -134,6 +145,10 @@ async def serve(
             if clustering is not None:
                 await clustering.stop()
             node.stop()
+            if node.tier is not None:
+                await asyncio.get_running_loop().run_in_executor(None, node.tier.close)
+            if node.tier_restores is not None:
+                await asyncio.get_running_loop().run_in_executor(None, node.tier_restores.close)
     refused = next((error for error in failures if isinstance(error, (ConfigError, ConflictError))), None)
     if refused is not None:
         raise refused  # its name is taken, its host has a daemon already, ...: one line, not a bug of ours
@@ -151,6 +166,39 @@ async def _join_cluster(config: Config, node: Node) -> Clustering | None:
     from snapd.clustering import start_cluster  # a daemon alone needs none of it
 
     return await start_cluster(config, plan, node)
+
+
+def _tier(config: TierConfig, node: Node) -> NodeTier | None:
+    """The shared tier, if there is one; nothing is asked of it yet.
+
+    Raises:
+        ConfigError: the settings do not go together.
+    """
+    if not config.shared:
+        return None
+    check_tier(config)
+    context = node.context
+    environment = context.environment
+    surroundings = Surroundings(
+        monotonic_s=environment.monotonic_s,
+        wall_s=environment.wall_s,
+        chance=lambda: secrets.randbelow(1 << 53) / (1 << 53),
+        random_token=environment.random_token,
+    )
+    settings = TierSettings(
+        url=config.shared,
+        open=lambda: store_of(config, surroundings),
+        rules=FlushRules(every_steps=config.every_steps, every_s=config.every),
+        compression=config.compression,
+        rate=config.rate,
+        single_writer=config.single_writer == "yes",
+        intent_ttl_s=config.intent_ttl,
+        gc_every_s=config.gc_every,
+        grace_s=config.grace,
+    )
+    name = node.cluster.name if node.cluster is not None else os.uname().nodename
+    writer = f"{name[:200]}/{node.instance}"
+    return NodeTier(settings, environment, context.log, TierMetrics(context.metrics.registry), writer)
 
 
 def _unhandled(context: dict[str, Any], log: EventLog, fatal: Callable[[BaseException], None]) -> None:
@@ -188,7 +236,9 @@ async def _serve_node(
     await stop.wait()
     until_s = context.environment.monotonic_s() + config.runtime.stop_grace
     if not is_failing():
-        await finish_levels(node, config.runtime.stop_grace, is_failing=is_failing)
+        await finish_levels(
+            node, config.runtime.stop_grace, tier_grace_s=config.tier.grace, is_failing=is_failing
+        )
     where.handshake_socket.unlink(missing_ok=True)
     await rpc.stop(max(0.0, until_s - context.environment.monotonic_s()))
     for task in [*tasks, *context.tasks]:

@@ -35,6 +35,14 @@ class Coordination(Protocol):
     async def agree_chunk_bytes(self, chosen: int) -> int:
         """The one chunk size of the job on all nodes: `chosen`, unless another node named one before."""
 
+    async def agree_tier_floor(self, tier: str, found: int) -> int:
+        """The highest generation that `tier` (a URL) had of the job before the job began, the same on all nodes: what
+        the first of them `found`. Generations that are given out from now on are above it.
+        """
+
+    def start_above(self, generation: int) -> None:
+        """Generations that are given out from now on are above this one."""
+
     async def commit_parent(self, generation: int, parent: SnapshotId) -> None:
         """Record what a generation was restored from. Idempotent; a second, other parent is refused with
         ConflictError.

@@ -23,18 +23,28 @@ class EmbeddedCoordination:
         }
         self._interval = Interval()
         self._factor_max = interval_factor_max
+        self._above = 0
 
     async def next_generation(self, *, incarnation: str, rollback_count: int, world_size: int) -> Assignment:
         answer = assign(
             self._table, incarnation=incarnation, rollback_count=rollback_count, world_size=world_size
         )
         if answer.is_new:
+            number = max(answer.generation.number, self._above + 1)
+            answer = replace(answer, generation=replace(answer.generation, number=number))
             self._store.add_generation(answer.generation)
             self._table[incarnation, rollback_count] = answer.generation
         return answer
 
     async def agree_chunk_bytes(self, chosen: int) -> int:
         return chosen
+
+    async def agree_tier_floor(self, tier: str, found: int) -> int:
+        self.start_above(found)
+        return found
+
+    def start_above(self, generation: int) -> None:
+        self._above = max(self._above, generation)
 
     async def commit_parent(self, generation: int, parent: SnapshotId) -> None:
         row = self.generation(generation)

@@ -61,6 +61,21 @@ def newest_number(table: Table) -> int:
     return max((row.number for row in table.values()), default=0)
 
 
+def floors_to_json(floors: dict[str, int]) -> bytes:
+    return json.dumps(floors, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def floors_from_json(data: bytes) -> dict[str, int]:
+    """Raises: RemoteProtocolError: kind `record`."""
+    try:
+        floors = {str(tier): int(number) for tier, number in json.loads(data).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RemoteProtocolError("the floors of a job's tiers do not parse", kind="record") from error
+    if any(number < 0 for number in floors.values()):
+        raise RemoteProtocolError("the floor of a tier is below 0", kind="record")
+    return floors
+
+
 def generations_to_json(table: Table) -> bytes:
     rows = sorted(table.values(), key=lambda row: row.number)
     body = [

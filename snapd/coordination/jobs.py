@@ -18,6 +18,8 @@ from snapd.coordination.job_records import (
     Newest,
     Table,
     bounded,
+    floors_from_json,
+    floors_to_json,
     generations_from_json,
     generations_to_json,
     merged,
@@ -54,6 +56,7 @@ class ClusterCoordination:
         self._revision = 0  # of the last reading
         self._record = NewestRecord(state, job, may_write=self._may_record, lease_ended=self._lease_ended)
         self._changed = asyncio.Event()
+        self._above = 0
 
     # What the job's runtime asks (base.Coordination).
 
@@ -67,7 +70,9 @@ class ClusterCoordination:
             )
             if not answer.is_new:
                 return answer, None
-            number = max(answer.generation.number, self._state.generation_seen(self._job) + 1)
+            number = max(
+                answer.generation.number, self._state.generation_seen(self._job) + 1, self._above + 1
+            )
             row = replace(answer.generation, number=number)
             return replace(answer, generation=row), bounded([*table.values(), row])
 
@@ -86,6 +91,26 @@ class ClusterCoordination:
             if await self._state.store.transact([check], [Write(key, str(chosen).encode("ascii"))]):
                 return chosen
         raise UnavailableError("the chunk size changes too fast", kind="contention", job=self._job)
+
+    async def agree_tier_floor(self, tier: str, found: int) -> int:
+        """Also raises UnavailableError."""
+        await self._wait_trusted()
+        key = self._state.keys.tier_floors(self._job)
+        for _ in range(ATTEMPTS_MAX):
+            entry = (await self._state.store.read(key)).items.get(key)
+            floors = floors_from_json(entry.value) if entry is not None else {}
+            if tier not in floors:
+                check = Check(key, entry.version if entry else 0)
+                value = floors_to_json({**floors, tier: found})
+                if not await self._state.store.transact([check], [Write(key, value)]):
+                    continue
+            floor = floors.get(tier, found)
+            self.start_above(floor)
+            return floor
+        raise UnavailableError("what tiers have changes too fast", kind="contention", job=self._job)
+
+    def start_above(self, generation: int) -> None:
+        self._above = max(self._above, generation)
 
     async def commit_parent(self, generation: int, parent: SnapshotId) -> None:
         def set_parent(table: Table) -> tuple[None, Table | None]:

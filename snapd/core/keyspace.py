@@ -82,6 +82,9 @@ class Keyspace:
     def chunk_bytes(self, job: str) -> str:
         return self.job(job) + "chunk_bytes"
 
+    def tier_floors(self, job: str) -> str:
+        return self.job(job) + "tier_floors"
+
     def removed(self, job: str) -> str:
         return self.job(job) + "removed"
 

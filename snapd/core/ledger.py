@@ -145,12 +145,17 @@ class Ledger:
     def to_drop(self, *, keep_complete: int, closed_below: int) -> list[tuple[SnapshotId, str]]:
         """Which snapshots may go now, oldest first, each with the reason.
 
-        `keep_complete`: how many usable complete ones stay (>= 1). `closed_below`: generations below it
-        capture nothing more.
+        `keep_complete`: how many usable complete ones stay (>= 1); those that are held count, and the newest stays
+        in any case. `closed_below`: generations below it capture nothing more.
         """
         usable = [facts.id for facts in self.newest_first() if facts.is_usable]
         newest = usable[0] if usable else None
-        kept = set(usable[: max(1, keep_complete)])
+        kept = {facts.id for facts in self.snapshots.values() if facts.hold_count and facts.is_usable}
+        kept.update(usable[:1])
+        for snapshot in usable:
+            if len(kept) >= keep_complete:
+                break
+            kept.add(snapshot)
         doomed: list[tuple[SnapshotId, str]] = []
         for facts in reversed(self.newest_first()):
             if facts.hold_count or facts.id in kept:

@@ -155,6 +155,16 @@ class Index:
         with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('told', ?)", (text,))
 
+    def tier_floors(self) -> dict[str, int]:
+        """For each tier, by its URL, the highest generation that it had of this job before the job began here."""
+        row = self._connection.execute("SELECT value FROM meta WHERE key = 'tier_floors'").fetchone()
+        return {str(url): int(floor) for url, floor in json.loads(row[0]).items()} if row is not None else {}
+
+    def set_tier_floor(self, url: str, floor: int) -> None:
+        text = json.dumps({**self.tier_floors(), url: floor})
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('tier_floors', ?)", (text,))
+
     # generations
 
     def generations(self) -> list[Generation]:

@@ -49,6 +49,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             raise AuthError("an admin connection opens no session", kind="role")
         opening = opening_of(request, is_clustered=self.node.cluster is not None)
         job = self.node.job_for(opening.job)
+        if job.flusher is not None:
+            await job.flusher.before_opening()
         try:
             session = await open_session(self.node.context, job, peer, opening)
         except (CapacityError, ConfigError):
@@ -140,6 +142,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         level = levels.level_for(job, LEVELS[request.level])
         snapshot = SnapshotId(session.generation, request.step)
         service.serve(job, session)
+        if level is levels.Level.DURABLE and job.flusher is not None:
+            job.flusher.request(snapshot)
 
         def is_over() -> bool:
             return (

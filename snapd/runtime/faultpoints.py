@@ -56,7 +56,18 @@ CLUSTER_POINTS = (
     "daemon.repair.before",
     "daemon.repair.after",
 )
-POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS)
+# passed only where there is a shared tier
+FLUSH_POINTS = (
+    "daemon.flush.intent.after",
+    "daemon.flush.pack.before",
+    "daemon.flush.pack.after",
+    "daemon.flush.manifest.before",
+    "daemon.flush.manifest.after",
+    "daemon.flush.commit.before",
+    "daemon.flush.commit.after",
+    "daemon.flush.done.after",
+)
+POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS, *FLUSH_POINTS)
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 

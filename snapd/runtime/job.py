@@ -29,6 +29,7 @@ from snapd.memory.segments import back_segment
 from snapd.runtime.changes import Changes
 from snapd.runtime.context import Context
 from snapd.runtime.faultpoints import point
+from snapd.runtime.fetched import Fetched
 from snapd.runtime.limits import arena_limits
 from snapd.runtime.rank_arena import SEGMENTS_MAX, RankArena
 from snapd.runtime.session import Session
@@ -65,6 +66,24 @@ class Repairing(Protocol):
     ) -> Repair: ...
 
 
+class FlushPart(Protocol):
+    """A job's way to the shared tier (runtime/flushing.py)."""
+
+    @property
+    def durable(self) -> SnapshotId | None:
+        """The newest snapshot that is committed in the tier."""
+
+    @property
+    def reason(self) -> str:
+        """What is being done, or what it waits for, in words."""
+
+    def request(self, snapshot: SnapshotId) -> None:
+        """Have it, or a newer one, become durable now."""
+
+    async def before_opening(self) -> None:
+        """A generation is about to be given out: it must be above all that the tier has. Waits a little."""
+
+
 class Job:
     """A healthy job; one whose files are broken is kept as an error by the node instead."""
 
@@ -84,6 +103,7 @@ class Job:
         self.rounds: dict[tuple[int, int], RestoreRound] = {}
         self.final_ranks: set[int] = set()
         self.replicas = ReplicaState()
+        self.fetched = Fetched()
         self.changes = Changes()
         self.opening = asyncio.Lock()
         self.planning = asyncio.Lock()
@@ -93,6 +113,7 @@ class Job:
         self.on_removed: list[Callable[[], None]] = []  # who else keeps it, and with it its mapped memory
         self.world: WorldPart | None = None  # set where worlds span nodes
         self.repairs: Repairing | None = None  # likewise
+        self.flusher: FlushPart | None = None  # set where there is a shared tier
         self.newest_generation = coordination.current()  # whose predecessors' sessions are fenced
         self.abort_count = 0  # steps that ranks here skipped for want of a slot
         self._announced: SnapshotId | None = None

@@ -1,7 +1,8 @@
 """Going away in good order: a SIGTERM may be the notice that this machine is taken away.
 
-What the trainers have handed over is captured, and what this node has of each job becomes protected, as far as the time
-of grace goes. Trainers may go on meanwhile; what they hand over later is not waited for.
+What the trainers have handed over is captured, and what this node has of each job becomes protected, and durable where
+there is a shared tier, as far as the times of grace go. Trainers may go on meanwhile; what they hand over later is not
+waited for.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from snapd.runtime.node import Node
 LOOK_S = 0.02
 
 
-async def finish_levels(node: Node, grace_s: float, *, is_failing: Callable[[], bool]) -> None:
-    """Return when it is done, when nothing more can be done, or after `grace_s`. `is_failing`: the daemon must end."""
+async def finish_levels(
+    node: Node, grace_s: float, *, tier_grace_s: float = 0.0, is_failing: Callable[[], bool]
+) -> None:
+    """Return when it is done, when nothing more can be done, or after `grace_s`; what becomes durable has until
+    `tier_grace_s`. `is_failing`: the daemon must end.
+    """
     began_s = node.context.environment.monotonic_s()
     deadline_s = began_s + grace_s
 
@@ -27,15 +32,24 @@ async def finish_levels(node: Node, grace_s: float, *, is_failing: Callable[[], 
     while not is_over() and not _is_captured(node):
         await asyncio.sleep(LOOK_S)
     is_captured = _is_captured(node)
+    for flusher in node.flushers.values():
+        flusher.finish()
     goals = {name: _newest_here(job) for name, job in node.jobs.items()}
     while not is_over() and (open_jobs := _unprotected(node, goals)):
         await asyncio.sleep(LOOK_S)
         goals = {name: goals[name] for name in open_jobs}
     left = _unprotected(node, goals)
+    tier_deadline_s = began_s + tier_grace_s
+    while not is_failing() and (not_durable := _not_durable(node)):
+        if node.context.environment.monotonic_s() >= tier_deadline_s:
+            break
+        await asyncio.sleep(LOOK_S)
+    not_durable = _not_durable(node)
     node.context.log.info(
         "levels.finished",
         is_captured=is_captured,
         unprotected_jobs=left,
+        not_durable_jobs=not_durable,
         seconds=round(node.context.environment.monotonic_s() - began_s, 3),
     )
 
@@ -67,3 +81,8 @@ def _unprotected(node: Node, goals: dict[str, SnapshotId | None]) -> list[str]:
         if not is_reached and facts is not None and not facts.problem:
             found.append(name)
     return found
+
+
+def _not_durable(node: Node) -> list[str]:
+    """The jobs whose newest complete snapshot may still become durable, and is not."""
+    return sorted(name for name, flusher in node.flushers.items() if flusher.is_behind())

@@ -28,13 +28,15 @@ def level_for(job: Job, asked: Level) -> Level:
             kind="level",
             hint="wait for `captured`, or for `durable`, which is the farthest level that is configured",
         )
-    if asked is Level.DURABLE:
+    if asked is Level.DURABLE and job.flusher is None:
         return Level.CAPTURED if job.world is None else Level.PROTECTED
     return asked
 
 
 def newest(job: Job, level: Level) -> SnapshotId | None:
     """The newest snapshot with that level on all ranks."""
+    if level is Level.DURABLE:
+        return job.flusher.durable if job.flusher is not None else None
     if level is Level.PROTECTED:
         return job.world.protected if job.world is not None else None
     here = job.ledger.newest_complete()
@@ -47,7 +49,7 @@ def newest(job: Job, level: Level) -> SnapshotId | None:
 def has(job: Job, snapshot: SnapshotId, level: Level) -> bool:
     """Whether the snapshot has the level, or had it and was overtaken by one that has."""
     reached = newest(job, level)
-    if level is Level.PROTECTED:
+    if level in (Level.PROTECTED, Level.DURABLE):
         return reached is not None and reached.generation == snapshot.generation and reached >= snapshot
     if reached == snapshot:
         return True
@@ -66,6 +68,8 @@ def lost_reason(job: Job, snapshot: SnapshotId, level: Level) -> str:
 
 def missing(job: Job, snapshot: SnapshotId, level: Level, *, world_size: int) -> str:
     """What a snapshot still lacks, in words."""
+    if level is Level.DURABLE and job.flusher is not None and has(job, snapshot, Level.CAPTURED):
+        return f"not yet durable: {job.flusher.reason}"
     if level is Level.PROTECTED and job.world is not None and has(job, snapshot, Level.CAPTURED):
         return f"not yet protected: {job.world.protection_reason()}"
     facts = job.ledger.snapshots.get(snapshot)
@@ -77,9 +81,11 @@ def missing(job: Job, snapshot: SnapshotId, level: Level, *, world_size: int) ->
 
 def name_of(job: Job, facts: SnapshotFacts) -> str:
     """How far a snapshot that is here has come in its world, in a word or two."""
-    world = job.world
+    world, flusher = job.world, job.flusher
     if facts.problem:
         return "unusable"
+    if flusher is not None and flusher.durable == facts.id:
+        return "durable"
     if world is not None and world.protected == facts.id:
         return "protected"
     if world is not None and world.target == facts.id:

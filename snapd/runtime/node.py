@@ -29,6 +29,7 @@ from snapd.memory.index import Index
 from snapd.runtime import service
 from snapd.runtime.cluster import Cluster
 from snapd.runtime.context import Context
+from snapd.runtime.flushing import JobFlusher
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Peer, Process
 from snapd.runtime.opening import overtake
@@ -37,6 +38,8 @@ from snapd.runtime.recovery import take_up
 from snapd.runtime.repairing import Repairs
 from snapd.runtime.restoring import distrust
 from snapd.runtime.session import Session
+from snapd.runtime.tier_restoring import TierRestores
+from snapd.runtime.tiers import NodeTier
 from snapd.runtime.world_restoring import WorldRestores
 
 
@@ -56,6 +59,9 @@ class Node:
         self.cluster: Cluster | None = None
         self.restores: WorldRestores | None = None
         self.repairs: Repairs | None = None
+        self.tier: NodeTier | None = None  # set before `start`, where one is configured
+        self.flushers: dict[str, JobFlusher] = {}
+        self.tier_restores: TierRestores | None = None  # likewise
         self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
         context.quarantine = self.quarantine
@@ -88,6 +94,7 @@ class Node:
     def _adopt(self, job: Job) -> None:
         self.jobs[job.name] = job
         self._join_world(job)
+        self._join_tier(job)
         self.context.metrics.arena_bytes.inc(job.arena_bytes)
         served = next(job.served_sessions(), None)
         if served is not None:
@@ -121,6 +128,18 @@ class Node:
             job.repairs = self.repairs
             job.world.changed()
 
+    def _join_tier(self, job: Job) -> None:
+        if self.tier is None:
+            return
+        flusher = self.flushers[job.name] = JobFlusher(job, self.tier)
+        job.flusher = flusher
+        job.on_removed.append(lambda: self._leave_tier(flusher))
+        self.context.spawn(flusher.run(), f"flush {job.name}")
+
+    def _leave_tier(self, flusher: JobFlusher) -> None:
+        if self.flushers.get(flusher.job.name) is flusher:
+            del self.flushers[flusher.job.name]
+
     def overtake(self, job: Job) -> None:
         """A newer generation has begun on another node."""
         overtake(job)
@@ -148,6 +167,8 @@ class Node:
         for job in list(self.jobs.values()):
             for session in list(job.live_sessions()):
                 self.serve(job, session)
+        if self.tier_restores is not None:
+            self.tier_restores.observe(self.jobs.values())
 
     def serve(self, job: Job, session: Session) -> None:
         """Look at a session's page; what is wrong with one job's files must not stop the others."""
@@ -339,6 +360,7 @@ class Node:
             index = Index.open(folder.index, job=name, may_create=not folder.has_data())
             job = self.jobs[name] = Job(self.context, name, folder, index, self._coordination(name, index))
             self._join_world(job)
+            self._join_tier(job)
         return job
 
     def existing_job(self, name: str) -> Job:

@@ -1,0 +1,416 @@
+"""One job's way to the shared tier on this node: what is flushed, what holds it up, what is durable.
+
+On the event loop; the work itself is tier/flush.py's, in the tier's threads. A snapshot is held in memory until this
+node's part of it is in the tier. Nothing here is ever waited for by training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from snapd.core.flushing import FlushChoice, FlushSituation, choose_flush
+from snapd.core.ids import SnapshotId
+from snapd.core.ledger import SnapshotFacts
+from snapd.errors import IntegrityError, InternalError, NotFoundError, SnapdError
+from snapd.runtime.job import Job
+from snapd.runtime.restoring import verify_soon
+from snapd.runtime.tiers import NodeTier, Trouble, retry_s
+from snapd.tier.flush import Flushed, Stage, TierWriter
+from snapd.tier.writing import ShardBytes, Stopped
+
+WATCH_S = 0.25
+STUCK_AFTER_S = 30.0  # waiting for other nodes' shards: a newer snapshot may take its place
+LOOK_S = 60.0
+OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the tier to say which generations it has
+
+
+@dataclass(frozen=True, slots=True)
+class FlushReport:
+    """The last flush that ended well. `requests`: to the store meanwhile, by kind (those of other jobs too)."""
+
+    snapshot: SnapshotId
+    nbytes: int
+    raw_nbytes: int
+    stored_nbytes: int
+    reused_nbytes: int
+    packs: int
+    seconds: float
+    requests: Mapping[str, int]
+
+    @property
+    def request_count(self) -> int:
+        return sum(self.requests.values())
+
+    @property
+    def requests_per_gb(self) -> float:
+        """For each 10^9 bytes of the node's part of the snapshot, whether they were written or there already."""
+        total = self.raw_nbytes + self.reused_nbytes
+        return self.request_count / (total / 1e9) if total else 0.0
+
+
+class JobFlusher:
+    """One per job and node with a shared tier. Implements `job.FlushPart`."""
+
+    def __init__(self, job: Job, tier: NodeTier) -> None:
+        self.job = job
+        self.tier = tier
+        self.durable: SnapshotId | None = None
+        self.trouble: Trouble | None = None
+        self.last: FlushReport | None = None
+        self.current: SnapshotId | None = None
+        self._stage = Stage()
+        self._stop: threading.Event | None = None
+        self._writer: TierWriter | None = None
+        self._floor: int | None = job.index.tier_floors().get(tier.settings.url)
+        self._is_learnt = False
+        self._learning = asyncio.Lock()
+        self._wanted: SnapshotId | None = None
+        self._is_ending = False
+        self._void: set[SnapshotId] = set()
+        self._first_steps: dict[int, int] = {}
+        self._failures = 0
+        clock = job.context.environment
+        self._began_s = clock.monotonic_s()
+        self._durable_at_s = clock.wall_s()
+        if self._floor is not None:
+            job.coordination.start_above(self._floor)
+        tier.metrics.behind_seconds.labels(job=job.name).set_function(self.behind_s)
+        tier.metrics.paused.labels(job=job.name).set_function(lambda: float(self.trouble is not None))
+        job.on_removed.append(self._let_go)
+
+    # what others ask
+
+    @property
+    def reason(self) -> str:
+        """What is being done, or what it waits for, in words."""
+        if self.trouble is not None:
+            return f"paused: {self.trouble.reason}"
+        if self._stop is not None:
+            return f"{self.current}: {self._stage.text}"
+        return self._choose().reason
+
+    def behind_s(self) -> float:
+        """Since the newest durable snapshot was captured."""
+        return max(0.0, self.job.context.environment.wall_s() - self._durable_at_s)
+
+    def progress(self) -> tuple[int, int]:
+        """(bytes of chunks that are in packs, of so many) of the flush under way."""
+        return (self._stage.counts.raw_nbytes, self._stage.nbytes_total) if self._stop is not None else (0, 0)
+
+    def request(self, snapshot: SnapshotId) -> None:
+        """Have it, or a newer one, become durable now."""
+        if self._wanted is None or snapshot > self._wanted:
+            self._wanted = snapshot
+            self.job.changes.notify()
+
+    def finish(self) -> None:
+        """This node goes away: have the newest become durable."""
+        self._is_ending = True
+        self.job.changes.notify()
+
+    def is_durable(self, snapshot: SnapshotId) -> bool:
+        return self.durable is not None and self.durable >= snapshot
+
+    def is_behind(self) -> bool:
+        """Whether the newest complete snapshot may still become durable, and is not."""
+        newest = self.job.ledger.newest_complete()
+        return newest is not None and not self.is_durable(newest.id) and not self._choose().pause
+
+    async def before_opening(self) -> None:
+        """A generation is about to be given out: it must be above all that the tier has. Waits a little; when the tier
+        does not answer, the generation may turn out to be too low, and then it is not flushed.
+        """
+        if self._floor is None:
+            with contextlib.suppress(SnapdError, TimeoutError):
+                async with asyncio.timeout(OPEN_WAIT_S):
+                    await asyncio.shield(self.job.context.keep(self._learn()))
+
+    # the loop
+
+    async def run(self) -> None:
+        """Until the job is removed."""
+        while not self.job.is_removed:
+            try:
+                if not self._is_learnt:
+                    await self._learn()
+                await self._step()
+            except Stopped:
+                continue
+            except InternalError:
+                raise
+            except SnapdError as error:
+                await self._failed(error)
+
+    async def _step(self) -> None:
+        choice = self._choose()
+        self._note_pause(choice)
+        if choice.snapshot is None:
+            wait_s = LOOK_S if choice.due_s is None else min(LOOK_S, choice.due_s)
+            await self.job.changes.wait_until(self._is_news_for(choice), wait_s)
+            return
+        await self._attempt(choice.snapshot)
+        self._failures = 0
+
+    def _is_news_for(self, choice: FlushChoice) -> Callable[[], bool]:
+        def is_news() -> bool:
+            now = self._choose()
+            return self.job.is_removed or now.snapshot is not None or now.pause != choice.pause
+
+        return is_news
+
+    def _note_pause(self, choice: FlushChoice) -> None:
+        if choice.pause:
+            self._tell(Trouble(choice.pause, choice.reason))
+        elif self._failures == 0:
+            self._tell(None)
+
+    def _tell(self, trouble: Trouble | None) -> None:
+        """Log what has changed; a reason that stays is told once."""
+        before, self.trouble = self.trouble, trouble
+        log, name = self.job.context.log, self.job.name
+        if trouble is not None and (before is None or before.kind != trouble.kind):
+            log.warning("flush.paused", job=name, kind=trouble.kind, reason=trouble.reason)
+        elif trouble is None and before is not None:
+            log.info("flush.goes_on", job=name)
+        if before != trouble:
+            self.job.changes.notify()
+
+    async def _learn(self) -> None:
+        """What the tier has of this job: above which generation it may write, and what is durable already."""
+        async with self._learning:
+            if self._is_learnt:
+                return
+            job, url = self.job, self.tier.settings.url
+            view = await self.tier.ask(self.tier.view, job.name)
+            if self._floor is None:
+                floor = await job.coordination.agree_tier_floor(url, view.highest_generation)
+                if job.is_removed:
+                    return
+                job.index.set_tier_floor(url, floor)
+                self._floor = floor
+                job.context.log.info("tier.learnt", job=job.name, generation=floor)
+            self._note_durable(view.newest)
+            self._is_learnt = True
+            self._failures = 0
+            self._tell(None)
+        self.job.changes.notify()
+
+    async def _failed(self, error: SnapdError) -> None:
+        """Say why, and wait before the next attempt."""
+        self._failures += 1
+        self.tier.metrics.failures.labels(kind=error.kind).inc()
+        if isinstance(error, IntegrityError) and error.kind == "chunk_digest" and self.current is not None:
+            self._doubt(self.current, error)
+        elif error.kind == "tier_void" and self.current is not None:
+            self._void.add(self.current)
+        if error.kind == "tier_condemned" and self._failures == 1:
+            self.job.context.log.info("flush.again", job=self.job.name, reason=error.message)
+        else:
+            self._tell(Trouble.of(error))
+        until_s = self.job.context.environment.monotonic_s() + retry_s(self._failures)
+        was_ending = self._is_ending
+
+        def is_over() -> bool:
+            return self.job.is_removed or self._is_ending != was_ending
+
+        left_s = until_s - self.job.context.environment.monotonic_s()
+        await self.job.changes.wait_until(is_over, max(0.0, left_s))
+
+    def _doubt(self, snapshot: SnapshotId, error: IntegrityError) -> None:
+        """Memory does not have what was recorded: look at all of the snapshot, mend it or condemn it."""
+        facts = self.job.ledger.snapshots.get(snapshot)
+        rank = error.context.get("rank")
+        if facts is not None and isinstance(rank, int) and rank in facts.shards:
+            facts.shards[rank].is_verified = False
+        if facts is not None:
+            verify_soon(self.job, snapshot)
+
+    # choosing
+
+    def _choose(self) -> FlushChoice:
+        newest = self.job.ledger.newest_complete()
+        now_s = self.job.context.environment.monotonic_s()
+        if newest is not None:
+            self._first_steps.setdefault(newest.id.generation, newest.id.step)
+        if newest is not None and newest.id in self._void:
+            return FlushChoice(
+                None, f"a collector has given {newest.id} up; the next snapshot takes its place"
+            )
+        current = self.current if self.current is not None and self._is_here(self.current) else None
+        situation = FlushSituation(
+            newest=newest.id if newest is not None else None,
+            durable=self.durable,
+            current=current,
+            stuck=self._stuck(),
+            first_step=self._first_steps.get(newest.id.generation, 0) if newest is not None else 0,
+            waited_s=now_s - self._began_s,
+            floor=self._floor,
+            wanted=self._wanted,
+            is_ending=self._is_ending,
+        )
+        return choose_flush(self.tier.settings.rules, situation)
+
+    def _is_here(self, snapshot: SnapshotId) -> bool:
+        facts = self.job.ledger.snapshots.get(snapshot)
+        return facts is not None and facts.is_usable and snapshot not in self._void
+
+    def _stuck(self) -> str:
+        if self._stop is None:
+            return self.trouble.reason if self.trouble is not None and self._failures else ""
+        waits_s = self.job.context.environment.monotonic_s() - self._stage.waits_since_s
+        return self._stage.text if self._stage.is_waiting and waits_s > STUCK_AFTER_S else ""
+
+    # flushing
+
+    async def _attempt(self, snapshot: SnapshotId) -> None:
+        """One attempt at a snapshot, to its end."""
+        job = self.job
+        facts = job.ledger.snapshots.get(snapshot)
+        if facts is None:
+            raise NotFoundError(
+                f"snapshot {snapshot} has been dropped meanwhile", kind="snapshot", job=job.name
+            )
+        if snapshot != self.current:
+            self._began_s = job.context.environment.monotonic_s()
+        self.current = snapshot
+        stop, stage = threading.Event(), Stage()
+        self._stop, self._stage = stop, stage
+        before = self.tier.count_requests()
+        loop = asyncio.get_running_loop()
+        is_held = True
+        job.ledger.hold(snapshot)
+
+        def let_go() -> None:
+            nonlocal is_held
+            if is_held:
+                is_held = False
+                job.ledger.unhold(snapshot)
+                job.settle()
+
+        def own_done() -> None:
+            loop.call_soon_threadsafe(let_go)
+
+        shards = self._shards(facts)
+        world_size = facts.world_size
+        work = asyncio.ensure_future(
+            self.tier.flush(self._flush, snapshot, world_size, shards, stop, stage, own_done)
+        )
+        try:
+            while not work.done():
+                await asyncio.wait([work], timeout=WATCH_S)
+                self._watch(snapshot, stop)
+            flushed = work.result()
+        finally:
+            stop.set()
+            work.cancel()  # of no consequence when it is done; its thread ends by `stop`
+            self._stop = None
+            let_go()
+        self._done(facts, flushed, before)
+
+    def _shards(self, facts: SnapshotFacts) -> list[ShardBytes]:
+        """This node's shards. The parent is as coordination has it now: a shard may have been captured before its node
+        heard of it.
+        """
+        job = self.job
+        generation = job.coordination.generation(facts.id.generation)
+        found = []
+        for rank, shard in sorted(facts.shards.items()):
+            record = shard.record
+            if generation is not None and generation.parent is not None:
+                record = replace(record, parent=generation.parent)
+            found.append(ShardBytes(record, job.arenas[rank].memory))
+        return found
+
+    def _flush(
+        self,
+        snapshot: SnapshotId,
+        world_size: int,
+        shards: Sequence[ShardBytes],
+        stop: threading.Event,
+        stage: Stage,
+        own_done: Callable[[], None],
+    ) -> Flushed:
+        """In a flush thread."""
+        if self._writer is None:
+            self._writer = TierWriter(self.tier.flush_means(), self.job.name)
+        return self._writer.flush(snapshot, world_size, shards, stop=stop, stage=stage, own_done=own_done)
+
+    def _watch(self, snapshot: SnapshotId, stop: threading.Event) -> None:
+        """Call the attempt off when it makes no sense any more."""
+        if stop.is_set():
+            return
+        if self.job.is_removed:
+            stop.set()
+            return
+        choice = self._choose()
+        if choice.snapshot is not None and choice.snapshot != snapshot:
+            self.tier.metrics.overtaken.inc()
+            self.job.context.log.info(
+                "flush.overtaken", job=self.job.name, snapshot=str(snapshot), reason=choice.reason
+            )
+            stop.set()
+
+    def _note_durable(self, snapshot: SnapshotId | None, captured_wall_time_s: float = 0.0) -> None:
+        if snapshot is not None and not self.is_durable(snapshot):
+            self.durable = snapshot
+            if captured_wall_time_s:
+                self._durable_at_s = captured_wall_time_s
+
+    def _done(self, facts: SnapshotFacts, flushed: Flushed, before: Mapping[str, int]) -> None:
+        job, metrics = self.job, self.tier.metrics
+        after = self.tier.count_requests()
+        seconds = job.context.environment.monotonic_s() - self._began_s
+        counts = flushed.counts
+        self.last = FlushReport(
+            snapshot=facts.id,
+            nbytes=flushed.snapshot.nbytes,
+            raw_nbytes=counts.raw_nbytes,
+            stored_nbytes=counts.stored_nbytes,
+            reused_nbytes=flushed.reused_nbytes,
+            packs=counts.packs,
+            seconds=seconds,
+            requests={kind: n for kind, total in after.items() if (n := total - before.get(kind, 0))},
+        )
+        self._note_durable(
+            facts.id, max((s.record.captured_wall_time_s for s in facts.shards.values()), default=0.0)
+        )
+        self.current = None
+        metrics.snapshots.inc()
+        metrics.committed.inc(int(flushed.is_ours))
+        metrics.raw_bytes.inc(counts.raw_nbytes)
+        metrics.stored_bytes.inc(counts.stored_nbytes)
+        metrics.reused_bytes.inc(flushed.reused_nbytes)
+        metrics.seconds.inc(max(0.0, seconds))
+        self._failures = 0
+        self._tell(None)
+        job.context.log.info(
+            "snapshot.durable",
+            job=job.name,
+            generation=facts.id.generation,
+            step=facts.id.step,
+            nbytes=flushed.snapshot.nbytes,
+            written_nbytes=counts.raw_nbytes,
+            stored_nbytes=counts.stored_nbytes,
+            reused_nbytes=flushed.reused_nbytes,
+            shards_resumed=flushed.shards_resumed,
+            is_ours=flushed.is_ours,
+            packs=counts.packs,
+            requests=self.last.request_count,
+            requests_per_gb=round(self.last.requests_per_gb, 1),
+            seconds=round(seconds, 3),
+        )
+        job.changes.notify()
+        if job.world is not None:
+            job.world.changed()
+
+    def _let_go(self) -> None:
+        """The job was removed."""
+        if self._stop is not None:
+            self._stop.set()
+        for gauge in (self.tier.metrics.behind_seconds, self.tier.metrics.paused):
+            with contextlib.suppress(KeyError):
+                gauge.remove(self.job.name)

@@ -1,0 +1,242 @@
+"""One snapshot of one node into a tier, from the intent to the commit: what an attempt does, in order. Blocking.
+
+A writer lives through failed attempts: what it has written stays known, under its write id and its intent, until a
+commit or until a collector gave it up. What a daemon before it left (shard manifests) is found by the keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from snapd.core.ids import SnapshotId
+from snapd.core.stored import Intent, StoredChunk, StoredShard, StoredSnapshot
+from snapd.core.tier_keys import TierKeys
+from snapd.errors import UnavailableError
+from snapd.store.base import Store
+from snapd.tier.committing import CommitMeans, Committer, check_same_shard
+from snapd.tier.intents import WriterIntent
+from snapd.tier.known_chunks import KnownChunks, add_base, committed_snapshots, newest_good
+from snapd.tier.manifests import shard_from_record
+from snapd.tier.writing import PackWriter, ShardBytes, Stopped, WriteCounts, WriteMeans, plan_packs
+
+WAIT_FIRST_S = 0.2
+WAIT_MAX_S = 15.0
+WAIT_PIECE_S = 1.0
+CARRIED_PER_CHUNK_MAX = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushMeans:
+    """`node`: names the writer, for people. `ttl_s`: of intents; `round_s`: of collectors. `random_token`: 32
+    hexadecimal digits, a new writer's id.
+    """
+
+    write: WriteMeans
+    node: str
+    ttl_s: float
+    round_s: float
+    wall_s: Callable[[], float]
+    random_token: Callable[[], str]
+
+    @property
+    def store(self) -> Store:
+        return self.write.store
+
+
+@dataclass(slots=True)
+class Flushed:
+    """How it went. `snapshot`: the commit record. `is_ours`: this node wrote it. `reused_nbytes`: raw bytes that the
+    tier had already.
+    """
+
+    snapshot: StoredSnapshot
+    is_ours: bool
+    counts: WriteCounts
+    reused_nbytes: int
+    shards_resumed: int
+
+
+@dataclass(slots=True)
+class Stage:
+    """How far an attempt is; written by its thread, read by others."""
+
+    text: str = "begins"
+    is_waiting: bool = False  # our part is done, other nodes' are not
+    waits_since_s: float = 0.0
+    nbytes_total: int = 0
+    counts: WriteCounts = field(default_factory=WriteCounts)
+
+
+class TierWriter:
+    """One per job and node. `flush` is called by one thread at a time."""
+
+    def __init__(self, means: FlushMeans, job: str) -> None:
+        self.keys = TierKeys(job)
+        self._means = means
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.write_id = self._means.random_token()
+        intent = Intent(self.keys.job, self.write_id, self._means.node, SnapshotId(0, 0), ())
+        self._intent = WriterIntent(
+            self._means.store,
+            self.keys,
+            intent,
+            ttl_s=self._means.ttl_s,
+            monotonic_s=self._means.write.monotonic_s,
+        )
+        self._carried: list[StoredChunk] = []
+        self._next_pack = 0
+
+    def flush(
+        self,
+        snapshot: SnapshotId,
+        world_size: int,
+        shards: Sequence[ShardBytes],
+        *,
+        stop: threading.Event,
+        stage: Stage,
+        own_done: Callable[[], None] = lambda: None,
+    ) -> Flushed:
+        """Write `shards`, this node's part of `snapshot`, and commit, or wait until another node has. `own_done`: the
+        shards' memory is needed no more.
+
+        Raises:
+            Stopped: `stop` was set. UnavailableError: kind `tier_condemned`: call again. ConflictError: kind
+            `tier_conflict`. IntegrityError. What a store raises.
+        """
+        try:
+            return self._flush(snapshot, world_size, shards, stop, stage, own_done)
+        except UnavailableError as error:
+            if error.kind == "tier_condemned":
+                self._begin_anew()  # what was written is not relied upon; the old intent is the collector's
+            raise
+
+    def give_up(self) -> None:
+        """Nothing will be committed: let a collector have what was written. Raises what a store raises."""
+        if self._intent.is_published:
+            self._intent.remove()
+        self._begin_anew()
+
+    def _flush(
+        self,
+        snapshot: SnapshotId,
+        world_size: int,
+        shards: Sequence[ShardBytes],
+        stop: threading.Event,
+        stage: Stage,
+        own_done: Callable[[], None],
+    ) -> Flushed:
+        point = self._means.write.point
+        stage.text = "looks at what the tier has"
+        if len(self._carried) > CARRIED_PER_CHUNK_MAX * sum(len(shard.record.chunks) for shard in shards):
+            self.give_up()  # it is mostly of older snapshots by now: a collector may have it
+        committer = Committer(self._commit_means(), snapshot, world_size, self.write_id)
+        known = self._known(snapshot, [shard.record.rank for shard in shards])
+        point("daemon.flush.intent.after")
+        resumed = self._resumed(committer, shards)
+        left = [shard for shard in shards if shard.record.rank not in resumed]
+        writer, reused_nbytes = self._write(committer, left, known, stop, stage)
+        own_done()
+        progress = committer.try_commit(self._intent)
+        wait_s = WAIT_FIRST_S
+        stage.waits_since_s = self._means.write.monotonic_s()
+        while progress.committed is None:
+            stage.is_waiting = True
+            stage.text = f"waits for the shards of ranks {', '.join(map(str, progress.missing[:8]))}"
+            self._wait(wait_s, stop)
+            wait_s = min(WAIT_MAX_S, 2 * wait_s)
+            progress = committer.try_commit(self._intent)
+        stage.text = "is committed"
+        self._intent.remove()
+        point("daemon.flush.done.after")
+        self._begin_anew()
+        return Flushed(progress.committed, progress.is_ours, writer.counts, reused_nbytes, len(resumed))
+
+    def _commit_means(self) -> CommitMeans:
+        means = self._means
+        return CommitMeans(
+            store=means.store,
+            keys=self.keys,
+            wall_s=means.wall_s,
+            monotonic_s=means.write.monotonic_s,
+            point=means.write.point,
+            round_s=means.round_s,
+        )
+
+    def _known(self, snapshot: SnapshotId, ranks: Sequence[int]) -> KnownChunks:
+        """Publish the intent, and gather what may be used again; nothing that a collector is about to delete."""
+        means = self._means
+        if self._intent.is_published:
+            self._intent.check()  # given up meanwhile? Putting it again would hide that
+        base = newest_good(means.store, self.keys, committed_snapshots(means.store, self.keys))
+        self._intent.publish(snapshot, [base.id] if base is not None else [])
+        condemned = self._intent.check()
+        known = KnownChunks()
+        known.add(self._carried)
+        if base is not None and self.keys.snapshot(base.id, base.revision) not in condemned:
+            add_base(means.store, known, base, ranks)
+        packs = (self.keys.pack_name(key) for key in condemned)
+        known.without_packs({pack for pack in packs if pack is not None})
+        return known
+
+    def _resumed(self, committer: Committer, shards: Sequence[ShardBytes]) -> set[int]:
+        """Our ranks whose manifests are there already, from an attempt before this one, or from a replica."""
+        there = committer.ranks_there()
+        resumed = set()
+        for shard in shards:
+            rank = shard.record.rank
+            found = committer.existing(rank) if rank in there else None
+            if found is not None:
+                key = self.keys.shard(shard.record.id, rank)
+                check_same_shard(key, found, shard.record.digest, self.write_id)
+                resumed.add(rank)
+        return resumed
+
+    def _write(
+        self,
+        committer: Committer,
+        shards: Sequence[ShardBytes],
+        known: KnownChunks,
+        stop: threading.Event,
+        stage: Stage,
+    ) -> tuple[PackWriter, int]:
+        plan = plan_packs([shard.record for shard in shards], known, first_number=self._next_pack)
+        self._next_pack += len(plan.packs)  # no name is used twice, whatever becomes of this attempt
+        writer = PackWriter(self._means.write, self.keys, self.write_id, shards, stop)
+        stage.text, stage.counts = "writes packs", writer.counts
+        stage.nbytes_total = sum(pack.raw_nbytes for pack in plan.packs)
+        own: dict[tuple[bytes, int], StoredChunk] = {}
+        done = -1
+        with contextlib.closing(writer.write(plan.packs)) as packs:
+            for shard, needed in sorted(enumerate(plan.last_pack), key=lambda pair: pair[1]):
+                while done < needed:
+                    stored = next(packs)
+                    done += 1
+                    own.update(((chunk.digest, chunk.nbytes), chunk) for chunk in stored)
+                    self._carried.extend(stored)
+                    self._intent.beat()
+                if stop.is_set():
+                    raise Stopped
+                committer.write_shard(_stored(shards[shard], own, known))
+        return writer, plan.reused_nbytes
+
+    def _wait(self, seconds: float, stop: threading.Event) -> None:
+        clock = self._means.write.monotonic_s
+        until_s = clock() + seconds
+        while (left_s := until_s - clock()) > 0:
+            if stop.wait(min(left_s, WAIT_PIECE_S)):
+                raise Stopped
+        self._intent.beat()
+
+
+def _stored(shard: ShardBytes, own: dict[tuple[bytes, int], StoredChunk], known: KnownChunks) -> StoredShard:
+    chunks: list[StoredChunk] = []
+    for chunk in shard.record.chunks:
+        stored = own.get((chunk.digest, chunk.nbytes)) or known.find(chunk.digest, chunk.nbytes)
+        assert stored is not None  # the plan has every chunk, or it was known
+        chunks.append(stored)
+    return shard_from_record(shard.record, chunks)
