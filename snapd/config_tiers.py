@@ -119,6 +119,14 @@ class TierConfig:
         low=1,
         high=86400,
     )
+    restore_wait: float = setting(
+        60.0,
+        "duration",
+        "How long a restore waits for a tier that does not answer and may have a newer snapshot than memory, before it"
+        " fails and says so.",
+        low=0,
+        high=86400,
+    )
     keep_last: int = setting(
         5, "count", "So many of the newest durable snapshots stay; 0: all of them.", low=0, high=1 << 30
     )

@@ -48,8 +48,11 @@ def checked_slots(requested: int, default: int) -> int:
     return slots
 
 
-async def open_session(context: Context, job: Job, peer: Peer, opening: Opening) -> Session:
-    """Open a session; it returns when the estimate is backed.
+async def open_session(
+    context: Context, job: Job, peer: Peer, opening: Opening, *, stored_chunk_bytes: int = 0
+) -> Session:
+    """Open a session; it returns when the estimate is backed. `stored_chunk_bytes`: of the job's snapshots in a tier,
+    if it has none here.
 
     Raises:
         FencedError, ConflictError, CapacityError, ConfigError: nothing is left of the session.
@@ -73,7 +76,7 @@ async def open_session(context: Context, job: Job, peer: Peer, opening: Opening)
                 hint="two processes have the same RANK, or two Snapshotters the same job",
                 rank=opening.rank,
             )
-        await _choose_chunk_bytes(context, job, opening)
+        await _choose_chunk_bytes(context, job, opening, stored_chunk_bytes)
         session = same or _create(context, job, peer, opening, generation)
         if is_new:
             job.coordination.configure_interval(opening.interval_steps)
@@ -139,14 +142,14 @@ def _is_unanswered(session: Session, peer: Peer) -> bool:
     )
 
 
-async def _choose_chunk_bytes(context: Context, job: Job, opening: Opening) -> None:
+async def _choose_chunk_bytes(context: Context, job: Job, opening: Opening, kept: int) -> None:
     """One size on all nodes: a shard must fit into the frames of any other node."""
     if job.chunk_bytes and (job.arena_bytes or any(True for _ in job.live_sessions())):
         return
     chunk_bytes, reason = choose_chunk_bytes(
         opening.state_bytes_estimate,
         requested=opening.chunk_bytes,
-        kept=0,
+        kept=kept,
         default=context.settings.chunk_bytes,
     )
     agreed = await job.coordination.agree_chunk_bytes(chunk_bytes)

@@ -305,8 +305,10 @@ async def bring_snapshot(
 
 
 def _is_good_here(facts: SnapshotFacts, rank: int, digest: bytes) -> bool:
+    """A snapshot that was proved bad may have good shards, too: `bring_stored` hashes them."""
     shard = facts.shards.get(rank)
-    return shard is not None and shard.is_verified and shard.record.digest == digest
+    is_trusted = shard is not None and shard.is_verified and not facts.problem
+    return is_trusted and shard is not None and shard.record.digest == digest
 
 
 def _forgive(job: Job, snapshot: SnapshotId) -> None:
