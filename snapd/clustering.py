@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from snapd_proto import peer_pb2
 
 from snapd import __version__
-from snapd.codec.ec import ErasureCodec
+from snapd.codec.isal import make_codec
 from snapd.config import Config
 from snapd.config_cluster import ClusterPlan
 from snapd.coordination.cluster import ClusterState
@@ -231,7 +231,7 @@ class _Wiring:
             node=self.plan.node,
             links=self.links.paced,
             pipeline=self.pipeline,
-            make_codec=ErasureCodec,
+            make_codec=make_codec,
             fetch_records=fetch_records,
             suspect=self.suspect,
             metrics=self.metrics,
@@ -276,7 +276,7 @@ class _Wiring:
                 store=self.bulk_store,
                 links=self.links,
                 pipeline=self.pipeline,
-                make_codec=ErasureCodec,
+                make_codec=make_codec,
                 fetch_own=self.asked.own,
                 fetch_rows=self.asked.rows,
                 metrics=self.metrics,

@@ -67,6 +67,9 @@ class ErasureCodec:
         if any(len(view) != nbytes for view in parity):
             raise LocalProtocolError("parity fragments differ in size")
         _check_sizes(data, nbytes)
+        self._encode(data, parity, nbytes)
+
+    def _encode(self, data: Sequence[memoryview | None], parity: Sequence[memoryview], nbytes: int) -> None:
         for start, stop in _pieces(nbytes, self._encode_bytes):
             if self._is_copy:
                 _fill(parity[0], start, self._part(data[0], start, stop))
@@ -83,14 +86,23 @@ class ErasureCodec:
         if self._is_copy:
             source = next(iter(present.values()))
             present = {0: source, 1: source}
-        longest = max((len(view) for view in wanted.values()), default=0)
-        for start, stop in _pieces(longest, self._decode_bytes):
-            asked = {number: view for number, view in wanted.items() if len(view) > start}
-            copied = [number for number in asked if number in present]
-            for number in copied:
-                _fill(asked.pop(number), start, self._part(present[number], start, stop))
-            if asked:
-                self._decode_piece(present, asked, start, stop)
+        for number in present.keys() & wanted.keys():
+            self._copy(present[number], wanted[number])
+        lost = {number: view for number, view in wanted.items() if number not in present}
+        if lost:
+            self._decode(present, lost, nbytes)
+
+    def _copy(self, source: memoryview | None, view: memoryview) -> None:
+        for start, stop in _pieces(len(view), self._decode_bytes):
+            _fill(view, start, self._part(source, start, stop))
+
+    def _decode(
+        self, present: Mapping[int, memoryview | None], lost: Mapping[int, memoryview], nbytes: int
+    ) -> None:
+        """`lost`: fragments that are not present; their views have at most `nbytes`."""
+        for start, stop in _pieces(max(map(len, lost.values())), self._decode_bytes):
+            asked = {number: view for number, view in lost.items() if len(view) > start}
+            self._decode_piece(present, asked, start, stop)
 
     def _check_decode(
         self, present: Mapping[int, memoryview | None], wanted: Mapping[int, memoryview], nbytes: int

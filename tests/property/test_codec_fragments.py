@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snapd.codec.ec import ErasureCodec
+from snapd.codec.isal import make_codec
 from snapd.core.cluster import DATA_FRAGMENTS_MAX, PARITY_FRAGMENTS_MAX, Code
 
 
@@ -27,12 +31,14 @@ def rows(draw: st.DrawFn) -> tuple[Code, int, list[bytes | None], set[int], dict
     return code, nbytes, data, present, wanted
 
 
-@given(rows())
+@pytest.mark.parametrize("make", [ErasureCodec, make_codec])
+@given(row=rows())
 def test_any_k_fragments_give_the_others(
+    make: Callable[[Code], ErasureCodec],
     row: tuple[Code, int, list[bytes | None], set[int], dict[int, int]],
 ) -> None:
     code, nbytes, data, present, wanted = row
-    codec = ErasureCodec(code)
+    codec = make(code)
     parity = [memoryview(bytearray(b"\xaa" * nbytes)) for _ in range(code.m)]
     codec.encode([None if part is None else memoryview(part) for part in data], parity)
     whole = [(part or b"").ljust(nbytes, b"\0") for part in data] + [bytes(view) for view in parity]

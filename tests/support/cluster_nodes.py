@@ -23,7 +23,7 @@ from pathlib import Path
 
 import xxhash
 
-from snapd.codec.ec import ErasureCodec
+from snapd.codec.isal import make_codec
 from snapd.coordination.embedded import EmbeddedCoordination
 from snapd.core.cluster import Code, Group
 from snapd.core.ids import Place, SnapshotId
@@ -283,7 +283,7 @@ class FakeNode:
     def protector(self, job: str) -> Protector:
         if job not in self.protectors:
             means = Means(
-                self.name, self.links, self.pipeline, ErasureCodec, lambda name: self._fetch_for(name), self.metrics
+                self.name, self.links, self.pipeline, make_codec, lambda name: self._fetch_for(name), self.metrics
             )  # fmt: skip
             self.protectors[job] = Protector(self.job(job), means, lambda: None)
         return self.protectors[job]
@@ -310,7 +310,7 @@ class FakeNode:
 
     async def bring(self, job: str, step: int, rank: int, sources: dict[int, ShardSources]) -> ShardRecord:
         means = RecoveryMeans(
-            self.name, self.links, self.store, self.pipeline, ErasureCodec, self.fetch_own, self.fetch_rows,
+            self.name, self.links, self.store, self.pipeline, make_codec, self.fetch_own, self.fetch_rows,
             self.metrics,
         )  # fmt: skip
         return await bring_shard(self.job(job), means, SnapshotId(1, step), rank, sources)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
+from collections.abc import Callable
 
 import pytest
 from pyeclib.ec_iface import ECDriver
 
-from snapd.codec import ec
+from snapd.codec import ec, isal
 from snapd.codec.ec import EC_TYPE, HEADER_BYTES, ErasureCodec
+from snapd.codec.isal import IsalCodec, make_codec
 from snapd.core.cluster import DATA_FRAGMENTS_MAX, PARITY_FRAGMENTS_MAX, Code
 from snapd.errors import LocalProtocolError, NotRestorable
 
@@ -28,6 +30,15 @@ GOLDEN = {
 }
 
 
+Make = Callable[[Code], ErasureCodec]
+
+
+@pytest.fixture(params=["pyeclib", "isa-l"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Either implementation; the second is the one that runs, where ISA-L is."""
+    return ErasureCodec if request.param == "pyeclib" else make_codec
+
+
 def sample(number: int, nbytes: int) -> bytes:
     """Reproducible bytes of a data fragment."""
     return hashlib.shake_128(b"fragment %d" % number).digest(nbytes)
@@ -37,8 +48,8 @@ def views(count: int, nbytes: int) -> list[memoryview]:
     return [memoryview(bytearray(nbytes)) for _ in range(count)]
 
 
-def encoded(code: str, data: list[bytes], nbytes: int) -> list[bytes]:
-    codec = ErasureCodec(Code.parse(code))
+def encoded(make: Make, code: str, data: list[bytes], nbytes: int) -> list[bytes]:
+    codec = make(Code.parse(code))
     parity = views(codec.m, nbytes)
     codec.encode([memoryview(part) for part in data], parity)
     return [bytes(view) for view in parity]
@@ -72,28 +83,28 @@ def twin(data: list[bytes], m: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("code", sorted(GOLDEN))
-def test_parity_is_what_it_always_was(code: str) -> None:
-    parity = encoded(code, [sample(i, 1000) for i in range(Code.parse(code).k)], 1000)
+def test_parity_is_what_it_always_was(make: Make, code: str) -> None:
+    parity = encoded(make, code, [sample(i, 1000) for i in range(Code.parse(code).k)], 1000)
     assert hashlib.sha256(b"".join(parity)).hexdigest() == GOLDEN[code]
 
 
 @pytest.mark.parametrize("code", ["1+1", "1+3", "2+1", "6+2", "24+8"])
-def test_parity_is_what_the_definition_says(code: str) -> None:
+def test_parity_is_what_the_definition_says(make: Make, code: str) -> None:
     asked = Code.parse(code)
     data = [sample(i, 97) for i in range(asked.k)]
-    assert encoded(code, data, 97) == twin(data, asked.m)
+    assert encoded(make, code, data, 97) == twin(data, asked.m)
 
 
-def test_the_copy_of_1_and_1_is_what_the_library_gives() -> None:
+def test_the_copy_of_1_and_1_is_what_the_library_gives(make: Make) -> None:
     data = sample(0, 12_345)
     library = ECDriver(k=1, m=1, ec_type=EC_TYPE).encode(data)[1][HEADER_BYTES:]
-    assert encoded("1+1", [data], 12_345) == [data] == [library]
+    assert encoded(make, "1+1", [data], 12_345) == [data] == [library]
 
 
-def test_every_code_within_the_bounds_recovers_the_loss_of_m() -> None:
+def test_every_code_within_the_bounds_recovers_the_loss_of_m(make: Make) -> None:
     for k in range(1, DATA_FRAGMENTS_MAX + 1):
         for m in range(1, PARITY_FRAGMENTS_MAX + 1):
-            codec = ErasureCodec(Code(k, m))
+            codec = make(Code(k, m))
             data, parity = [sample(i, 65) for i in range(k)], views(m, 65)
             codec.encode([memoryview(part) for part in data], parity)
             fragments = dict(enumerate([*map(memoryview, data), *parity]))
@@ -104,18 +115,18 @@ def test_every_code_within_the_bounds_recovers_the_loss_of_m() -> None:
 
 
 @pytest.mark.parametrize("nbytes", [1, 63, 64, 4096, 4097])
-def test_the_size_of_pieces_does_not_matter(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_pieces_does_not_matter(make: Make, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = [sample(i, nbytes) for i in range(3)]
-    whole = encoded("3+2", data, nbytes)
+    whole = encoded(make, "3+2", data, nbytes)
     monkeypatch.setattr(ec, "ENCODE_PIECE_BYTES", 3 * 64)
     monkeypatch.setattr(ec, "DECODE_PIECE_BYTES", 3 * 64)
-    assert encoded("3+2", data, nbytes) == whole
+    assert encoded(make, "3+2", data, nbytes) == whole
 
 
-def test_several_threads_share_a_codec() -> None:
-    codec = ErasureCodec(Code(4, 2))
+def test_several_threads_share_a_codec(make: Make) -> None:
+    codec = make(Code(4, 2))
     data = [sample(i, 600_000) for i in range(4)]
-    expected = encoded("4+2", data, 600_000)
+    expected = encoded(make, "4+2", data, 600_000)
     found: list[bool] = []
 
     def work() -> None:
@@ -147,19 +158,19 @@ def test_headers_are_kept_for_a_bounded_number_of_sizes(monkeypatch: pytest.Monk
     assert len(codec._headers) == 3
 
 
-def test_too_few_fragments_are_said() -> None:
-    codec = ErasureCodec(Code(3, 2))
+def test_too_few_fragments_are_said(make: Make) -> None:
+    codec = make(Code(3, 2))
     with pytest.raises(NotRestorable, match=r"2 fragments of a row are there and 3 are needed \[fragments\]"):
         codec.decode({0: None, 4: memoryview(bytes(8))}, {1: memoryview(bytearray(8))}, 8)
 
 
-def test_wrong_calls_are_refused() -> None:
-    codec = ErasureCodec(Code(2, 1))
+def test_wrong_calls_are_refused(make: Make) -> None:
+    codec = make(Code(2, 1))
     eight, nine, room = memoryview(bytes(8)), memoryview(bytes(9)), memoryview(bytearray(8))
     wide = memoryview(bytearray(32)).cast("I")
     calls = [
-        lambda: ErasureCodec(Code(25, 1)),
-        lambda: ErasureCodec(Code(2, 9)),
+        lambda: make(Code(25, 1)),
+        lambda: make(Code(2, 9)),
         lambda: codec.encode([eight], [room]),
         lambda: codec.encode([eight, eight], [room, room]),
         lambda: codec.encode([eight, nine], [room]),
@@ -172,3 +183,31 @@ def test_wrong_calls_are_refused() -> None:
     for call in calls:
         with pytest.raises(LocalProtocolError):
             call()
+
+
+def test_isa_l_is_called_directly_where_pyeclib_has_it() -> None:
+    assert type(make_codec(Code(4, 2))) is IsalCodec
+
+
+def test_without_isa_l_or_with_another_code_of_its_own_pyeclib_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(isal, "_library", lambda: None)
+    assert type(make_codec.__wrapped__(Code(4, 2))) is ErasureCodec
+    monkeypatch.undo()
+    code = Code(4, 2)
+
+    class Other(IsalCodec):
+        """Its parity fragments are swapped."""
+
+        def _encode(self, data, parity, nbytes) -> None:  # type: ignore[no-untyped-def]
+            super()._encode(data, parity[::-1], nbytes)
+
+    monkeypatch.setattr(isal, "IsalCodec", Other)
+    assert type(make_codec.__wrapped__(code)) is ErasureCodec
+
+
+def test_what_is_open_for_reading_only_is_coded_too() -> None:
+    data, parity = [memoryview(sample(i, 5000)) for i in range(4)], views(2, 5000)
+    make_codec(Code(4, 2)).encode(data, parity)
+    assert [bytes(view) for view in parity] == encoded(ErasureCodec, "4+2", [bytes(d) for d in data], 5000)
