@@ -204,7 +204,10 @@ class S3Upload:
             )
 
         doing = f"cannot write part {number} of {self._key}"
-        part = self._requests.ask("part", doing, self._requests.patience(None), send)
+        try:
+            part = self._requests.ask("part", doing, self._requests.patience(None), send)
+        except NotFoundError as missing:
+            raise self._vanished(doing, missing) from None
         self._requests.meter.add(sent_nbytes=view.nbytes)
         return part
 
@@ -246,9 +249,13 @@ class S3Upload:
             if missing.kind != "object":
                 raise
             if not self._is_ours(nbytes):  # else completed by a request whose answer was lost
-                raise UnavailableError(
-                    f"{doing}: its parts were removed by somebody else", kind="store_failing"
-                ) from missing
+                raise self._vanished(doing, missing) from None
+
+    def _vanished(self, doing: str, missing: NotFoundError) -> SnapdError:
+        """An upload that is not there any more: a collector took it for a dead writer's."""
+        if missing.kind != "object":
+            return missing
+        return UnavailableError(f"{doing}: its parts were removed by somebody else", kind="store_failing")
 
     def _is_ours(self, nbytes: int) -> bool:
         """Whether our object is there. False: another, or none."""

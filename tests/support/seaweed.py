@@ -11,6 +11,8 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,25 @@ _IDENTITIES = {
         "providers": {"local": {"type": "local", "enableOnDemandCreate": True}},
     },
 }
+
+
+@contextmanager
+def running(folder: Path, *, certificate: tuple[Path, Path, Path] | None = None) -> Iterator[Seaweed]:
+    """A server, and the environment that its clients need."""
+    require_weed()
+    server = Seaweed(folder, certificate=certificate)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_CA_BUNDLE", "AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
+            patch.delenv(name, raising=False)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, str(folder / "none"))
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
 
 
 def require_weed() -> None:
@@ -89,10 +110,10 @@ class Seaweed:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def store(self, prefix: str, **options: Any) -> S3Store:
+    def store(self, prefix: str, *, bucket: str = BUCKET, **options: Any) -> S3Store:
         """A store in the bucket; credentials as `environment` has them. The caller closes it."""
         chosen = StoreOptions(**{"endpoint": self.endpoint, "deadline_s": 20.0, "stall_s": 5.0, **options})
-        store = open_store(f"s3://{BUCKET}/{prefix}", chosen, surroundings())
+        store = open_store(f"s3://{bucket}/{prefix}", chosen, surroundings())
         assert isinstance(store, S3Store)
         return store
 
