@@ -2,7 +2,8 @@
 
 Floats of a training state hardly repeat, but their exponents take few values: with the bytes of equal significance side
 by side (shuffle_bytes) the planes of exponents shrink, and zstd leaves the others as they are. A sample of each chunk
-decides which way is taken; what does not shrink is not touched and not copied.
+decides which way is taken; what does not shrink is not touched and not copied. Behind a frame stands a checksum of it:
+a frame has bits that change nothing in what comes out, and a damaged one is not given to the decompressor at all.
 
 All work on bytes releases the GIL. Encoders and decoders may be used by several threads; what they keep (a context and
 scratch of the largest chunk so far) is one for each thread.
@@ -28,6 +29,7 @@ Buffer = bytes | bytearray | memoryview
 LEVEL = 1
 SHUFFLED_WIDTHS = (2, 4, 8)
 WINDOW_BYTES_MAX = 64 * MIB  # as large as the largest chunk
+FRAME_CHECK_BYTES = 8  # XXH3-64 of the frame, canonical
 SAMPLE_PIECES = 8
 SAMPLE_PIECE_BYTES = 8 * KIB
 # A chunk that does not shrink by this share of its size is stored raw: reading it back would cost more than it saves.
@@ -93,10 +95,10 @@ class ChunkEncoder:
         if self.mode is Mode.AUTO and share > 1 - self._margin:
             return stored_raw
         packed = self._pack(raw, width)
-        if len(packed) >= len(raw) * (1 - self._margin):
+        if len(packed) + FRAME_CHECK_BYTES >= len(raw) * (1 - self._margin):
             return stored_raw
         encoding = Encoding.ZSTD if width == 1 else Encoding.SHUFFLED_ZSTD
-        return EncodedChunk(encoding, width, packed)
+        return EncodedChunk(encoding, width, packed + xxhash.xxh3_64_digest(packed))
 
     def _choose(self, raw: memoryview, element_nbytes: int) -> tuple[int, float]:
         """Which width (1: no planes) makes a sample smallest, and to what share of its size."""
@@ -179,14 +181,15 @@ class ChunkDecoder:
         scratch = self._scratch
         if scratch.decompressor is None:
             scratch.decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
+        frame = memoryview(stored)[:-FRAME_CHECK_BYTES]
+        if xxhash.xxh3_64_digest(frame) != bytes(memoryview(stored)[-FRAME_CHECK_BYTES:]):
+            raise bad_chunk(chunk, "its stored bytes were changed: their checksum differs")
         try:
-            size = zstandard.frame_content_size(stored)
+            size = zstandard.frame_content_size(frame)
             if size != len(out):
                 raise bad_chunk(chunk, f"its zstd frame is of {size} bytes, the chunk of {len(out)}")
             # The whole frame and room for all of it: zstd then decodes into place, without a window of its own.
-            with scratch.decompressor.stream_reader(
-                stored, read_across_frames=False, closefd=False
-            ) as reader:
+            with scratch.decompressor.stream_reader(frame, read_across_frames=False, closefd=False) as reader:
                 count = reader.readinto(out)
                 if count != len(out):
                     raise bad_chunk(chunk, f"its zstd frame ends after {count} of {len(out)} bytes")

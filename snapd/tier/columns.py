@@ -112,18 +112,18 @@ def checked_chunks(
     packs = list(message.packs)
     if any(PACK_NAME.fullmatch(name) is None for name in packs) or len(set(packs)) != len(packs):
         raise bad_object(key, "names its packs badly, or one twice")
-    assert len(message.pack) == columns.lengths[0]
-    chunks = []
-    rows = zip(
+    parsed = (
         message.pack,
         message.offset,
         message.stored_nbytes,
         message.nbytes,
         message.encoding,
         message.element_nbytes,
-        split_digests(message.xxh3_128),
-        strict=True,
     )
+    if any(len(column) != count for column, count in zip(parsed, columns.lengths, strict=True)):
+        raise bad_object(key, "a column of its table of chunks is not packed")
+    chunks = []
+    rows = zip(*parsed, split_digests(message.xxh3_128), strict=True)
     for index, (pack, offset, stored_nbytes, nbytes, encoding, element_nbytes, digest) in enumerate(rows):
         if pack >= len(packs):
             raise bad_object(key, f"chunk {index} lies in pack {pack} of {len(packs)}")

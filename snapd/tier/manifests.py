@@ -140,7 +140,7 @@ def decode_shard(data: bytes, *, key: str, job: str) -> StoredShard:
     """
     payload = unwrap(Kind.SHARD, data, key)
     try:
-        columns = ChunkColumns.of(check_counts(payload, {}).get(11))
+        columns = ChunkColumns.of(check_counts(payload, {11: 1}).get(11))
         message = tier_pb2.StoredShard.FromString(bytes(payload))
     except (WireError, DecodeError) as error:
         raise bad_object(key, f"does not parse: {error}") from error

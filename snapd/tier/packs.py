@@ -183,18 +183,14 @@ def _parsed_index(payload: bytes, key: str) -> tier_pb2.PackIndex:
 
 
 def _chunks_of(message: tier_pb2.PackIndex, key: str) -> tuple[StoredChunk, ...]:
-    ends = itertools.accumulate(message.stored_nbytes, initial=PACK_HEAD_BYTES)
+    columns = (message.stored_nbytes, message.nbytes, message.encoding, message.element_nbytes)
+    if any(len(column) * DIGEST_BYTES != len(message.xxh3_128) for column in columns):
+        raise bad_pack(key, "a column of its index is not packed")
+    ends = itertools.accumulate(message.stored_nbytes)
     chunks = []
-    rows = zip(
-        ends,
-        message.stored_nbytes,
-        message.nbytes,
-        message.encoding,
-        message.element_nbytes,
-        split_digests(message.xxh3_128),
-        strict=False,  # `ends` has one more
-    )
-    for index, (offset, stored_nbytes, nbytes, encoding, element_nbytes, digest) in enumerate(rows):
+    rows = zip(ends, *columns, split_digests(message.xxh3_128), strict=True)
+    for index, (end, stored_nbytes, nbytes, encoding, element_nbytes, digest) in enumerate(rows):
+        offset = PACK_HEAD_BYTES + end - stored_nbytes
         kind = known_encoding(key, index, encoding)
         chunk = StoredChunk(nbytes, digest, message.name, offset, stored_nbytes, kind, element_nbytes)
         check_stored(key, index, chunk, CHUNK_BYTES_MAX)
