@@ -26,11 +26,13 @@ from .ending import CLOSE_TIMEOUT_S, close_session, unwatch, wait_settled, watch
 from .errors import ConfigError, SnapdError, UnavailableError
 from .health import Health
 from .levels import ask_last, check_level, wait_level
+from .restore import Asked
 from .restore import Context as RestoreContext
 from .restore import restore as restore_state
 from .session import Session
 from .sharing import DIFFER
 from .state.loaders import rng_neutral
+from .state.resharding import Reshard, check_reshard
 from .state.tree import StateTree
 from .trouble import Trouble
 from .version import VERSION
@@ -158,11 +160,22 @@ class Snapshotter:
         return self._session.generation
 
     def restore(
-        self, *, step: int | None = None, accept_older: bool = False, allow_partial: Sequence[str] = ()
+        self,
+        *,
+        step: int | None = None,
+        accept_older: bool = False,
+        allow_partial: Sequence[str] = (),
+        reshard: Mapping[str, Reshard] | None = None,
     ) -> int:
         """Put the newest snapshot that is complete and verified on all ranks into the live state.
 
-        Call it on every rank, once, before the loop. Returns the step to go on from; 0 if the job has none.
+        Call it on every rank, once, before the loop. Returns the step to go on from; 0 if the job has none. The number
+        of ranks and the mesh may be others than when it was taken: tensors are put together from the boxes that were
+        saved (docs/elastic.md).
+
+        Args:
+            reshard: for each loader, by its name in the mapping, what becomes of its place in the data when the number
+                of ranks has changed: "keep", or a function of (states of the saved ranks, rank, world size).
 
         Raises:
             NotRestorable: snapshots exist and none can be used; lists why.
@@ -170,9 +183,9 @@ class Snapshotter:
             UnavailableError: the daemon does not answer.
         """
         self._is_started = True
-        restored = restore_state(
-            self._restore_context(), step=step, accept_older=accept_older, allow_partial=list(allow_partial)
-        )
+        check_reshard(reshard or {})
+        asked = Asked(step, accept_older, tuple(allow_partial), dict(reshard or {}))
+        restored = restore_state(self._restore_context(), asked)
         self._control.populate()
         return restored
 
@@ -192,7 +205,7 @@ class Snapshotter:
         self._session.generation = reply.generation
         self._capturer.forget_base()
         self._last = None
-        return restore_state(self._restore_context(), step=step, accept_older=False, allow_partial=[])
+        return restore_state(self._restore_context(), Asked(step))
 
     def _restore_context(self) -> RestoreContext:
         return RestoreContext(self._tree, self._session, self.job, self.world)

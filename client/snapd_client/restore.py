@@ -9,8 +9,8 @@ from __future__ import annotations
 import concurrent.futures
 import os
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import xxhash
 from snapd_native import CopyPlan
@@ -18,9 +18,11 @@ from snapd_proto import format_pb2
 from snapd_proto import trainer_pb2 as pb
 
 from . import faults
+from .elastic import Fetcher, chunks_read, early_chunks, layout_chunks, list_shards
 from .errors import IntegrityError, NotRestorable, SnapdError, UnavailableError
 from .session import Session, ShardMemory
-from .state.apply import PendingRestore, prepare_restore
+from .state.apply import PendingRestore, is_cut_alike, prepare_restore
+from .state.resharding import Elastic, Reshard
 from .state.tree import StateTree
 from .world import World
 
@@ -51,7 +53,17 @@ class BadChunks(IntegrityError):
         self.chunks = chunks
 
 
-def restore(context: Context, *, step: int | None, accept_older: bool, allow_partial: list[str]) -> int:
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for; see Snapshotter.restore."""
+
+    step: int | None = None
+    accept_older: bool = False
+    allow_partial: Sequence[str] = ()
+    reshard: Mapping[str, Reshard] = field(default_factory=dict)
+
+
+def restore(context: Context, asked: Asked) -> int:
     """Rounds until all ranks have one snapshot. Returns its step, 0 if there is none.
 
     Raises:
@@ -60,10 +72,10 @@ def restore(context: Context, *, step: int | None, accept_older: bool, allow_par
     for turn in range(ROUNDS_MAX):
         plan = None
         try:
-            plan = _ask(context, turn, step, accept_older)
+            plan = _ask(context, turn, asked)
             if plan is None:
                 return 0
-            _fill(context, plan, allow_partial)
+            _fill(context, turn, plan, asked)
             answer = _report(context, turn)
         except BadChunks as error:
             answer = _report(context, turn, bad=error.chunks)
@@ -81,13 +93,15 @@ def restore(context: Context, *, step: int | None, accept_older: bool, allow_par
     raise NotRestorable("every round of the restore met bad chunks", rounds=ROUNDS_MAX, job=context.job)
 
 
-def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> pb.PlanRestoreReply | None:
+def _ask(context: Context, turn: int, asked: Asked) -> pb.PlanRestoreReply | None:
+    step = asked.step
     request = pb.PlanRestoreRequest(
         session_id=context.session.session_id,
         round=turn,
         has_step=step is not None,
         step=step or 0,
-        accept_older=accept_older,
+        accept_older=asked.accept_older,
+        elastic=True,
     )
     plan: pb.PlanRestoreReply = context.session.call(
         lambda stub, **options: stub.PlanRestore(request, **options), timeout_s=RESTORE_TIMEOUT_S
@@ -121,22 +135,56 @@ def _ask(context: Context, turn: int, step: int | None, accept_older: bool) -> p
     )
 
 
-def _fill(context: Context, plan: pb.PlanRestoreReply, allow_partial: list[str]) -> None:
+def _fill(context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked) -> None:
     with context.session.shard_memory(context.job, plan.generation, plan.step, plan.shards) as shards:
-        sources = {record.rank: _Source(record, shards) for record in plan.shards}
-        record = plan.shards[0]
-        own = sources[record.rank]
-        early = format_pb2.EarlyValues.FromString(
-            own.read(record.early_values_offset, record.early_values_nbytes)
-        )
-        others = {rank: source.layout() for rank, source in sources.items() if source is not own}
-        pending = prepare_restore(
-            context.tree, own.layout(), early, allow_partial=allow_partial, others=others
-        )
-        faults.point("client.restore.prepared")
-        _copy_verified(pending, sources, _threads(context.world))
-        faults.point("client.restore.copied")
-        pending.finish()
+        if plan.shards:
+            sources = {record.rank: _Source(record, shards) for record in plan.shards}
+            own = sources[plan.shards[0].rank]
+            layout = own.layout()
+            if plan.saved_world_size == 0 or is_cut_alike(context.tree, layout):
+                others = {rank: source.layout() for rank, source in sources.items() if source is not own}
+                pending = prepare_restore(
+                    context.tree, layout, own.early(), allow_partial=asked.allow_partial, others=others
+                )
+                faults.point("client.restore.prepared")
+                _finish(context, pending, sources)
+                return
+        _fill_elastic(context, turn, plan, asked, shards)
+
+
+def _fill_elastic(
+    context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked, shards: ShardMemory
+) -> None:
+    """The shards were cut otherwise than the live state is: only the chunks that this rank needs are brought."""
+    records = list_shards(context.session, turn, plan.saved_world_size)
+    snapshot = (plan.generation, plan.step)
+    fetcher = Fetcher(context.session, context.job, turn, records, snapshot, shards)
+    sources = {rank: _Source(record, shards) for rank, record in records.items()}
+    base = context.world.rank % plan.saved_world_size
+    asks_others = any(callable(how) for how in asked.reshard.values())
+    early_ranks = sources if asks_others else [base]
+    wanted = {rank: list(layout_chunks(record)) for rank, record in records.items()}
+    for rank in early_ranks:
+        wanted[rank] += early_chunks(records[rank])
+    fetcher.fetch(wanted)
+    layouts = {rank: source.layout() for rank, source in sources.items()}
+    early = {rank: sources[rank].early() for rank in early_ranks}
+    pending = prepare_restore(
+        context.tree,
+        layouts[base],
+        early[base],
+        allow_partial=asked.allow_partial,
+        elastic=Elastic(layouts, early, asked.reshard),
+    )
+    faults.point("client.restore.prepared")
+    fetcher.fetch(chunks_read(pending.sources, pending.pieces_of_chunk))
+    _finish(context, pending, sources)
+
+
+def _finish(context: Context, pending: PendingRestore, sources: Mapping[int, _Source]) -> None:
+    _copy_verified(pending, sources, _threads(context.world))
+    faults.point("client.restore.copied")
+    pending.finish()
 
 
 def _threads(world: World) -> int:
@@ -155,16 +203,24 @@ class _Source:
         """Raises BadChunks."""
         return format_pb2.ShardLayout.FromString(self.read(0, self.record.layout_nbytes))
 
+    def early(self) -> format_pb2.EarlyValues:
+        """Raises BadChunks."""
+        record = self.record
+        return format_pb2.EarlyValues.FromString(
+            self.read(record.early_values_offset, record.early_values_nbytes)
+        )
+
     def address(self, number: int) -> int:
-        """Raises IntegrityError: the shard has no such chunk."""
+        """0 for a chunk that nobody has mapped: one that nothing is read of.
+
+        Raises IntegrityError: the shard has no such chunk."""
         if number >= len(self.record.chunks):
             raise IntegrityError(
                 "the layout names a chunk that the shard does not have", rank=self.record.rank, chunk=number
             )
         chunk = self.record.chunks[number]
-        return (
-            self._shards.mappings[chunk.segment_rank, chunk.segment].address + chunk.frame * self.chunk_bytes
-        )
+        mapping = self._shards.mappings.get((chunk.segment_rank, chunk.segment))
+        return 0 if mapping is None else mapping.address + chunk.frame * self.chunk_bytes
 
     def is_good(self, number: int) -> bool:
         """Whether the chunk's bytes are what its hash says. Releases the GIL while hashing."""

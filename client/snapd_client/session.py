@@ -66,6 +66,7 @@ class Session:
         self.is_connected = False
         self.reconnect_count = 0
         self._segments_version = -1
+        self._pin: Callable[[int, int], None] | None = None
         self._secret = b""
         self._token = ""
         self.may_start_daemon = False  # the one that was there last had been started by a trainer
@@ -171,8 +172,19 @@ class Session:
             os.dup2(descriptors[1], self.wake_fd, inheritable=False)
         for info, descriptor in zip(infos, descriptors[2:], strict=True):
             if info.segment not in self.segments:
-                self.segments[info.segment] = Mapping(descriptor, info.nbytes, True)
+                mapping = Mapping(descriptor, info.nbytes, True)
+                if self._pin is not None:
+                    self._pin(mapping.address, mapping.nbytes)
+                self.segments[info.segment] = mapping  # from here on lanes in it may be used
         self._segments_version = version
+
+    def pin_with(self, pin: Callable[[int, int], None] | None) -> None:
+        """Have `pin(address, nbytes)` called for each segment: those that are mapped, and new ones before their use."""
+        with self._lock:
+            self._pin = pin
+            if pin is not None:
+                for mapping in self.segments.values():
+                    pin(mapping.address, mapping.nbytes)
 
     def has_new_segments(self) -> bool:
         return self.page is not None and self.page.load("segments_version") != self._segments_version
@@ -193,13 +205,14 @@ class Session:
         try:
             for record in shards:
                 if any((chunk.segment_rank, chunk.segment) not in memory.mappings for chunk in record.chunks):
-                    request = pb.FetchShard(job=job, generation=generation, step=step, rank=record.rank)
-                    self._map_shard(memory, request)
+                    self.map_shard(memory, job, generation, step, record.rank)
             yield memory
         finally:
             memory.close()
 
-    def _map_shard(self, memory: ShardMemory, request: pb.FetchShard) -> None:
+    def map_shard(self, memory: ShardMemory, job: str, generation: int, step: int, rank: int) -> None:
+        """Map what the shard of `rank` lies in, for reading."""
+        request = pb.FetchShard(job=job, generation=generation, step=step, rank=rank)
         with self._lock:
             if self._connection is None:
                 raise UnavailableError("the daemon is away", socket=self.sockets.handshake)

@@ -521,6 +521,7 @@ class PlanRestoreRequest(_message.Message):
     HAS_STEP_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     ACCEPT_OLDER_FIELD_NUMBER: _builtins.int
+    ELASTIC_FIELD_NUMBER: _builtins.int
     session_id: _builtins.int
     round: _builtins.int
     """0, 1, ... within the session's generation"""
@@ -528,6 +529,8 @@ class PlanRestoreRequest(_message.Message):
     step: _builtins.int
     """of the newest generation that has it"""
     accept_older: _builtins.bool
+    elastic: _builtins.bool
+    """a snapshot of another number of ranks will do: the caller cuts it anew"""
     def __init__(
         self,
         *,
@@ -536,10 +539,11 @@ class PlanRestoreRequest(_message.Message):
         has_step: _builtins.bool = ...,
         step: _builtins.int = ...,
         accept_older: _builtins.bool = ...,
+        elastic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_older", b"accept_older", "has_step", b"has_step", "round", b"round", "session_id", b"session_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_older", b"accept_older", "elastic", b"elastic", "has_step", b"has_step", "round", b"round", "session_id", b"session_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -604,10 +608,13 @@ class PlanRestoreReply(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    SAVED_WORLD_SIZE_FIELD_NUMBER: _builtins.int
     outcome: Global___PlanRestoreReply.Outcome.ValueType
     generation: _builtins.int
     step: _builtins.int
     reason: _builtins.str
+    saved_world_size: _builtins.int
+    """of what was found; another than the caller's: `shards` is empty, see ListShards"""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[_format_pb2.ShardRecord]:
         """the caller's own first; others when its bytes lie there too"""
@@ -625,14 +632,164 @@ class PlanRestoreReply(_message.Message):
         shards: _abc.Iterable[_format_pb2.ShardRecord] | None = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
         reason: _builtins.str = ...,
+        saved_world_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "generation", b"generation", "outcome", b"outcome", "reason", b"reason", "shards", b"shards", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "generation", b"generation", "outcome", b"outcome", "reason", b"reason", "saved_world_size", b"saved_world_size", "shards", b"shards", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlanRestoreReply: _TypeAlias = PlanRestoreReply  # noqa: Y015
+
+@_typing.final
+class ListShardsRequest(_message.Message):
+    """Of the round's snapshot: what every rank saved, wherever it lies. Chunks have no places until FetchChunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.int
+    round: _builtins.int
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.int = ...,
+        round: _builtins.int = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ranks", b"ranks", "round", b"round", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListShardsRequest: _TypeAlias = ListShardsRequest  # noqa: Y015
+
+@_typing.final
+class ListShardsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[_format_pb2.ShardRecord]: ...
+    def __init__(
+        self,
+        *,
+        shards: _abc.Iterable[_format_pb2.ShardRecord] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListShardsReply: _TypeAlias = ListShardsReply  # noqa: Y015
+
+@_typing.final
+class FetchChunksRequest(_message.Message):
+    """Brings chunks of any rank's shard to where the caller can map them; they stay until the round is over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.int
+    round: _builtins.int
+    @_builtins.property
+    def wanted(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardChunks]: ...
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.int = ...,
+        round: _builtins.int = ...,
+        wanted: _abc.Iterable[Global___ShardChunks] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "session_id", b"session_id", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchChunksRequest: _TypeAlias = FetchChunksRequest  # noqa: Y015
+
+@_typing.final
+class ShardChunks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        chunks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardChunks: _TypeAlias = ShardChunks  # noqa: Y015
+
+@_typing.final
+class FetchChunksReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def found(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardPlaces]: ...
+    def __init__(
+        self,
+        *,
+        found: _abc.Iterable[Global___ShardPlaces] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchChunksReply: _TypeAlias = FetchChunksReply  # noqa: Y015
+
+@_typing.final
+class ShardPlaces(_message.Message):
+    """of each chunk in turn"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENT_RANK_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    FRAME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def segment_rank(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def segment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def frame(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        segment_rank: _abc.Iterable[_builtins.int] | None = ...,
+        segment: _abc.Iterable[_builtins.int] | None = ...,
+        frame: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "segment", b"segment", "segment_rank", b"segment_rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardPlaces: _TypeAlias = ShardPlaces  # noqa: Y015
 
 @_typing.final
 class FinishRestoreRequest(_message.Message):

@@ -49,6 +49,16 @@ class TrainerStub:
                 request_serializer=snapd_dot_v1_dot_trainer__pb2.PlanRestoreRequest.SerializeToString,
                 response_deserializer=snapd_dot_v1_dot_trainer__pb2.PlanRestoreReply.FromString,
                 _registered_method=True)
+        self.ListShards = channel.unary_unary(
+                '/snapd.v1.Trainer/ListShards',
+                request_serializer=snapd_dot_v1_dot_trainer__pb2.ListShardsRequest.SerializeToString,
+                response_deserializer=snapd_dot_v1_dot_trainer__pb2.ListShardsReply.FromString,
+                _registered_method=True)
+        self.FetchChunks = channel.unary_unary(
+                '/snapd.v1.Trainer/FetchChunks',
+                request_serializer=snapd_dot_v1_dot_trainer__pb2.FetchChunksRequest.SerializeToString,
+                response_deserializer=snapd_dot_v1_dot_trainer__pb2.FetchChunksReply.FromString,
+                _registered_method=True)
         self.FinishRestore = channel.unary_unary(
                 '/snapd.v1.Trainer/FinishRestore',
                 request_serializer=snapd_dot_v1_dot_trainer__pb2.FinishRestoreRequest.SerializeToString,
@@ -95,6 +105,18 @@ class TrainerServicer:
     def PlanRestore(self, request, context):
         """The newest snapshot that every rank of the caller's world can have, the same answer for all ranks of a round.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListShards(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchChunks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -148,6 +170,16 @@ def add_TrainerServicer_to_server(servicer, server):
                     servicer.PlanRestore,
                     request_deserializer=snapd_dot_v1_dot_trainer__pb2.PlanRestoreRequest.FromString,
                     response_serializer=snapd_dot_v1_dot_trainer__pb2.PlanRestoreReply.SerializeToString,
+            ),
+            'ListShards': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListShards,
+                    request_deserializer=snapd_dot_v1_dot_trainer__pb2.ListShardsRequest.FromString,
+                    response_serializer=snapd_dot_v1_dot_trainer__pb2.ListShardsReply.SerializeToString,
+            ),
+            'FetchChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchChunks,
+                    request_deserializer=snapd_dot_v1_dot_trainer__pb2.FetchChunksRequest.FromString,
+                    response_serializer=snapd_dot_v1_dot_trainer__pb2.FetchChunksReply.SerializeToString,
             ),
             'FinishRestore': grpc.unary_unary_rpc_method_handler(
                     servicer.FinishRestore,
@@ -256,6 +288,60 @@ class Trainer:
             '/snapd.v1.Trainer/PlanRestore',
             snapd_dot_v1_dot_trainer__pb2.PlanRestoreRequest.SerializeToString,
             snapd_dot_v1_dot_trainer__pb2.PlanRestoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListShards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snapd.v1.Trainer/ListShards',
+            snapd_dot_v1_dot_trainer__pb2.ListShardsRequest.SerializeToString,
+            snapd_dot_v1_dot_trainer__pb2.ListShardsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snapd.v1.Trainer/FetchChunks',
+            snapd_dot_v1_dot_trainer__pb2.FetchChunksRequest.SerializeToString,
+            snapd_dot_v1_dot_trainer__pb2.FetchChunksReply.FromString,
             options,
             channel_credentials,
             insecure,

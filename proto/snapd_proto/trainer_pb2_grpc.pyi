@@ -46,6 +46,8 @@ class TrainerStub:
     """Back more of the arena, e.g. when the first layout is known. Returns when it is backed."""
     PlanRestore: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PlanRestoreRequest, _trainer_pb2.PlanRestoreReply]
     """The newest snapshot that every rank of the caller's world can have, the same answer for all ranks of a round."""
+    ListShards: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ListShardsRequest, _trainer_pb2.ListShardsReply]
+    FetchChunks: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.FetchChunksRequest, _trainer_pb2.FetchChunksReply]
     FinishRestore: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.FinishRestoreRequest, _trainer_pb2.FinishRestoreReply]
     """Reports how it went; answers when all ranks have. Not committed: another round with PlanRestore, or an error."""
     BeginRollback: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.BeginRollbackRequest, _trainer_pb2.BeginRollbackReply]
@@ -62,6 +64,8 @@ class TrainerAsyncStub(TrainerStub):
     """Back more of the arena, e.g. when the first layout is known. Returns when it is backed."""
     PlanRestore: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PlanRestoreRequest, _trainer_pb2.PlanRestoreReply]  # type: ignore[assignment]
     """The newest snapshot that every rank of the caller's world can have, the same answer for all ranks of a round."""
+    ListShards: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ListShardsRequest, _trainer_pb2.ListShardsReply]  # type: ignore[assignment]
+    FetchChunks: _aio.UnaryUnaryMultiCallable[_trainer_pb2.FetchChunksRequest, _trainer_pb2.FetchChunksReply]  # type: ignore[assignment]
     FinishRestore: _aio.UnaryUnaryMultiCallable[_trainer_pb2.FinishRestoreRequest, _trainer_pb2.FinishRestoreReply]  # type: ignore[assignment]
     """Reports how it went; answers when all ranks have. Not committed: another round with PlanRestore, or an error."""
     BeginRollback: _aio.UnaryUnaryMultiCallable[_trainer_pb2.BeginRollbackRequest, _trainer_pb2.BeginRollbackReply]  # type: ignore[assignment]
@@ -93,6 +97,20 @@ class TrainerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.PlanRestoreReply, _abc.Awaitable[_trainer_pb2.PlanRestoreReply]]:
         """The newest snapshot that every rank of the caller's world can have, the same answer for all ranks of a round."""
+
+    @_abc_1.abstractmethod
+    def ListShards(
+        self,
+        request: _trainer_pb2.ListShardsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.ListShardsReply, _abc.Awaitable[_trainer_pb2.ListShardsReply]]: ...
+
+    @_abc_1.abstractmethod
+    def FetchChunks(
+        self,
+        request: _trainer_pb2.FetchChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.FetchChunksReply, _abc.Awaitable[_trainer_pb2.FetchChunksReply]]: ...
 
     @_abc_1.abstractmethod
     def FinishRestore(

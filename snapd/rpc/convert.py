@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from snapd_proto import trainer_pb2
 
 from snapd.core.ids import check_world, checked_incarnation, checked_job_name
 from snapd.core.restore import Decision, Outcome, RankReport
 from snapd.errors import RemoteProtocolError
+from snapd.runtime.elastic import Found
 from snapd.runtime.opening import Opening
 
 STATE_BYTES_MAX = 1 << 46
@@ -67,6 +70,25 @@ def report_of(request: trainer_pb2.FinishRestoreRequest) -> RankReport:
         raise RemoteProtocolError("too many bad chunks in one report", count=len(request.bad_chunks))
     bad = tuple((chunk.rank, chunk.chunk_index, chunk.what[:TEXT_MAX]) for chunk in request.bad_chunks)
     return RankReport(request.succeeded and not bad, bad, request.failure[:TEXT_MAX])
+
+
+def places_to_proto(found: Sequence[Found]) -> trainer_pb2.ShardPlaces:
+    """Where chunks lie, as columns."""
+    return trainer_pb2.ShardPlaces(
+        segment_rank=[one.segment_rank for one in found],
+        segment=[one.place.segment for one in found],
+        frame=[one.place.frame for one in found],
+    )
+
+
+def for_another_world(
+    reply: trainer_pb2.PlanRestoreReply, request: trainer_pb2.PlanRestoreRequest, world_size: int
+) -> trainer_pb2.PlanRestoreReply:
+    """The reply to a rank of another number of ranks than saved: it lists the shards itself, if it knows how."""
+    if not request.elastic:
+        reply.outcome = trainer_pb2.PlanRestoreReply.WORLD_SIZE_DIFFERS
+        reply.reason = f"it was captured by {reply.saved_world_size} ranks, this world has {world_size}"
+    return reply
 
 
 def plan_reply(decision: Decision) -> trainer_pb2.PlanRestoreReply:

@@ -6,15 +6,30 @@ from snapd_proto import trainer_pb2, trainer_pb2_grpc
 
 from snapd.core.ids import SnapshotId
 from snapd.core.restore import Outcome
-from snapd.errors import AuthError, CapacityError, ConfigError, NotFoundError, UnavailableError
+from snapd.errors import (
+    AuthError,
+    CapacityError,
+    ConfigError,
+    NotFoundError,
+    RemoteProtocolError,
+    UnavailableError,
+)
 from snapd.memory.records import record_to_proto
-from snapd.rpc.convert import checked_state_bytes, opening_of, plan_reply, report_of
+from snapd.rpc.convert import (
+    checked_state_bytes,
+    for_another_world,
+    opening_of,
+    places_to_proto,
+    plan_reply,
+    report_of,
+)
 from snapd.rpc.guard import ServicerContext, caller, told
 from snapd.runtime import levels, service
+from snapd.runtime.elastic import fetch_chunks, record_of
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
 from snapd.runtime.opening import begin_rollback, open_session, reserve
-from snapd.runtime.restoring import finish_restore, plan_restore, shards_for
+from snapd.runtime.restoring import chosen_in, finish_restore, plan_restore, shards_for
 from snapd.runtime.session import Session
 from snapd.runtime.world_restoring import WorldRestores
 
@@ -29,6 +44,10 @@ LEVEL_NUMBERS = {
     levels.Level.PROTECTED: trainer_pb2.LEVEL_PROTECTED,
     levels.Level.DURABLE: trainer_pb2.LEVEL_DURABLE,
 }
+
+
+SHARDS_LISTED_MAX = 64
+CHUNKS_FETCHED_MAX = 1 << 16
 
 
 class TrainerService(trainer_pb2_grpc.TrainerServicer):
@@ -52,7 +71,9 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         if job.flusher is not None:
             await job.flusher.before_opening()
         try:
-            session = await open_session(self.node.context, job, peer, opening)
+            session = await open_session(
+                self.node.context, job, peer, opening, stored_chunk_bytes=await self._stored_chunk_bytes(job)
+            )
         except (CapacityError, ConfigError):
             self.node.drop_if_empty(job)
             raise
@@ -70,6 +91,12 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             arena_bytes=job.arena(session.rank).memory.nbytes,
         )
 
+    async def _stored_chunk_bytes(self, job: Job) -> int:
+        """Of what the tier has of a job that is not here yet: it is to fit into frames."""
+        if self.node.tier_restores is None or job.chunk_bytes:
+            return 0
+        return await self.node.tier_restores.chunk_bytes(job)
+
     @told
     async def Reserve(
         self, request: trainer_pb2.ReserveRequest, context: ServicerContext
@@ -86,12 +113,23 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         step = request.step if request.has_step else None
         if self.node.restores is not None:
             return await self._plan_world(self.node.restores, job, session, request, step)
-        decision = await plan_restore(job, session, request.round, step)
+        decision = await plan_restore(
+            job,
+            session,
+            request.round,
+            step,
+            is_elastic=request.elastic,
+            accept_older=request.accept_older,
+            tier=self.node.tier_restores,
+        )
         reply = plan_reply(decision)
         if decision.outcome is Outcome.FOUND and decision.chosen is not None:
             facts = job.ledger.snapshots.get(decision.chosen)
             if facts is None:
                 raise NotFoundError("the round's snapshot is gone: begin another round", kind="restore_round")
+            reply.saved_world_size = facts.world_size
+            if facts.world_size != session.row.world_size:
+                return for_another_world(reply, request, session.row.world_size)
             reply.shards.extend(
                 record_to_proto(record) for record in await shards_for(job, facts, session.rank)
             )
@@ -111,6 +149,31 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             records = await restores.shards_for(job, session, request.round)
             reply.shards.extend(record_to_proto(record) for record in records)
         return reply
+
+    @told
+    async def ListShards(
+        self, request: trainer_pb2.ListShardsRequest, context: ServicerContext
+    ) -> trainer_pb2.ListShardsReply:
+        job, session = self._session(request.session_id, context)
+        snapshot = chosen_in(job, session, request.round)
+        if len(request.ranks) > SHARDS_LISTED_MAX:
+            raise RemoteProtocolError("too many shards in one request", kind="shards", max=SHARDS_LISTED_MAX)
+        records = [await record_of(job, self.node.elsewhere, snapshot, rank) for rank in request.ranks]
+        return trainer_pb2.ListShardsReply(shards=[record_to_proto(record) for record in records])
+
+    @told
+    async def FetchChunks(
+        self, request: trainer_pb2.FetchChunksRequest, context: ServicerContext
+    ) -> trainer_pb2.FetchChunksReply:
+        job, session = self._session(request.session_id, context)
+        snapshot = chosen_in(job, session, request.round)
+        wanted = {shard.rank: list(shard.chunks) for shard in request.wanted}
+        if len(wanted) != len(request.wanted) or sum(map(len, wanted.values())) > CHUNKS_FETCHED_MAX:
+            raise RemoteProtocolError(
+                "too many chunks, or a rank twice", kind="chunks", max=CHUNKS_FETCHED_MAX
+            )
+        found = await fetch_chunks(job, session, self.node.elsewhere, (request.round, snapshot), wanted)
+        return trainer_pb2.FetchChunksReply(found=[places_to_proto(found[rank]) for rank in wanted])
 
     @told
     async def FinishRestore(
@@ -197,5 +260,7 @@ async def newest_or_bad(node: Node, job: Job) -> SnapshotId | None:
     newest = levels.newest(job, levels.Level.CAPTURED)
     if newest is None and node.cluster is not None:
         newest = await node.cluster.newest_recorded(job.name)
+    if newest is None and node.tier_restores is not None:
+        newest = await node.tier_restores.newest(job)
     bad = next((facts.id for facts in job.ledger.newest_first() if facts.problem), None)
     return newest or bad

@@ -18,6 +18,7 @@ from snapd.runtime.digesting import read_layout
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.session import Session
+from snapd.runtime.tier_restoring import TierRestores, Wish
 
 ROUNDS_MAX = 64
 VERIFY_PIECE_CHUNKS = 32
@@ -26,9 +27,19 @@ REPAIR_PAUSE_MAX_S = 60.0
 Progress = Callable[[int], None]
 
 
-async def plan_restore(job: Job, session: Session, number: int, step: int | None) -> Decision:
+async def plan_restore(
+    job: Job,
+    session: Session,
+    number: int,
+    step: int | None,
+    *,
+    is_elastic: bool = False,
+    accept_older: bool = False,
+    tier: TierRestores | None = None,
+) -> Decision:
     """Return the decision of this generation's round `number`; the first rank to ask makes it, all get the
-    same.
+    same. `is_elastic`: a snapshot of another number of ranks will do. `accept_older`: than what a tier that does not
+    answer may have.
 
     A snapshot that was found is held until the round is concluded or the generation is over.
 
@@ -51,7 +62,16 @@ async def plan_restore(job: Job, session: Session, number: int, step: int | None
             raise UnavailableError(
                 "captures of an older generation are still being taken up", kind="settling", hint="ask again"
             )
-        decision = await _decide(job, session, step)
+        decision = await _decide(job, session, step, is_elastic)
+        if tier is not None:
+            wish = Wish(
+                world_size=session.row.world_size,
+                generation=generation,
+                step=step,
+                accept_older=accept_older,
+                is_elastic=is_elastic,
+            )
+            decision = await tier.decide(job, wish, decision)
         if decision.outcome is Outcome.FOUND and decision.chosen is not None:
             job.ledger.hold(decision.chosen)
         job.rounds[key] = RestoreRound(generation, number, session.row.world_size, step, decision)
@@ -74,12 +94,16 @@ def _is_settled(job: Job, generation: int) -> bool:
     return all(s.is_drained and not s.is_served for s in older)
 
 
-async def _decide(job: Job, session: Session, step: int | None) -> Decision:
+async def _decide(job: Job, session: Session, step: int | None, is_elastic: bool) -> Decision:
+    world_size = session.row.world_size
     while True:
         snapshots = [
             facts for facts in job.ledger.newest_first() if facts.id.generation <= session.generation
         ]
-        decision = choose(snapshots, world_size=session.row.world_size, step=step)
+        decision = choose(snapshots, world_size=world_size, step=step)
+        if is_elastic and decision.outcome is Outcome.WORLD_SIZE_DIFFERS and decision.chosen is not None:
+            world_size = job.ledger.snapshots[decision.chosen].world_size
+            continue
         if decision.outcome is not Outcome.VERIFY or decision.chosen is None:
             return decision
         await verify(job, decision.chosen)
@@ -233,6 +257,23 @@ def _newest_to_verify(job: Job) -> SnapshotFacts | None:
     return newest
 
 
+def chosen_in(job: Job, session: Session, number: int) -> SnapshotId:
+    """What this round of the session's generation restores.
+
+    Raises:
+        NotFoundError: kind `restore_round`: nothing was planned, or nothing found.
+    """
+    round_ = job.rounds.get((session.generation, number))
+    if round_ is None or round_.decision.outcome is not Outcome.FOUND or round_.decision.chosen is None:
+        raise NotFoundError(
+            "no restore was planned in this round",
+            kind="restore_round",
+            hint="call PlanRestore",
+            round=number,
+        )
+    return round_.decision.chosen
+
+
 async def shards_for(job: Job, facts: SnapshotFacts, rank: int) -> list[ShardRecord]:
     """The records that a rank needs: its own first, then those of ranks that hold bytes for it."""
     own = facts.shards[rank].record
@@ -303,6 +344,7 @@ async def _conclude(job: Job, round_: RestoreRound, answer: Verdicts) -> None:
     if round_.is_concluded:
         return
     round_.is_concluded = True
+    job.fetched.release(job.arenas, (round_.generation, round_.number))
     chosen = round_.decision.chosen
     if round_.decision.outcome is not Outcome.FOUND or chosen is None:
         return
@@ -327,6 +369,7 @@ async def _conclude(job: Job, round_: RestoreRound, answer: Verdicts) -> None:
 
 def release_rounds(job: Job, *, below: int) -> None:
     """The restores of generations below this are over, finished or not."""
+    job.fetched.release_below(job.arenas, below)
     for key, round_ in list(job.rounds.items()):
         if key[0] >= below:
             continue

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from snapd_client.state.apply import prepare_restore
+from snapd_client.state.resharding import Elastic
 from snapd_native import CopyPlan
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -111,8 +112,7 @@ def restore(tree: Any, shards: dict[int, Snapshot]) -> float:
         tree,
         shards[base].layout,
         shards[base].early,
-        others={rank: shard.layout for rank, shard in shards.items() if rank != base},
-        is_elastic=True,
+        elastic=Elastic({rank: shard.layout for rank, shard in shards.items()}),
     )
     plan = CopyPlan(*pending.plan)
     bases = array("Q", [

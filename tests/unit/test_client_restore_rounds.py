@@ -60,7 +60,7 @@ def run(
 
     monkeypatch.setattr(restoring, "_fill", fill)
     context: Any = SimpleNamespace(session=script, job="j", world=SimpleNamespace(rank=3))
-    return restoring.restore(context, step=None, accept_older=False, allow_partial=[])
+    return restoring.restore(context, restoring.Asked())
 
 
 def no_source() -> SnapdError:

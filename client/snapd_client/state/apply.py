@@ -19,7 +19,8 @@ from .match import Builder, Differences, Matcher
 from .names import Names
 from .parts import Parts
 from .pieces import PlanArrays
-from .recut import Recut, recut
+from .recut import Recut, needs_recut, recut
+from .resharding import Elastic
 from .tree import StateTree
 from .wrappers import align_names
 
@@ -49,6 +50,7 @@ class PendingRestore:
         self.pieces_of_chunk: list[tuple[int, int]] = planned.pieces_of_source
         self.report = list(matcher.differences.report)
         self.values: dict[str, object] = {}
+        self._is_new_rank = tree.rank >= matcher.layout.world_size
         self._is_finished = False
 
     def finish(self) -> None:
@@ -63,10 +65,21 @@ class PendingRestore:
         self.values = dict(self._parts.values)
         self._tree.restored_values = dict(self.values)
         absent = rng.restore(self._matcher.decode(self._generators))
+        if self._is_new_rank:
+            rng.part(self._tree.rank)
+            _log.warning(
+                "snapd: rank %d was not among the ranks of the snapshot: its random numbers begin anew",
+                self._tree.rank,
+            )
         self.report.extend(f"missing: generator of {name}" for name in absent)
         if self.report:
             shown = ", ".join(self.report[:10]) + (", ..." if len(self.report) > 10 else "")
             _log.warning("snapd: restored in part (%d names differ): %s", len(self.report), shown)
+
+
+def is_cut_alike(tree: StateTree, layout: pb.ShardLayout) -> bool:
+    """Whether the live state is cut as the layout's rank was: nothing has to be put together from several shards."""
+    return not needs_recut(layout, tree.state, Names(tree.state, tree.vouched))
 
 
 def prepare_restore(
@@ -76,13 +89,13 @@ def prepare_restore(
     *,
     allow_partial: Sequence[str] = (),
     others: Mapping[int, pb.ShardLayout] | None = None,
-    is_elastic: bool = False,
+    elastic: Elastic | None = None,
 ) -> PendingRestore:
     """Compare a snapshot with the live state and choose where each byte goes. Nothing live is changed.
 
     Args:
         others: layouts of other ranks' shards, where replicas share out their bytes (rank -> layout).
-        is_elastic: the state may be cut otherwise here; `others` are then the layouts of all other saved ranks.
+        elastic: the state may be cut otherwise here, or by another number of ranks.
         allow_partial: patterns (fnmatch) of names that may be missing, extra or reshaped; they are left as
             they are.
     Raises:
@@ -93,16 +106,15 @@ def prepare_restore(
     tree.vouch_for_optimizers()
     differences = Differences(allow_partial)
     anew = Recut(layout)
-    if is_elastic:
-        every = {**(others or {}), layout.rank: layout}
-        for one in every.values():
+    if elastic is not None:
+        for one in elastic.layouts.values():
             align_names(one, tree.state, names)
-        anew = recut(layout, every, tree.state, names)
-        layout = anew.layout
+        anew = recut(elastic.layouts[layout.rank], elastic.layouts, tree.state, names)
+        layout, others = anew.layout, elastic.layouts
     matcher = Matcher(layout, early, names, differences, tree.vouched, others, anew.fills)
     for number in anew.dropped:
         matcher.destinations.drop(number)
-    parts = Parts(matcher)
+    parts = Parts(matcher, elastic, tree.rank, tree.world_size)
     saved = {
         key.text: value
         for key, value in zip(layout.skeleton.mapping.keys, layout.skeleton.mapping.values, strict=True)

@@ -15,6 +15,7 @@ from .classes import find_class, type_name
 from .loaders import is_loader, restore_loader
 from .match import ABSENT, Builder, Matcher
 from .optimizers import SKIPPED_ATTRIBUTES
+from .resharding import Elastic, saved_states
 
 _ENTRY_KINDS = ("module", "optimizer", "loader", "state_dict")
 
@@ -22,8 +23,11 @@ _ENTRY_KINDS = ("module", "optimizer", "loader", "state_dict")
 class Parts:
     """Registers its ways with a matcher. `late` runs after everything else is back, in order."""
 
-    def __init__(self, matcher: Matcher) -> None:
+    def __init__(
+        self, matcher: Matcher, elastic: Elastic | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
         self._matcher = matcher
+        self._elastic, self._rank, self._world_size = elastic, rank, world_size
         self._differences = matcher.differences
         self.late: list[Builder] = []
         self.values: dict[str, object] = {}
@@ -350,7 +354,30 @@ class Parts:
                 "reshaped", path, f"{opaque.type_name} in the snapshot, {_kind(live)} here"
             )
             return lambda: live
-        return self._later(node, opaque, live, lambda state: restore_loader(live, state))
+        if self._elastic is None or self._elastic.world_size == self._world_size:
+            return self._later(node, opaque, live, lambda state: restore_loader(live, state))
+        return self._resharded(node, opaque, live, path, self._elastic)
+
+    def _resharded(self, node: int, opaque: pb.Opaque, live: object, path: str, elastic: Elastic) -> Builder:
+        """A position in the data, for another number of ranks: only as the user says."""
+        how = elastic.reshard.get(path)
+        if how is None:
+            why = (
+                f"the position in the data of {elastic.world_size} ranks, {self._world_size} here:"
+                f' pass reshard={{{path!r}: "keep" or a function}}, or allow_partial={[path]!r} to begin anew'
+            )
+            self._differences.note("reshaped", path, why)
+            self._matcher.set_node(node, live)
+            return lambda: live
+        if not callable(how):
+            return self._later(node, opaque, live, lambda state: restore_loader(live, state))
+
+        def load(state: dict[str, Any]) -> None:
+            states = [one["state"] for one in saved_states(elastic, path, self._matcher.vouched)]
+            mine = how(states, self._rank, self._world_size)
+            restore_loader(live, {**state, "state": mine})
+
+        return self._later(node, opaque, live, load)
 
     def _state_dict(self, opaque: pb.Opaque, live: Any, path: str) -> Builder:
         node = self._matcher.take_node()

@@ -26,6 +26,7 @@ from .classes import type_name
 from .names import Names, entries
 from .tensors import LOCAL, dtypes
 from .transfers import Elsewhere, check_bounds
+from .wrappers import renames_for
 
 DTENSOR = type_name(DTensor)
 
@@ -48,11 +49,13 @@ class _Cut:
     like: DTensor | None
 
 
-def is_cut_alike(layout: pb.ShardLayout, state: Mapping[str, object], names: Names) -> bool:
-    """Whether every tensor of the layout that has a live counterpart has its box."""
+def needs_recut(layout: pb.ShardLayout, state: Mapping[str, object], names: Names) -> bool:
+    """Whether a tensor of the layout has a live counterpart with another box, or one whose wrapper differs."""
+    if renames_for(layout, state, names):
+        return True
     lives = _live_tensors(state, names)
     cuts = ((number, _cut_for(tensor, lives)) for number, tensor in _outer(layout))
-    return not any(cut is not None and _differs(layout, number, cut) for number, cut in cuts)
+    return any(cut is not None and _differs(layout, number, cut) for number, cut in cuts)
 
 
 def recut(

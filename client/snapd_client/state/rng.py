@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import struct
 import sys
@@ -58,6 +59,23 @@ def restore(state: dict[str, Any]) -> list[str]:
             else:
                 absent.append(name)
     return absent
+
+
+def part(rank: int) -> None:
+    """Begin anew, the same way whenever the generators are as they are, and otherwise on each rank.
+
+    For a rank that has the generators' states of another one, which must not draw the same numbers.
+    """
+    seed = int.from_bytes(
+        hashlib.blake2b(
+            torch.get_rng_state().numpy().tobytes(), digest_size=8, salt=rank.to_bytes(8, "little")
+        ).digest(),
+        "little",
+    )
+    random.seed(seed)
+    torch.manual_seed(seed & (2**63 - 1))
+    if "numpy.random" in sys.modules:
+        np.random.seed(seed & (2**32 - 1))
 
 
 def _byte_tensor(raw: bytes) -> torch.Tensor:

@@ -12,34 +12,38 @@ from snapd_proto import format_pb2 as pb
 from torch import nn
 
 from .names import Names, entries
+from .resharding import value_at
 
 WRAPPERS = ("module", "_orig_mod")
 
 
-def align_names(layout: pb.ShardLayout, state: Mapping[str, object], names: Names) -> bool:
+def align_names(layout: pb.ShardLayout, state: Mapping[str, object], names: Names) -> None:
     """Rename the layout's tensors and parameters, and the keys of its modules, where only wrappers differ.
 
-    Changes `layout` in place. Returns whether anything was renamed.
+    Changes `layout` in place.
     """
-    lives = {
-        path: {name for name, _ in (*bound.parameters, *bound.buffers)}
-        for path, item in entries(state, "")
-        if isinstance(item, nn.Module) and (bound := names.modules.get(id(item))) is not None
-    }
-    is_renamed = False
-    for path, live in lives.items():
+    for path, renames in renames_for(layout, state, names).items():
+        _rename(layout, path, renames)
+
+
+def renames_for(
+    layout: pb.ShardLayout, state: Mapping[str, object], names: Names
+) -> dict[str, dict[str, str]]:
+    """For each module of the mapping whose wrappers differ: saved name -> live name, without the module's path."""
+    found: dict[str, dict[str, str]] = {}
+    for path, item in entries(state, ""):
+        bound = names.modules.get(id(item)) if isinstance(item, nn.Module) else None
+        if bound is None:
+            continue
+        live = {name for name, _ in (*bound.parameters, *bound.buffers)}
         bare_live = {_bare(name): name for name in live}
         if len(bare_live) != len(live):
             continue  # a module of its own is called as a wrapper is
-        renames: dict[str, str] = {}
-        for saved in _names_below(layout, path):
-            name = bare_live.get(_bare(saved))
-            if saved not in live and name is not None:
-                renames[saved] = name
+        saved = _names_below(layout, path) - live
+        renames = {name: bare_live[_bare(name)] for name in saved if _bare(name) in bare_live}
         if renames:
-            _rename(layout, path, renames)
-            is_renamed = True
-    return is_renamed
+            found[path] = renames
+    return found
 
 
 def _bare(name: str) -> str:
@@ -59,7 +63,8 @@ def _rename(layout: pb.ShardLayout, path: str, renames: Mapping[str, str]) -> No
         tensor.parameter_name = full.get(tensor.parameter_name, tensor.parameter_name)
     for parameter in layout.parameters:
         parameter.name = full.get(parameter.name, parameter.name)
-    for value in _modules(layout.skeleton, path):
+    value = value_at(layout.skeleton, path)
+    if value is not None and value.opaque.how == "module":
         for key in value.opaque.fields.mapping.keys:
             key.text = _renamed(key.text, renames)
 
@@ -70,21 +75,3 @@ def _renamed(name: str, renames: Mapping[str, str]) -> str:
         return renames[name]
     head, dot, tail = name.rpartition(".")
     return f"{_renamed(head, renames)}.{tail}" if dot and tail in ("grad", "_local_tensor") else name
-
-
-def _modules(skeleton: pb.Value, path: str) -> list[pb.Value]:
-    """The module of the user's mapping at that path."""
-    value = _child(skeleton, "state")
-    for part in path.split("."):
-        value = None if value is None else _child(value, part)
-    return [value] if value is not None and value.opaque.how == "module" else []
-
-
-def _child(value: pb.Value, name: str) -> pb.Value | None:
-    if value.WhichOneof("kind") == "mapping":
-        for key, item in zip(value.mapping.keys, value.mapping.values, strict=True):
-            if key.text == name or (key.WhichOneof("kind") == "integer" and str(key.integer) == name):
-                return item
-    if value.WhichOneof("kind") == "sequence" and name.isdecimal() and int(name) < len(value.sequence.items):
-        return value.sequence.items[int(name)]
-    return None

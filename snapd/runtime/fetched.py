@@ -1,0 +1,37 @@
+"""Frames that hold chunks of other shards for ranks that are restoring: grants of ours, until the round is over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from snapd.core.ids import LaneKey, SnapshotId
+from snapd.core.manifest import ShardRecord
+from snapd.runtime.rank_arena import RankArena
+
+Round = tuple[int, int]  # generation, number
+
+
+@dataclass(slots=True)
+class Fetched:
+    """Of one job. `records`: of shards that are not here, for as long as anybody restores."""
+
+    records: dict[tuple[SnapshotId, int], ShardRecord] = field(default_factory=dict)
+    _grants: dict[Round, list[tuple[int, LaneKey]]] = field(default_factory=dict)
+
+    def add(self, round_: Round, rank: int, owner: LaneKey) -> None:
+        """Frames of that rank's arena were granted to `owner`."""
+        self._grants.setdefault(round_, []).append((rank, owner))
+
+    def release(self, arenas: Mapping[int, RankArena], round_: Round) -> None:
+        """All ranks are done with the round. Idempotent."""
+        for rank, owner in self._grants.pop(round_, ()):
+            if rank in arenas:
+                arenas[rank].pool.return_grant(owner)
+        if not self._grants:
+            self.records.clear()
+
+    def release_below(self, arenas: Mapping[int, RankArena], generation: int) -> None:
+        """Older generations restore nothing more."""
+        for round_ in [key for key in self._grants if key[0] < generation]:
+            self.release(arenas, round_)
