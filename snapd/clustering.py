@@ -234,6 +234,7 @@ class _Wiring:
             make_codec=make_codec,
             fetch_records=fetch_records,
             suspect=self.suspect,
+            may_replace=lambda job, snapshot, epoch: self.cluster.worlds[job].may_replace(snapshot, epoch),
             metrics=self.metrics,
         )
         return NodeProtection(

@@ -382,6 +382,8 @@ class Orders(_message.Message):
     INTERVAL_FACTOR_FIELD_NUMBER: _builtins.int
     IS_FINAL_FIELD_NUMBER: _builtins.int
     PROTECTED_EPOCH_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    FOUND_EPOCH_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """grows with every change"""
     generation: _builtins.int
@@ -394,6 +396,7 @@ class Orders(_message.Message):
     """all ranks have closed the job for good: it may be removed"""
     protected_epoch: _builtins.int
     """the newest under which `protected` was found so: what older ones made of it may go"""
+    found_epoch: _builtins.int
     @_builtins.property
     def complete(self) -> Global___SnapshotKey:
         """absent: none"""
@@ -414,6 +417,10 @@ class Orders(_message.Message):
     def target_groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """whose nodes take part"""
 
+    @_builtins.property
+    def found(self) -> Global___SnapshotKey:
+        """to be recorded as protected, under `found_epoch`: nobody's news"""
+
     def __init__(
         self,
         *,
@@ -431,10 +438,12 @@ class Orders(_message.Message):
         interval_factor: _builtins.int = ...,
         is_final: _builtins.bool = ...,
         protected_epoch: _builtins.int = ...,
+        found: Global___SnapshotKey | None = ...,
+        found_epoch: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "protected", b"protected", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "found", b"found", "protected", b"protected", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "protected_epoch", b"protected_epoch", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "found", b"found", "found_epoch", b"found_epoch", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "protected_epoch", b"protected_epoch", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -155,9 +155,9 @@ class Collector:
             problems=tuple(sorted(self._problems.items())),
             interval=self._interval if self.generation <= self._interval_generation else Interval(),
             reason=reason,
+            found=self._found,
         )
-        if new != self.orders:
-            self.orders = replace(new, number=self.orders.number + 1)
+        self.orders = replace(new, number=self.orders.number + (new != self.orders))
         return self.orders
 
     def _newest_complete(self, whole: list[SnapshotId]) -> SnapshotId | None:

@@ -119,6 +119,28 @@ def gaps(inventories: Iterable[Inventory]) -> dict[SnapshotId, list[int]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class WantedRows:
+    """The rows that a group planned for a snapshot under an epoch."""
+
+    id: SnapshotId
+    group: int
+    epoch: int
+    nodes: tuple[str, ...]
+
+
+def records_wanted(inventories: Sequence[Inventory]) -> dict[WantedRows, list[str]]:
+    """Whose rows a choice needs to know, and which nodes have the records from which they are planned again."""
+    incomplete = gaps(inventories)
+    wanted: dict[WantedRows, list[str]] = {}
+    for inventory in inventories:
+        for rows in inventory.rows:
+            if rows.id in incomplete:
+                key = WantedRows(rows.id, rows.group, rows.epoch, rows.nodes)
+                wanted.setdefault(key, []).append(inventory.node)
+    return wanted
+
+
 def choose_among_nodes(situation: Situation) -> Choice:
     """The newest snapshot with a source for every shard.
 

@@ -95,7 +95,8 @@ class NodeReport:
 class Orders:
     """What every node is told. `target_groups`: whose nodes take part in protecting the target. `drop`: may go, with
     the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so;
-    its parity of older epochs may go.
+    its parity of older epochs may go. `found`: (snapshot, epoch) to be recorded as protected: no promise, and no
+    news; who would plan its rows anew looks whether they count already.
     """
 
     number: int = 0
@@ -109,6 +110,7 @@ class Orders:
     interval: Interval = field(default_factory=Interval)
     reason: str = ""
     protected_epoch: int = 0
+    found: tuple[SnapshotId, int] | None = field(default=None, compare=False)
 
     @property
     def told(self) -> Told:

@@ -167,6 +167,9 @@ def orders_to_proto(orders: Orders) -> peer_pb2.Orders:
         snapshot = getattr(orders, name)
         if snapshot is not None:
             getattr(message, name).CopyFrom(_key(snapshot))
+    if orders.found is not None:
+        message.found.CopyFrom(_key(orders.found[0]))
+        message.found_epoch = orders.found[1]
     message.drop.extend(
         peer_pb2.Drop(generation=s.generation, step=s.step, reason=reason) for s, reason in orders.drop
     )
@@ -179,7 +182,9 @@ def orders_to_proto(orders: Orders) -> peer_pb2.Orders:
 
 def orders_from_proto(message: peer_pb2.Orders) -> Orders:
     _few(message.drop, LIST_MAX, "snapshots")
+    found = _snapshot(message.found, message.HasField("found"))
     return Orders(
+        found=(found, message.found_epoch) if found is not None else None,
         number=message.number,
         generation=message.generation,
         complete=_snapshot(message.complete, message.HasField("complete")),

@@ -11,16 +11,27 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from snapd.core.cluster import GroupTable
+from snapd.core.cluster import Code, GroupTable
 from snapd.core.collector import Collector
 from snapd.core.ending import Ending, inventory_without, report_without
 from snapd.core.ids import SnapshotId
-from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
+from snapd.core.presence import Presence, presence
+from snapd.core.recovery import (
+    Choice,
+    Inventory,
+    RowSet,
+    Situation,
+    Source,
+    WantedRows,
+    choose_among_nodes,
+    records_wanted,
+)
 from snapd.core.reports import NodeReport, Orders, Record
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
 from snapd.core.rows import chunks_of, plan_rows
 from snapd.errors import ConflictError, FencedError, NotFoundError, SnapdError, UnavailableError
 from snapd.runtime.changes import Changes
+from snapd.runtime.inventories import gather_inventories
 from snapd.runtime.peers import Records, ShardSource, WorldAsk, WorldPlan
 
 SETTLE_AFTER_S = 0.02  # reports that come together are settled together
@@ -209,39 +220,31 @@ class CollectorHost:
     async def _wait_settled(self, ask: WorldAsk) -> None:
         """Raise FencedError when a newer generation begins meanwhile, UnavailableError when the time is over."""
 
+        now = self._presence(ask.generation)
+
         def is_over() -> bool:
-            return self._is_settled(ask) or self._core.generation > ask.generation
+            nonlocal now
+            now = self._presence(ask.generation)
+            return now.is_settled(ask.world_size) or now.is_overtaken
 
         await self.changes.wait_until(is_over, self._settings.restore_settle_s)
-        if self._core.generation > ask.generation:
+        if now.is_overtaken:
             raise FencedError(
                 "a newer generation of this job has begun",
                 kind="stale_generation",
                 generation=ask.generation,
                 current_generation=self._core.generation,
             )
-        if not self._is_settled(ask):
+        if not now.is_settled(ask.world_size):
             raise UnavailableError(
                 "captures of an older generation are still being taken up, or ranks have not come yet",
                 kind="settling",
                 hint="ask again",
-                missing=self._missing_ranks(ask),
+                missing=", ".join(map(str, now.missing(ask.world_size)[:8])),
             )
 
-    def _is_settled(self, ask: WorldAsk) -> bool:
-        """Every rank of the generation has a session, and no node takes up anything older any more."""
-        working = [report for report in self.reports.values() if report.served or report.held]
-        return not self._missing_ranks(ask) and all(r.closed_below >= ask.generation for r in working)
-
-    def _missing_ranks(self, ask: WorldAsk) -> str:
-        served = {
-            rank
-            for report in self.reports.values()
-            if report.generation == ask.generation
-            for rank in report.served
-        }
-        missing = [rank for rank in range(ask.world_size) if rank not in served]
-        return ", ".join(map(str, missing[:8]))
+    def _presence(self, generation: int) -> Presence:
+        return presence(self.reports.values(), generation)
 
     async def _choose(self, ask: WorldAsk) -> Choice:
         loop = asyncio.get_running_loop()
@@ -249,10 +252,11 @@ class CollectorHost:
         while True:
             asked = frozenset(self._around.living)
             inventories, unreachable = await self._gather()
+            row_sets, mute = await self._row_sets(inventories)
             situation = Situation(
                 inventories=inventories,
-                row_sets=await self._row_sets(inventories),
-                unreachable=unreachable,
+                row_sets=row_sets,
+                unreachable=sorted({*unreachable, *mute}),
                 newest_known=self._newest_known(ask),
                 world_size=ask.world_size,
                 step=ask.step,
@@ -273,57 +277,45 @@ class CollectorHost:
 
     async def _gather(self) -> tuple[list[Inventory], list[str]]:
         """What every member holds, and who did not say."""
-        nodes, silent = sorted(self._around.living), list(self._around.doubtful)  # both as of the same moment
-        answers = await asyncio.gather(
-            *(self._around.calls.inventory(node, self.job) for node in nodes), return_exceptions=True
+        living, doubtful = (
+            list(self._around.living),
+            list(self._around.doubtful),
+        )  # both as of the same moment
+        found, silent = await gather_inventories(
+            living, lambda node: self._around.calls.inventory(node, self.job)
         )
-        inventories: list[Inventory] = []
-        for node, answer in zip(nodes, answers, strict=True):
-            if isinstance(answer, Inventory):
-                inventories.append(inventory_without(answer, self._removed_through))
-            elif isinstance(answer, SnapdError):
-                silent.append(node)
-            else:
-                raise answer
-        return inventories, sorted(set(silent))
+        inventories = [inventory_without(each, self._removed_through) for each in found]
+        return inventories, sorted({*silent, *doubtful})
 
-    async def _row_sets(self, inventories: list[Inventory]) -> list[RowSet]:
-        """The rows of snapshots of which no node has every shard whole, from the records that survive."""
-        wanted: dict[tuple[SnapshotId, int, int, tuple[str, ...]], list[str]] = {}
-        incomplete = gaps(inventories)
-        for inventory in inventories:
-            for rows in inventory.rows:
-                if rows.id in incomplete:
-                    wanted.setdefault((rows.id, rows.group, rows.epoch, rows.nodes), []).append(
-                        inventory.node
-                    )
+    async def _row_sets(self, inventories: list[Inventory]) -> tuple[list[RowSet], list[str]]:
+        """The rows of snapshots of which no node has every shard whole, from the records that survive; and who has
+        records that nobody else gave, and did not answer.
+        """
         found: list[RowSet] = []
-        for (snapshot, group, epoch, _), nodes in wanted.items():
-            row_set = await self._row_set(snapshot, group, epoch, nodes)
+        mute: list[str] = []
+        for wanted, nodes in records_wanted(inventories).items():
+            row_set, silent = await self._row_set(wanted, nodes)
             if row_set is not None:
                 found.append(row_set)
-        return found
+            else:
+                mute += silent
+        return found, mute
 
-    async def _row_set(
-        self, snapshot: SnapshotId, group: int, epoch: int, record_nodes: list[str]
-    ) -> RowSet | None:
-        for node in record_nodes:
+    async def _row_set(self, wanted: WantedRows, nodes: list[str]) -> tuple[RowSet | None, list[str]]:
+        silent: list[str] = []
+        for node in nodes:
             try:
-                records = await self._around.calls.fetch_records(node, self.job, snapshot, epoch=epoch)
+                records = await self._around.calls.fetch_records(
+                    node, self.job, wanted.id, epoch=wanted.epoch
+                )
+            except UnavailableError:
+                silent.append(node)
             except SnapdError:
                 continue
-            if records.code is None or records.epoch != epoch:
-                continue
-            chunks = {
-                owner: chunks_of(owner, [record for place, record in records.placed if place == owner])
-                for owner in records.nodes
-            }
-            rows = plan_rows(records.code, records.nodes, chunks)
-            world_size = max((record.world_size for _, record in records.placed), default=0)
-            return RowSet(
-                snapshot, group, epoch, records.nodes, records.code, rows, tuple(record_nodes), world_size
-            )
-        return None
+            else:
+                if records.code is not None and records.epoch == wanted.epoch:
+                    return _planned(wanted, records, records.code, tuple(nodes)), []
+        return None, silent
 
     async def finish(self, generation: int, number: int, rank: int, report: RankReport) -> Verdicts:
         """The barrier of a round: answers when all ranks have reported, one is gone, or the time is over.
@@ -340,8 +332,12 @@ class CollectorHost:
                 round=number,
             )
         round_, _ = known
+        is_first = not round_.reports
         round_.report(rank, report)
-        self._settle_round(round_)
+        if is_first:  # from now on each settling looks who is gone
+            self._settle_round(round_)
+        if round_.answer is None and len(round_.reports) >= round_.world_size:
+            round_.settle()
         if round_.answer is not None:
             self.changes.notify()
         await self.changes.wait_until(lambda: round_.answer is not None, self._settings.restore_finish_s)
@@ -354,13 +350,19 @@ class CollectorHost:
     def _settle_round(self, round_: RestoreRound) -> None:
         """Once for each change, not once for each rank that waits."""
         if round_.answer is None:
-            round_.settle(lost_ranks=self._lost_ranks(round_.generation, round_.world_size))
+            lost = self._presence(round_.generation).lost(round_.world_size)
+            round_.settle(lost_ranks=lost)
 
-    def _lost_ranks(self, generation: int, world_size: int) -> set[int]:
-        """Ranks whose node says that it serves none of that generation any more."""
-        served = {rank for r in self.reports.values() if r.generation == generation for rank in r.served}
-        newer = any(report.generation > generation for report in self.reports.values())
-        return set(range(world_size)) - served if served or newer else set()
+
+def _planned(wanted: WantedRows, records: Records, code: Code, record_nodes: tuple[str, ...]) -> RowSet:
+    """The rows planned again from the records of all members."""
+    chunks = {
+        owner: chunks_of(owner, [record for place, record in records.placed if place == owner])
+        for owner in records.nodes
+    }
+    rows = plan_rows(code, records.nodes, chunks)
+    world_size = max((record.world_size for _, record in records.placed), default=0)
+    return RowSet(wanted.id, wanted.group, wanted.epoch, records.nodes, code, rows, record_nodes, world_size)
 
 
 def _source(source: Source) -> ShardSource:

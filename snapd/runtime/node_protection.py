@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from snapd.core.cluster import GroupTable
 from snapd.core.ids import SnapshotId
+from snapd.core.obeying import parity_to_drop
 from snapd.core.protection import RowMap, RowPlan
 from snapd.core.recovery import HeldRows
 from snapd.core.reports import PartDone
@@ -106,14 +107,12 @@ class NodeProtection:
     def forget(
         self, job: Job, keep: set[SnapshotId], *, protected: SnapshotId | None, protected_epoch: int
     ) -> None:
-        """Parity of snapshots older than the newest protected one may go, and what older epochs made of that one once
-        the parts of all nodes are done under a newer one: until then the old parity is all that protects it.
-        """
-        for row_map in [plan.map for plan in job.parity.plans()]:
-            if protected is not None and row_map.id < protected and row_map.id not in keep:
-                drop_protection(job, row_map.id)
-            elif row_map.id == protected and row_map.epoch < protected_epoch:
-                drop_protection(job, row_map.id, below_epoch=protected_epoch)
+        """Drop what need not stay: see `parity_to_drop`."""
+        row_maps = [plan.map for plan in job.parity.plans()]
+        for snapshot, below_epoch in parity_to_drop(
+            row_maps, keep, protected=protected, protected_epoch=protected_epoch
+        ):
+            drop_protection(job, snapshot, below_epoch=below_epoch)
 
     # what is told
 

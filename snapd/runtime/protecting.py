@@ -40,7 +40,16 @@ Raises UnavailableError when the node does not answer, NotFoundError when it doe
 """
 Suspect = Callable[[str, str, SnapshotId, int], None]
 """(node, job, snapshot, rank): that node sends other bytes than its record says, twice. Returns at once."""
+MayReplace = Callable[[str, SnapshotId, int], Awaitable[bool]]
+"""(job, snapshot, epoch): whether other rows may take the place of those that were planned under that epoch. Asked
+while the part does not count as done here; waits until the collector answers.
+"""
 MakeCodec = Callable[[Code], Codec]
+
+
+async def may_always(job: str, snapshot: SnapshotId, epoch: int) -> bool:
+    """Without a collector nobody counts on anything."""
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,7 @@ class Means:
     fetch_records: Callable[[str], FetchRecords]  # by job
     metrics: ProtectionMetrics
     suspect: Suspect = lambda node, job, snapshot, rank: None
+    may_replace: MayReplace = may_always
 
 
 class Protector:
@@ -133,6 +143,7 @@ class Protector:
         with self._means.pipeline.used():
             while not self._job.is_removed:
                 plan, records = await self._plan(target, backoff)
+                plan = await self._new_or_known(plan)
                 if not await self._take_up(plan, records, backoff):
                     continue
                 if await self._work(plan, backoff):
@@ -148,6 +159,15 @@ class Protector:
         records = [record for part in parts for record in part]
         plan = await self._means.pipeline.plan(make_plan, row_map, records)
         return plan, records
+
+    async def _new_or_known(self, plan: RowPlan) -> RowPlan:
+        """The plan that is to be worked on. Who holds what may have changed since the rows were planned that lie here;
+        they give way only once nobody counts on them.
+        """
+        known = self._job.parity.plan(*plan.map.key)
+        if known is None or known.identity == plan.identity:
+            return plan
+        return plan if await self._means.may_replace(self._job.name, *plan.map.key) else known
 
     def _store(self, plan: RowPlan, records: Sequence[PlacedRecord]) -> None:
         """Store the row map with its records. Only now, with the memory backed, peers may push."""

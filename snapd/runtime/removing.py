@@ -14,8 +14,9 @@ from typing import Protocol
 from snapd.coordination.jobs import ClusterCoordination
 from snapd.core.ending import is_gone
 from snapd.core.recovery import Inventory
-from snapd.errors import ConflictError, FencedError, NotFoundError, SnapdError, UnavailableError
+from snapd.errors import ConflictError, FencedError, NotFoundError, UnavailableError
 from snapd.obs.log import EventLog
+from snapd.runtime.inventories import gather_inventories
 from snapd.runtime.job import Job
 from snapd.runtime.world import World
 
@@ -161,20 +162,9 @@ class Removals:
             )
 
     async def _ask(self, name: str) -> tuple[list[Inventory], list[str]]:
-        nodes = sorted(self._cluster.living)
-        answers = await asyncio.gather(
-            *(self._cluster.inventory(node, name) for node in nodes), return_exceptions=True
+        return await gather_inventories(
+            self._cluster.living, lambda node: self._cluster.inventory(node, name)
         )
-        inventories: list[Inventory] = []
-        silent: list[str] = []
-        for node, answer in zip(nodes, answers, strict=True):
-            if isinstance(answer, Inventory):
-                inventories.append(answer)
-            elif isinstance(answer, SnapdError):
-                silent.append(node)
-            else:
-                raise answer
-        return inventories, silent
 
     async def _wait_gone(self, name: str, through: int, nodes: list[str]) -> list[str]:
         """The nodes that still have something of the job, when all are done or ten seconds have passed."""

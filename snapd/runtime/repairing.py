@@ -21,6 +21,7 @@ from snapd.obs.protection_metrics import ProtectionMetrics
 from snapd.peer.base import FragmentName
 from snapd.runtime.bulk_store import discard_fragment
 from snapd.runtime.faultpoints import point
+from snapd.runtime.inventories import gather_inventories
 from snapd.runtime.job import Job
 from snapd.runtime.peers import ShardSource
 
@@ -144,19 +145,9 @@ class Repairs:
 
     async def _sources(self, job: str, snapshot: SnapshotId) -> tuple[list[ShardSource], list[str]]:
         """Where each shard of the snapshot is, and who did not say what it has."""
-        nodes = sorted(self._cluster.living)
-        answers = await asyncio.gather(
-            *(self._cluster.inventory(node, job) for node in nodes), return_exceptions=True
+        inventories, silent = await gather_inventories(
+            self._cluster.living, lambda node: self._cluster.inventory(node, job)
         )
-        inventories: list[Inventory] = []
-        silent: list[str] = []
-        for node, answer in zip(nodes, answers, strict=True):
-            if isinstance(answer, Inventory):
-                inventories.append(answer)
-            elif isinstance(answer, SnapdError):
-                silent.append(node)
-            else:
-                raise answer
         return sources_of(snapshot, inventories), silent
 
     def _tell(

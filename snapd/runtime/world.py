@@ -15,6 +15,7 @@ from snapd.core.cluster import GroupTable
 from snapd.core.ending import is_gone, orders_without, told_without
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
+from snapd.core.obeying import counts_on, snapshots_to_drop
 from snapd.core.recovery import HeldRows, Inventory
 from snapd.core.reports import Held, NodeReport, Orders, PartDone, Told
 from snapd.errors import CapacityError, SnapdError
@@ -162,6 +163,20 @@ class World:
             if not _says_the_same(self._build(), report):
                 self._changed.set()
                 return None
+
+    async def may_replace(self, snapshot: SnapshotId, epoch: int) -> bool:
+        """Whether the rows that were planned here for a snapshot may give way to others: the collector has heard a
+        report without our part of it, and did not count it before. Waits until there is a collector that answers.
+        """
+        while True:
+            report = self._report()
+            if all(part.id != snapshot for part in report.done):
+                with contextlib.suppress(SnapdError):
+                    answer = await self._reporter.report(
+                        self.name, report, known_orders=self.orders.number, hold_s=0.0
+                    )
+                    return not counts_on(answer.orders, snapshot, epoch)
+            await asyncio.sleep(RETRY_S)
 
     def _report(self) -> NodeReport:
         self._serial += 1
@@ -322,8 +337,6 @@ class World:
 
     def doomed(self, job: Job) -> list[tuple[SnapshotId, str]]:
         """What this node may drop: what the collector says; without it, its own captures that nobody waits for."""
-        # a collector that has just begun may know less than was promised before: what was complete or protected stays
-        # until it names newer ones
         gone = [
             (facts.id, "the job was removed")
             for facts in job.ledger.snapshots.values()
@@ -331,21 +344,14 @@ class World:
         ]
         if gone:
             return gone
-        told = self._told_before(job)
-        pinned = {known for known in (told.complete, told.protected) if known is not None}
-        named = [
-            (snapshot, reason)
-            for snapshot, reason in self.orders.drop
-            if snapshot in job.ledger.snapshots
-            and not job.ledger.snapshots[snapshot].hold_count
-            and snapshot not in pinned
-        ]
-        if named or not self.is_away:
-            return named
-        kept = pinned | ({self.orders.target} if self.orders.target is not None else set())
-        # what has parity here may have become protected while nobody could tell us
-        kept |= {rows.id for rows in self._protection.held_rows(job)}
-        return job.ledger.to_drop_alone(kept, room=self._room(job))
+        return snapshots_to_drop(
+            job.ledger,
+            self.orders,
+            self._told_before(job),
+            is_away=self.is_away,
+            room=self._room(job),
+            coded=lambda: (rows.id for rows in self._protection.held_rows(job)),
+        )
 
     def _room(self, job: Job) -> int:
         """How many snapshots may stay so that one slot is free to capture into."""

@@ -23,6 +23,7 @@ class Bug(enum.Enum):
     RECORDS_NOT_REPLICATED = "only a node's own records are stored with the row map"
     EPOCH_UNCHECKED = "parts that were done under another epoch count"
     PLAN_IDENTITY_IGNORED = "parts count whatever rows their nodes planned"
+    REPLANNED_UNASKED = "a node plans rows anew that the collector counts on already"
     ONE_GROUP_IS_ENOUGH = "a snapshot counts as protected when its first group is done"
     PART_MISSING_IS_FINE = "a snapshot counts as protected while one member of a group is still at work"
     TOLD_BEFORE_RECORDED = "nodes are told that a snapshot is protected before the store has recorded it"
@@ -55,6 +56,10 @@ MIXES: Mapping[Bug, tuple[str, ...]] = {
     Bug.STORE_ALWAYS_TRUSTED: ("crash", "trainer", "wipe", "roll back"),
     Bug.HIGHWATER_NOT_STORED: ("crash", "trainer", "wipe", "roll back"),
 }
+
+
+# Wrong orders that nodes would refuse, for they remember what they were told: planted in both.
+OBEYED = frozenset({Bug.DROP_PROTECTED, Bug.DROP_NEWEST_COMPLETE})
 
 
 class BuggyCollector(Collector):

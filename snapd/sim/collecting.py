@@ -10,12 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapd.core.cluster import Code
-from snapd.core.ids import SnapshotId
+from snapd.core.presence import presence
 from snapd.core.protection import PlacedRecord, RowMap
-from snapd.core.recovery import Choice, Inventory, RowSet, Situation, Source, choose_among_nodes, gaps
+from snapd.core.recovery import (
+    Choice,
+    Inventory,
+    RowSet,
+    Situation,
+    Source,
+    WantedRows,
+    choose_among_nodes,
+    records_wanted,
+)
 from snapd.core.reports import NodeReport, Orders, Record
 from snapd.core.restore import Outcome, RankReport, RestoreRound, Verdicts
-from snapd.errors import NotFoundError, SnapdError, UnavailableError
+from snapd.errors import FencedError, NotFoundError, SnapdError, UnavailableError
 from snapd.sim.bugs import Bug, BuggyCollector
 
 if TYPE_CHECKING:
@@ -68,7 +77,8 @@ class SimCollector:
         self._rounds: dict[tuple[int, int], tuple[RestoreRound, WorldPlan]] = {}
         self._planning = asyncio.Lock()
         self._is_settling = False
-        self._waiting: list[asyncio.Future[None]] = []
+        self._for_orders: list[asyncio.Future[None]] = []
+        self._for_news: list[asyncio.Future[None]] = []
         self.is_closed = False
 
     @property
@@ -77,18 +87,20 @@ class SimCollector:
 
     def close(self) -> None:
         self.is_closed = True
-        self._notify()
+        self._notify(self._for_orders)
+        self._notify(self._for_news)
 
-    def _notify(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
+    def _notify(self, waiting: list[asyncio.Future[None]]) -> None:
+        woken = waiting.copy()
+        waiting.clear()
+        for future in woken:
             _resolve(future)
 
-    async def _wait_change(self, until_s: float) -> None:
-        """Until the next change, or that moment."""
+    async def _wait(self, waiting: list[asyncio.Future[None]], until_s: float) -> None:
+        """Until the next notice, or that moment."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(future)
+        waiting.append(future)
         timer = loop.call_at(until_s, _resolve, future)
         try:
             await future
@@ -103,7 +115,7 @@ class SimCollector:
             self._settle_soon()
         until_s = self._daemon.now_s + hold_s
         while self.orders.number == known_orders and self._daemon.now_s < until_s and not self.is_closed:
-            await self._wait_change(until_s)
+            await self._wait(self._for_orders, until_s)
         return self.orders
 
     def membership_changed(self, lost: Iterable[str]) -> None:
@@ -131,7 +143,12 @@ class SimCollector:
             daemon.truth.ordered(daemon.node, self.core, before, after, daemon.table)
         if to_record != self._recorded:
             daemon.record(to_record, self._take_recorded)
-        self._notify()
+        for round_, _ in self._rounds.values():
+            if round_.reports:
+                self._settle_round(round_)
+        if after.number != before.number:
+            self._notify(self._for_orders)
+        self._notify(self._for_news)
 
     def _take_recorded(self, record: Record) -> None:
         """The store has it now, so that all may be told."""
@@ -148,11 +165,7 @@ class SimCollector:
             known = self._rounds.get(key)
             if known is not None:
                 return known[1]
-            until_s = self._daemon.now_s + self._daemon.settings.restore_settle_s
-            while not self._is_settled(ask):
-                if self._daemon.now_s >= until_s:
-                    raise UnavailableError("captures are being taken up", kind="settling")
-                await self._wait_change(until_s)
+            await self._wait_settled(ask)
             choice = await self._choose(ask)
             round_ = RestoreRound(ask.generation, ask.number, ask.world_size, None, choice.decision)
             self._rounds[key] = round_, WorldPlan(choice)
@@ -161,15 +174,18 @@ class SimCollector:
             self._daemon.truth.chosen(self._daemon.node, ask.generation, choice)
             return self._rounds[key][1]
 
-    def _is_settled(self, ask: Ask) -> bool:
-        """Every rank of the generation has a session, and no node takes up anything older any more."""
-        reports = self.core.reports.values()
-        served = {rank for r in reports if r.generation == ask.generation for rank in r.served}
-        if len(served) < ask.world_size:
-            return False
-        if Bug.OLD_TRAINERS_NOT_WAITED_FOR in self._daemon.bugs:
-            return True
-        return all(r.closed_below >= ask.generation for r in reports if r.served or r.held)
+    async def _wait_settled(self, ask: Ask) -> None:
+        until_s = self._daemon.now_s + self._daemon.settings.restore_settle_s
+        while True:
+            now = presence(self.core.reports.values(), ask.generation)
+            if now.is_overtaken:
+                raise FencedError("a newer generation has begun", kind="stale_generation")
+            is_careless = Bug.OLD_TRAINERS_NOT_WAITED_FOR in self._daemon.bugs
+            if now.is_settled(ask.world_size) or (is_careless and not now.missing(ask.world_size)):
+                return
+            if self._daemon.now_s >= until_s:
+                raise UnavailableError("captures are being taken up", kind="settling")
+            await self._wait(self._for_news, until_s)
 
     async def _choose(self, ask: Ask) -> Choice:
         daemon = self._daemon
@@ -180,10 +196,11 @@ class SimCollector:
             if Bug.UNREACHABLE_IS_ABSENT in daemon.bugs:
                 unreachable = []
             newest = self.orders.complete
+            row_sets, mute = await self._row_sets(inventories)
             situation = Situation(
                 inventories=inventories,
-                row_sets=await self._row_sets(inventories),
-                unreachable=unreachable,
+                row_sets=row_sets,
+                unreachable=sorted({*unreachable, *mute}),
                 newest_known=newest if newest is not None and newest.generation <= ask.generation else None,
                 world_size=ask.world_size,
                 accept_older=ask.accept_older,
@@ -214,36 +231,45 @@ class SimCollector:
                 raise answer
         return inventories, sorted(set(silent))
 
-    async def _row_sets(self, inventories: list[Inventory]) -> list[RowSet]:
-        """The rows of snapshots of which no node has every shard whole, from the records that survive."""
-        incomplete = gaps(inventories)
-        wanted: dict[tuple[SnapshotId, int, int, tuple[str, ...]], list[str]] = {}
-        for inventory in inventories:
-            for rows in inventory.rows:
-                if rows.id in incomplete:
-                    key = (rows.id, rows.group, rows.epoch, rows.nodes)
-                    wanted.setdefault(key, []).append(inventory.node)
-        found = [await self._row_set(*key[:3], nodes) for key, nodes in wanted.items()]
-        return [row_set for row_set in found if row_set is not None]
+    async def _row_sets(self, inventories: list[Inventory]) -> tuple[list[RowSet], list[str]]:
+        """The rows of snapshots of which no node has every shard whole, from the records that survive; and who has
+        records that nobody else gave, and did not answer.
+        """
+        found: list[RowSet] = []
+        mute: list[str] = []
+        for wanted, nodes in records_wanted(inventories).items():
+            row_set, silent = await self._row_set(wanted, nodes)
+            if row_set is not None:
+                found.append(row_set)
+            elif Bug.UNREACHABLE_IS_ABSENT not in self._daemon.bugs:
+                mute += silent
+        return found, mute
 
-    async def _row_set(
-        self, snapshot: SnapshotId, group: int, epoch: int, record_nodes: list[str]
-    ) -> RowSet | None:
-        daemon = self._daemon
-        for node in record_nodes:
+    async def _row_set(self, wanted: WantedRows, nodes: list[str]) -> tuple[RowSet | None, list[str]]:
+        daemon, silent = self._daemon, []
+        for node in nodes:
             try:
-                records: Records = await daemon.call(node, "map_records", snapshot, epoch, timeout_s=CALL_S)
+                records: Records = await daemon.call(
+                    node, "map_records", wanted.id, wanted.epoch, timeout_s=CALL_S
+                )
+            except UnavailableError:
+                silent.append(node)
             except SnapdError:
                 continue
-            if records.code is None:
-                continue
-            row_map = RowMap(snapshot, epoch, group, records.nodes, records.code)
-            rows = daemon.plans.of(row_map, records.placed).rows
-            world_size = max((placed.record.world_size for placed in records.placed), default=0)
-            return RowSet(
-                snapshot, group, epoch, records.nodes, records.code, rows, tuple(record_nodes), world_size
-            )
-        return None
+            else:
+                if records.code is not None:
+                    return self._planned(wanted, records, records.code, tuple(nodes)), []
+        return None, silent
+
+    def _planned(
+        self, wanted: WantedRows, records: Records, code: Code, record_nodes: tuple[str, ...]
+    ) -> RowSet:
+        row_map = RowMap(wanted.id, wanted.epoch, wanted.group, records.nodes, code)
+        rows = self._daemon.plans.of(row_map, records.placed).rows
+        world_size = max((placed.record.world_size for placed in records.placed), default=0)
+        return RowSet(
+            wanted.id, wanted.group, wanted.epoch, records.nodes, code, rows, record_nodes, world_size
+        )
 
     async def finish(self, generation: int, number: int, rank: int, report: RankReport) -> Verdicts:
         """The barrier of a round: answers when all ranks have reported, one is gone, or the time is over."""
@@ -252,28 +278,29 @@ class SimCollector:
         if known is None:
             raise NotFoundError("no restore was planned in this round", kind="restore_round")
         round_, plan = known
+        is_first = not round_.reports
         round_.report(rank, report)
-        if len(round_.reports) >= round_.world_size - 1:
-            self._notify()
+        if Bug.BARRIER_WITHOUT_ONE in daemon.bugs and len(round_.reports) == round_.world_size - 1:
+            round_.report(min(set(range(round_.world_size)) - set(round_.reports)), RankReport(True))
+        if is_first:
+            self._settle_round(round_)
+        if round_.answer is None and len(round_.reports) >= round_.world_size:
+            round_.settle()
+        if round_.answer is not None:
+            self._notify(self._for_news)
         until_s = daemon.now_s + daemon.settings.restore_finish_s
-        while daemon.now_s < until_s:
-            lost = self._lost_ranks(generation, round_.world_size)
-            if Bug.BARRIER_WITHOUT_ONE in daemon.bugs and len(round_.reports) == round_.world_size - 1:
-                missing = next(r for r in range(round_.world_size) if r not in round_.reports)
-                round_.report(missing, RankReport(True))
-            if round_.settle(lost_ranks=lost) is not None:
-                break
-            await self._wait_change(until_s)
+        while round_.answer is None and daemon.now_s < until_s:
+            await self._wait(self._for_news, until_s)
         answer = round_.settle(is_late=True)
         assert answer is not None
         daemon.truth.finished(generation, number, plan.choice, answer)
         return answer
 
-    def _lost_ranks(self, generation: int, world_size: int) -> set[int]:
-        reports = self.core.reports.values()
-        served = {rank for r in reports if r.generation == generation for rank in r.served}
-        newer = any(report.generation > generation for report in reports)
-        return set(range(world_size)) - served if served or newer else set()
+    def _settle_round(self, round_: RestoreRound) -> None:
+        """Once for each change, not once for each rank that waits."""
+        if round_.answer is None:
+            now = presence(self.core.reports.values(), round_.generation)
+            round_.settle(lost_ranks=now.lost(round_.world_size))
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from snapd.core.ids import SnapshotId
+from snapd.core.obeying import parity_to_drop
 from snapd.core.protection import PlacedRecord, RowMap, RowPlan, make_plan
 from snapd.core.recovery import HeldRows
 from snapd.core.reports import PartDone
@@ -48,7 +49,7 @@ class SimParity:
         self._plans: dict[tuple[SnapshotId, int], RowPlan] = {}
         self._references: Counter[bytes] = Counter()
         self._early: set[FragmentKey] = set()  # counted as held, and not stored yet: a planted bug
-        self._done_for: tuple[int, int] = (-1, -1)
+        self._done_for: tuple[object, ...] = ()
         self._done: tuple[PartDone, ...] = ()
         self.version = 0
 
@@ -124,25 +125,27 @@ class SimParity:
 
     def forget(self, keep: set[SnapshotId], protected: SnapshotId | None, protected_epoch: int) -> None:
         """Parity of snapshots older than the newest protected one may go, and what older epochs made of that one."""
-        epoch = self._daemon.epoch
-        for row_map in [plan.map for plan in self.plans()]:
-            if protected is not None and row_map.id < protected and row_map.id not in keep:
-                self.drop(row_map.id)
-            elif row_map.id == protected and row_map.epoch < protected_epoch:
-                self.drop(row_map.id, below_epoch=protected_epoch)
-            elif Bug.OLD_PARITY_FIRST in self._daemon.bugs and row_map.epoch < epoch:
-                self.drop(row_map.id, below_epoch=epoch)
+        row_maps = [plan.map for plan in self.plans()]
+        for snapshot, below_epoch in parity_to_drop(
+            row_maps, keep, protected=protected, protected_epoch=protected_epoch
+        ):
+            self.drop(snapshot, below_epoch=below_epoch)
+        if Bug.OLD_PARITY_FIRST in self._daemon.bugs:
+            for row_map in row_maps:
+                self.drop(row_map.id, below_epoch=self._daemon.epoch)
 
     def done(self) -> tuple[PartDone, ...]:
         """Snapshots of which all that the plan of this epoch gives to this node is here."""
         daemon = self._daemon
-        state = (self.version, daemon.epoch)
+        planning = daemon.protector.planning
+        state = (self.version, daemon.epoch, planning)
         if self._done_for != state:
             self._done_for = state
             self._done = tuple(
                 PartDone(plan.map.id, plan.identity)
                 for plan in self.plans()
-                if (plan.map.epoch == daemon.epoch or Bug.EPOCH_UNCHECKED in daemon.bugs)
+                if plan.map.key != planning
+                and (plan.map.epoch == daemon.epoch or Bug.EPOCH_UNCHECKED in daemon.bugs)
                 and all(
                     self.has(row.id, number)
                     for row, number in plan.given_to(daemon.node)

@@ -42,6 +42,9 @@ class SimProtector:
         self.target: Target | None = None
         self._task: asyncio.Task[None] | None = None
         self._done_since_s = 0.0
+        self.planning: tuple[SnapshotId, int] | None = (
+            None  # no part that counts as done, until it is planned
+        )
 
     def aim(self, snapshot: SnapshotId | None, table: GroupTable | None) -> None:
         daemon = self._daemon
@@ -52,6 +55,7 @@ class SimProtector:
         if wanted == self.target and not self._is_stuck():
             return
         former, self.target = self.target, wanted
+        self.planning = None
         self._done_since_s = daemon.now_s
         if self._task is not None:
             self._task.cancel()
@@ -71,6 +75,7 @@ class SimProtector:
 
     async def _protect(self, target: Target) -> None:
         while True:
+            self.planning = target.snapshot, target.epoch
             group = target.group
             assert group.code is not None
             row_map = RowMap(target.snapshot, target.epoch, group.number, group.nodes, group.code)
@@ -78,10 +83,18 @@ class SimProtector:
             records = [record for part in parts for record in part]
             plan = self._daemon.plans.of(row_map, records)
             known = self._daemon.parity.plan(*row_map.key)
-            if known is None or known.identity != plan.identity:
-                self._daemon.parity.adopt(plan, records)
+            if known is None or known.identity == plan.identity or await self._may_replace(*row_map.key):
+                if known is None or known.identity != plan.identity:
+                    self._daemon.parity.adopt(plan, records)
+            else:
+                plan = known
+            self.planning = None
             self._daemon.world.changed()
             await self._work(plan)
+
+    async def _may_replace(self, snapshot: SnapshotId, epoch: int) -> bool:
+        daemon = self._daemon
+        return Bug.REPLANNED_UNASKED in daemon.bugs or await daemon.world.may_replace(snapshot, epoch)
 
     async def _records_of(self, node: str, snapshot: SnapshotId) -> list[PlacedRecord]:
         daemon = self._daemon

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from snapd.core.cluster import Code
 from snapd.errors import SnapdError
+from snapd.sim.facts import BegunAnew
 from snapd.sim.faults import Faults
 from snapd.sim.settings import Clock, SimSettings
 from snapd.sim.simulation import BrokenPromise, Outcome, Simulation
-from snapd.sim.truth import BegunAnew
 
 SHAPES = (
     SimSettings(nodes=3, ranks=3, code=Code(2, 1)),

@@ -20,13 +20,14 @@ from snapd.core.keyspace import Keyspace
 from snapd.sim import crowd
 from snapd.sim.clock import VirtualLoop
 from snapd.sim.disk import Content
+from snapd.sim.facts import BrokenPromise
 from snapd.sim.machines import Machine
 from snapd.sim.network import STORE, Network
 from snapd.sim.parity import Plans
 from snapd.sim.settings import Clock, SimSettings
 from snapd.sim.store import Backup, SimStore
 from snapd.sim.training import Training
-from snapd.sim.truth import BrokenPromise, Truth
+from snapd.sim.truth import Truth
 
 Result = TypeVar("Result")
 TRACE_KEPT = 400

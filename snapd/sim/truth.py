@@ -31,44 +31,10 @@ from snapd.core.recovery import Choice
 from snapd.core.reports import Orders
 from snapd.core.restore import Outcome, Verdicts
 from snapd.sim.disk import JOB, Disk, HandOver, Session, ShardKey, StoredShard, encode
+from snapd.sim.facts import BegunAnew, BrokenPromise, Captured, Protected
 
 if TYPE_CHECKING:
     from snapd.sim.simulation import Simulation
-
-
-class BrokenPromise(Exception):
-    """`promise`: P1 to P7."""
-
-    def __init__(self, promise: str, text: str) -> None:
-        super().__init__(f"{promise}: {text}")
-        self.promise = promise
-
-
-class BegunAnew(Exception):
-    """The store and all that knew the job's past are gone: nothing of before is promised, and the run ends here."""
-
-
-@dataclass(slots=True)
-class Protected:
-    """A snapshot was found protected under an epoch: by which groups, with which arenas. `is_fact`: it was recorded,
-    or somebody was told.
-    """
-
-    id: SnapshotId
-    epoch: int
-    at_s: float
-    groups: tuple[tuple[tuple[str, ...], int], ...]  # (nodes, m)
-    arenas: dict[str, str]
-    is_fact: bool = False
-
-
-@dataclass(slots=True)
-class Captured:
-    """A snapshot was complete: where its shards lay (rank -> node -> arena), and which daemons were told."""
-
-    id: SnapshotId
-    holders: dict[int, dict[str, str]]
-    told: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -328,6 +294,10 @@ class Truth:
         if self._is_captured_there(given_up) and captured.id.generation < generation:
             text = f"restore takes {found} ({decision.outcome.value}), {captured.id} was complete, nothing was lost"
             self.fail("P2", f"{text}: {decision.reason}")
+        if captured.id.generation < generation:
+            # Nodes that alone held shards of it were lost, or given up: the world goes on without it, so that nothing
+            # is promised of it any more, should they come back with all that they had.
+            self.captured = None
 
     def _is_captured_there(self, given_up: Collection[str] = ()) -> bool:
         """Of each shard of the newest complete snapshot some holder still has its arena."""

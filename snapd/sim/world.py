@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snapd.core.cluster import GroupTable
 from snapd.core.ids import SnapshotId
+from snapd.core.obeying import counts_on, snapshots_to_drop
 from snapd.core.recovery import Inventory
-from snapd.core.reports import Held, NodeReport, Orders
+from snapd.core.reports import Held, NodeReport, Orders, Told
 from snapd.errors import SnapdError
-from snapd.sim.bugs import Bug
+from snapd.sim.bugs import OBEYED, Bug
 
 if TYPE_CHECKING:
     from snapd.sim.daemon import SimDaemon
@@ -84,6 +86,18 @@ class SimWorld:
         finally:
             asking.cancel()
 
+    async def may_replace(self, snapshot: SnapshotId, epoch: int) -> bool:
+        """Whether the rows that were planned here for a snapshot may give way to others (runtime/world.py)."""
+        daemon = self._daemon
+        while True:
+            self._serial += 1
+            report = self._build()
+            if all(part.id != snapshot for part in report.done):
+                with contextlib.suppress(SnapdError):
+                    _, orders = await daemon.report(report, self.orders.number, 0.0)
+                    return not counts_on(orders, snapshot, epoch)
+            await asyncio.sleep(RETRY_S)
+
     def _build(self) -> NodeReport:
         daemon = self._daemon
         job, generation = daemon.job, daemon.coordination.current()
@@ -106,7 +120,7 @@ class SimWorld:
             aborts=job.abort_count,
             done=daemon.parity.done(),
             problems=tuple((f.id, f.problem) for f in job.ledger.newest_first() if f.problem),
-            told=self.orders.told,
+            told=daemon.disk.told,
         )
 
     def _held(self) -> tuple[Held, ...]:
@@ -138,9 +152,10 @@ class SimWorld:
 
     def obey(self, orders: Orders) -> None:
         daemon = self._daemon
-        if orders.told != daemon.disk.told:
+        told = daemon.disk.told.newest(orders.told)
+        if told != daemon.disk.told:
             daemon.life.effect("persist what was told")
-            daemon.disk.told = orders.told
+            daemon.disk.told = told
         self.orders = orders
         daemon.truth.told(daemon.node, orders)
         table, job = daemon.table, daemon.job
@@ -153,7 +168,7 @@ class SimWorld:
             job.ledger.announce(orders.complete)
         job.take_interval(orders.interval)
         daemon.protector.aim(orders.target if is_involved else None, table)
-        kept = {s for s in (orders.target, orders.protected) if s is not None}
+        kept = {s for s in (orders.target, orders.protected, told.protected) if s is not None}
         daemon.parity.forget(kept, orders.protected, orders.protected_epoch)
         job.settle()
 
@@ -168,19 +183,16 @@ class SimWorld:
 
     def doomed(self) -> list[tuple[SnapshotId, str]]:
         """What this node may drop: what the collector says; without it, its own captures that nobody waits for."""
-        ledger = self._daemon.job.ledger
-        named = [
-            (snapshot, reason)
-            for snapshot, reason in self.orders.drop
-            if snapshot in ledger.snapshots and not ledger.snapshots[snapshot].hold_count
-        ]
-        if named or not self.is_away:
-            return named
-        kept = {s for s in (self.orders.complete, self.orders.target, self.orders.protected) if s is not None}
-        # also what may have become protected meanwhile, or before this process began
-        kept |= {plan.map.id for plan in self._daemon.parity.plans()}
-        slots = [served.row.slots for served in self._daemon.job.served_sessions()]
-        return ledger.to_drop_alone(kept, room=max(slots, default=1 << 30) - 1)
+        job = self._daemon.job
+        slots = [served.row.slots for served in job.served_sessions()]
+        return snapshots_to_drop(
+            job.ledger,
+            self.orders,
+            Told() if self._daemon.bugs & OBEYED else self._daemon.disk.told,
+            is_away=self.is_away,
+            room=max(slots, default=1 << 30) - 1,
+            coded=lambda: (plan.map.id for plan in self._daemon.parity.plans()),
+        )
 
 
 def _says_the_same(one: NodeReport, other: NodeReport) -> bool:

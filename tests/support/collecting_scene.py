@@ -36,6 +36,7 @@ class Around:
     inventories: dict[str, Inventory] = field(default_factory=dict)
     records: dict[tuple[str, int], Records] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
+    silent_records: set[str] = field(default_factory=set)
 
     @property
     def calls(self) -> Around:
@@ -50,6 +51,8 @@ class Around:
 
     async def fetch_records(self, node: str, job: str, snapshot: SnapshotId, *, epoch: int = 0) -> Records:
         self.asked.append((f"records {epoch}", node))
+        if node in self.silent_records:
+            raise UnavailableError("does not answer")
         if (node, epoch) not in self.records:
             raise NotFoundError("no such row map", kind="row_map")
         return self.records[node, epoch]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from snapd.core.cluster import Code, Group, GroupTable
+from snapd.core.collector import Collector
 from snapd.core.ids import SnapshotId
-from snapd.core.reports import Held, NodeReport, PartDone
+from snapd.core.reports import Held, NodeReport, Orders, PartDone, Record, Told
 
 
 def snap(step: int, generation: int = 1) -> SnapshotId:
@@ -55,3 +56,33 @@ class Reporting:
 
 def done(*steps: int, plan: bytes = b"plan", generation: int = 1) -> tuple[PartDone, ...]:
     return tuple(PartDone(snap(step, generation), plan) for step in steps)
+
+
+TABLE = table_of(["a", "b", "c"])
+
+
+def collector(complete: SnapshotId | None = None, protected: SnapshotId | None = None) -> Collector:
+    return Collector(8, Record(Told(complete, protected)))
+
+
+def settle(core: Collector, table: GroupTable | None, *, awaited: Iterable[str] = ()) -> Orders:
+    """With a store that records at once."""
+    orders = core.settle(table, awaited=awaited)
+    if core.to_record.told != orders.told:
+        core.recorded(core.to_record)
+        orders = core.settle(table, awaited=awaited)
+    return orders
+
+
+def world(size: int = 3, generation: int = 1) -> list[Reporting]:
+    """Node i serves rank i."""
+    return [
+        Reporting(name, [rank], world_size=size, generation=generation)
+        for rank, name in zip(range(size), "abcdef", strict=False)
+    ]
+
+
+def all_take(core: Collector, nodes: list[Reporting], *steps: int, **facts: object) -> None:
+    """Every node reports its shard of these steps."""
+    for rank, node in enumerate(nodes):
+        core.take(node.has(*(held(step, rank, world_size=len(nodes)) for step in steps), **facts))

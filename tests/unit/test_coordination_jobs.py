@@ -218,8 +218,7 @@ def test_the_store_takes_no_record_of_a_collector_whose_lease_has_ended() -> Non
             assert await jobs[1].claim_collector() == "b"
             assert jobs[0].is_collector, "it has not heard of it"
             jobs[0].publish_newest(Newest(SnapshotId(1, 1), SnapshotId(1, 1), 1, 1), written.append)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            await pass_time(0.001)
             assert await jobs[1].read_newest() is None
             assert not jobs[0].is_collector, "now it knows"
             await pass_time(3)

@@ -293,6 +293,23 @@ async def test_records_that_one_node_cannot_give_are_asked_of_the_next(scene: Sc
 
 
 @scenario
+async def test_records_that_exist_and_cannot_be_had_are_waited_for(scene: Scene) -> None:
+    """Found by the simulation (seed 744): a lost message made a shard lost that was not."""
+    await scene.tell(1)
+    coded(scene, epochs={1: True})
+    scene.around.silent_records = {"a", "b"}
+    planning = asyncio.ensure_future(scene.host.plan(ask()))
+    await pass_time(3)
+    assert not planning.done()
+    scene.around.silent_records = {"a"}
+    assert (await planning).decision.outcome is Outcome.FOUND
+    scene.around.silent_records = {"a", "b"}
+    plan = await scene.host.plan(ask(number=1))
+    assert plan.decision.outcome is Outcome.UNREACHABLE
+    assert "a, b did not answer" in plan.decision.reason
+
+
+@scenario
 async def test_records_of_another_epoch_than_asked_for_are_not_taken(scene: Scene) -> None:
     await scene.tell(1)
     coded(scene, epochs={1: True, 2: True})

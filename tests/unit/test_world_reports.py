@@ -87,6 +87,30 @@ async def test_serials_grow(scene: Scene) -> None:
 
 
 @scenario
+async def test_rows_give_way_only_once_the_collector_has_heard_that_they_are_not_done(scene: Scene) -> None:
+    scene.protection.parts = done(2)
+    await pass_time(1)
+    asking = asyncio.ensure_future(scene.world.may_replace(snap(2), 3))
+    await pass_time(2)
+    assert not asking.done(), "it is still reported as done"
+    scene.protection.parts, scene.collecting.away = (), True
+    await pass_time(2)
+    assert not asking.done(), "nobody has heard that it is not"
+    scene.collecting.away = False
+    assert await asking
+    assert scene.reports()[-1].done == ()
+
+
+@scenario
+async def test_rows_that_are_counted_on_stay(scene: Scene) -> None:
+    scene.collecting.order(found=(snap(2), 3))
+    assert not await scene.world.may_replace(snap(2), 3)
+    assert await scene.world.may_replace(snap(2), 4)
+    scene.collecting.order(found=None, protected=snap(2), protected_epoch=3)
+    assert not await scene.world.may_replace(snap(2), 3)
+
+
+@scenario
 async def test_an_absent_collector_is_asked_again_and_said(scene: Scene) -> None:
     await pass_time(0.5)
     scene.collecting.away = True
