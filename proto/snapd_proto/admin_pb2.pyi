@@ -258,6 +258,241 @@ class SessionStatus(_message.Message):
 Global___SessionStatus: _TypeAlias = SessionStatus  # noqa: Y015
 
 @_typing.final
+class FlushedPart(_message.Message):
+    """The last flush of a node's part of a snapshot that ended well."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RequestsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WRITTEN_NBYTES_FIELD_NUMBER: _builtins.int
+    STORED_NBYTES_FIELD_NUMBER: _builtins.int
+    REUSED_NBYTES_FIELD_NUMBER: _builtins.int
+    PACKS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_GB_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    step: _builtins.int
+    written_nbytes: _builtins.int
+    """of chunks, as in memory"""
+    stored_nbytes: _builtins.int
+    """the same as they are stored"""
+    reused_nbytes: _builtins.int
+    """of chunks that the tier had already"""
+    packs: _builtins.int
+    seconds: _builtins.float
+    requests_per_gb: _builtins.float
+    """for each 10^9 bytes written or reused"""
+    @_builtins.property
+    def requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """to the store meanwhile, by kind"""
+
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        written_nbytes: _builtins.int = ...,
+        stored_nbytes: _builtins.int = ...,
+        reused_nbytes: _builtins.int = ...,
+        packs: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        requests: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        requests_per_gb: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "packs", b"packs", "requests", b"requests", "requests_per_gb", b"requests_per_gb", "reused_nbytes", b"reused_nbytes", "seconds", b"seconds", "step", b"step", "stored_nbytes", b"stored_nbytes", "written_nbytes", b"written_nbytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushedPart: _TypeAlias = FlushedPart  # noqa: Y015
+
+@_typing.final
+class FlushStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HAS_DURABLE_FIELD_NUMBER: _builtins.int
+    DURABLE_GENERATION_FIELD_NUMBER: _builtins.int
+    DURABLE_STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    BEHIND_S_FIELD_NUMBER: _builtins.int
+    NBYTES_DONE_FIELD_NUMBER: _builtins.int
+    NBYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    has_durable: _builtins.bool
+    durable_generation: _builtins.int
+    durable_step: _builtins.int
+    reason: _builtins.str
+    """what is being done, or waited for"""
+    pause: _builtins.str
+    """why nothing becomes durable now, as a kind of error; empty: it goes on"""
+    behind_s: _builtins.float
+    """since the newest durable snapshot was captured"""
+    nbytes_done: _builtins.int
+    """of the flush under way"""
+    nbytes_total: _builtins.int
+    @_builtins.property
+    def last(self) -> Global___FlushedPart: ...
+    def __init__(
+        self,
+        *,
+        has_durable: _builtins.bool = ...,
+        durable_generation: _builtins.int = ...,
+        durable_step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        pause: _builtins.str = ...,
+        behind_s: _builtins.float = ...,
+        nbytes_done: _builtins.int = ...,
+        nbytes_total: _builtins.int = ...,
+        last: Global___FlushedPart | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_s", b"behind_s", "durable_generation", b"durable_generation", "durable_step", b"durable_step", "has_durable", b"has_durable", "last", b"last", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "pause", b"pause", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushStatus: _TypeAlias = FlushStatus  # noqa: Y015
+
+@_typing.final
+class TierStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RequestsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    URL_FIELD_NUMBER: _builtins.int
+    IS_OPEN_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    SENT_NBYTES_FIELD_NUMBER: _builtins.int
+    RECEIVED_NBYTES_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    is_open: _builtins.bool
+    compression: _builtins.str
+    """whether chunks are compressed now, and why"""
+    retries: _builtins.int
+    sent_nbytes: _builtins.int
+    received_nbytes: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """since the store was opened"""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        is_open: _builtins.bool = ...,
+        compression: _builtins.str = ...,
+        requests: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        retries: _builtins.int = ...,
+        sent_nbytes: _builtins.int = ...,
+        received_nbytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "is_open", b"is_open", "received_nbytes", b"received_nbytes", "requests", b"requests", "retries", b"retries", "sent_nbytes", b"sent_nbytes", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierStatus: _TypeAlias = TierStatus  # noqa: Y015
+
+@_typing.final
+class FlushRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    timeout_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushRequest: _TypeAlias = FlushRequest  # noqa: Y015
+
+@_typing.final
+class FlushReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_DURABLE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    is_durable: _builtins.bool
+    generation: _builtins.int
+    """the durable snapshot; else the one that is waited for"""
+    step: _builtins.int
+    reason: _builtins.str
+    pause: _builtins.str
+    def __init__(
+        self,
+        *,
+        is_durable: _builtins.bool = ...,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        pause: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "is_durable", b"is_durable", "pause", b"pause", "reason", b"reason", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushReply: _TypeAlias = FlushReply  # noqa: Y015
+
+@_typing.final
 class JobStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -280,6 +515,7 @@ class JobStatus(_message.Message):
     COLLECTOR_FIELD_NUMBER: _builtins.int
     PARITY_BYTES_FIELD_NUMBER: _builtins.int
     IS_CLUSTERED_FIELD_NUMBER: _builtins.int
+    FLUSH_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     has_complete: _builtins.bool
@@ -302,6 +538,10 @@ class JobStatus(_message.Message):
     is_clustered: _builtins.bool
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStatus]: ...
+    @_builtins.property
+    def flush(self) -> Global___FlushStatus:
+        """absent: no shared tier"""
+
     def __init__(
         self,
         *,
@@ -324,10 +564,11 @@ class JobStatus(_message.Message):
         collector: _builtins.str = ...,
         parity_bytes: _builtins.int = ...,
         is_clustered: _builtins.bool = ...,
+        flush: Global___FlushStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flush", b"flush"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_bytes", b"arena_bytes", "arena_bytes_in_use", b"arena_bytes_in_use", "collector", b"collector", "complete_generation", b"complete_generation", "complete_step", b"complete_step", "generation", b"generation", "has_complete", b"has_complete", "has_protected", b"has_protected", "has_target", b"has_target", "is_clustered", b"is_clustered", "job", b"job", "parity_bytes", b"parity_bytes", "problem", b"problem", "protected_generation", b"protected_generation", "protected_step", b"protected_step", "protection", b"protection", "sessions", b"sessions", "target_generation", b"target_generation", "target_step", b"target_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_bytes", b"arena_bytes", "arena_bytes_in_use", b"arena_bytes_in_use", "collector", b"collector", "complete_generation", b"complete_generation", "complete_step", b"complete_step", "flush", b"flush", "generation", b"generation", "has_complete", b"has_complete", "has_protected", b"has_protected", "has_target", b"has_target", "is_clustered", b"is_clustered", "job", b"job", "parity_bytes", b"parity_bytes", "problem", b"problem", "protected_generation", b"protected_generation", "protected_step", b"protected_step", "protection", b"protection", "sessions", b"sessions", "target_generation", b"target_generation", "target_step", b"target_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,6 +587,7 @@ class StatusReply(_message.Message):
     ANONYMOUS_BYTES_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     pid: _builtins.int
     uptime_s: _builtins.float
@@ -359,6 +601,10 @@ class StatusReply(_message.Message):
     def cluster(self) -> Global___ClusterStatus:
         """absent: one machine, alone"""
 
+    @_builtins.property
+    def tier(self) -> Global___TierStatus:
+        """absent: no shared tier"""
+
     def __init__(
         self,
         *,
@@ -371,10 +617,11 @@ class StatusReply(_message.Message):
         anonymous_bytes: _builtins.int = ...,
         jobs: _abc.Iterable[Global___JobStatus] | None = ...,
         cluster: Global___ClusterStatus | None = ...,
+        tier: Global___TierStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "tier", b"tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_bytes", b"anonymous_bytes", "arena_bytes", b"arena_bytes", "arena_bytes_limit", b"arena_bytes_limit", "arena_path", b"arena_path", "cluster", b"cluster", "jobs", b"jobs", "pid", b"pid", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_bytes", b"anonymous_bytes", "arena_bytes", b"arena_bytes", "arena_bytes_limit", b"arena_bytes_limit", "arena_path", b"arena_path", "cluster", b"cluster", "jobs", b"jobs", "pid", b"pid", "tier", b"tier", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,7 +684,7 @@ class SnapshotSummary(_message.Message):
     is_clustered: _builtins.bool
     """worlds may span nodes: `ranks_captured` are those that are here"""
     level: _builtins.str
-    """in the world: "incomplete" | "complete" | "being protected" | "protected" | "unusable" """
+    """in the world: "incomplete" | "complete" | "being protected" | "protected" | "durable" | "unusable" """
     @_builtins.property
     def ranks_captured(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(

@@ -64,6 +64,11 @@ class AdminStub:
                 request_serializer=snapd_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=snapd_dot_v1_dot_admin__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Flush = channel.unary_unary(
+                '/snapd.v1.Admin/Flush',
+                request_serializer=snapd_dot_v1_dot_admin__pb2.FlushRequest.SerializeToString,
+                response_deserializer=snapd_dot_v1_dot_admin__pb2.FlushReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -105,6 +110,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Flush(self, request, context):
+        """Have the newest complete snapshot of a job become durable in the shared tier; answers when it is, or in time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -137,6 +149,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=snapd_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=snapd_dot_v1_dot_admin__pb2.DrainReply.SerializeToString,
+            ),
+            'Flush': grpc.unary_unary_rpc_method_handler(
+                    servicer.Flush,
+                    request_deserializer=snapd_dot_v1_dot_admin__pb2.FlushRequest.FromString,
+                    response_serializer=snapd_dot_v1_dot_admin__pb2.FlushReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -301,6 +318,33 @@ class Admin:
             '/snapd.v1.Admin/Drain',
             snapd_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             snapd_dot_v1_dot_admin__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flush(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snapd.v1.Admin/Flush',
+            snapd_dot_v1_dot_admin__pb2.FlushRequest.SerializeToString,
+            snapd_dot_v1_dot_admin__pb2.FlushReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class AdminStub:
     Verify: _grpc.UnaryStreamMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyProgress]
     RemoveJob: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemoveJobRequest, _admin_pb2.RemoveJobReply]
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainReply]
+    Flush: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FlushRequest, _admin_pb2.FlushReply]
+    """Have the newest complete snapshot of a job become durable in the shared tier; answers when it is, or in time."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -47,6 +49,8 @@ class AdminAsyncStub(AdminStub):
     Verify: _aio.UnaryStreamMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyProgress]  # type: ignore[assignment]
     RemoveJob: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemoveJobRequest, _admin_pb2.RemoveJobReply]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainReply]  # type: ignore[assignment]
+    Flush: _aio.UnaryUnaryMultiCallable[_admin_pb2.FlushRequest, _admin_pb2.FlushReply]  # type: ignore[assignment]
+    """Have the newest complete snapshot of a job become durable in the shared tier; answers when it is, or in time."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -90,5 +94,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DrainReply, _abc.Awaitable[_admin_pb2.DrainReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Flush(
+        self,
+        request: _admin_pb2.FlushRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.FlushReply, _abc.Awaitable[_admin_pb2.FlushReply]]:
+        """Have the newest complete snapshot of a job become durable in the shared tier; answers when it is, or in time."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -13,6 +13,7 @@ from snapd.cli.connect import connected
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import facts, format_age, print_json, print_parts, table
+from snapd.cli.tier_view import flush_json, flush_parts, tier_facts, tier_json
 from snapd.errors import NotFoundError
 from snapd.units import format_size
 
@@ -48,6 +49,7 @@ def status_tables(reply: admin_pb2.StatusReply) -> list[RenderableType]:
     """What `snapd status` prints."""
     parts: list[RenderableType] = [facts(daemon_facts(reply))]
     parts += cluster_parts(reply)
+    parts += flush_parts(reply)
     if not reply.jobs:
         return [*parts, "", "no jobs"]
     parts += ["", table(JOB_HEADINGS, [job_row(job) for job in reply.jobs], right=RIGHT)]
@@ -64,6 +66,7 @@ def daemon_facts(reply: admin_pb2.StatusReply) -> dict[str, str]:
         "daemon": f"snapd {reply.version}, pid {reply.pid}, up {format_age(reply.uptime_s)}",
         "arena": f"{format_size(reply.arena_bytes)}{limit} in {reply.arena_path}",
         "memory": f"{format_size(reply.anonymous_bytes)} beside the arena" if reply.anonymous_bytes else "",
+        **(tier_facts(reply.tier) if reply.HasField("tier") else {}),
     }
 
 
@@ -113,6 +116,7 @@ def status_json(reply: admin_pb2.StatusReply) -> dict[str, object]:
         "anonymous_bytes": reply.anonymous_bytes,
         "jobs": [job_json(job) for job in reply.jobs],
         "cluster": cluster_json(reply.cluster) if reply.HasField("cluster") else None,
+        "tier": tier_json(reply.tier) if reply.HasField("tier") else None,
     }
 
 
@@ -130,6 +134,7 @@ def job_json(job: admin_pb2.JobStatus) -> dict[str, object]:
         "problem": job.problem or None,
         "sessions": [session_json(session) for session in job.sessions],
         **(protection_json(job) if job.is_clustered else {}),
+        **({"flush": flush_json(job.flush)} if job.HasField("flush") else {}),
     }
 
 

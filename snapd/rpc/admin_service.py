@@ -15,6 +15,7 @@ from snapd.errors import ConfigError, NotFoundError, SnapdError
 from snapd.memory.records import record_to_proto
 from snapd.rpc.cluster_status import add_protection, cluster_status, drain
 from snapd.rpc.guard import ServicerContext, caller, refuse, told
+from snapd.rpc.tier_status import flush_now, flush_status, tier_status
 from snapd.runtime import levels
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
@@ -56,6 +57,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 reply.jobs.append(_job_status(node.jobs[name]))
                 if node.cluster is not None:
                     add_protection(reply.jobs[-1], node.jobs[name], node.cluster)
+                if name in node.flushers:
+                    reply.jobs[-1].flush.CopyFrom(flush_status(node.flushers[name]))
+        if node.tier is not None:
+            reply.tier.CopyFrom(tier_status(node.tier))
         if node.cluster is not None:
             reply.cluster.CopyFrom(await cluster_status(node.cluster, ask_peers=request.ask_peers))
         return reply
@@ -168,6 +173,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 "this daemon is in no cluster: nothing of it could go to other nodes", kind="no_cluster"
             )
         return await drain(self.node.cluster, request)
+
+    @told
+    async def Flush(self, request: admin_pb2.FlushRequest, context: ServicerContext) -> admin_pb2.FlushReply:
+        caller(self.node, context)
+        return await flush_now(self.node, request)
 
 
 def _bad_chunks(entries: Iterable[tuple[int, int, str]]) -> list[trainer_pb2.BadChunk]:

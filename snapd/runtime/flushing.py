@@ -93,6 +93,12 @@ class JobFlusher:
             return f"{self.current}: {self._stage.text}"
         return self._choose().reason
 
+    @property
+    def newest(self) -> SnapshotId | None:
+        """The newest snapshot that could become durable."""
+        newest = self.job.ledger.newest_complete()
+        return newest.id if newest is not None else None
+
     def behind_s(self) -> float:
         """Since the newest durable snapshot was captured."""
         return max(0.0, self.job.context.environment.wall_s() - self._durable_at_s)

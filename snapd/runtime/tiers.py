@@ -105,6 +105,12 @@ class NodeTier:
         """None: it was not opened yet, or could not be."""
         return self._store
 
+    @property
+    def compression(self) -> str:
+        """Whether chunks are compressed now, and why, in words."""
+        is_on, reason = self.compressing.decide()
+        return f"{'on' if is_on else 'off'}: {reason}"
+
     # the store
 
     def opened(self) -> Store:

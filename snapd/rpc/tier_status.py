@@ -1,0 +1,84 @@
+"""What the command line hears of the shared tier and of each job's way to it."""
+
+from __future__ import annotations
+
+from snapd_proto import admin_pb2
+
+from snapd.errors import ConfigError, NotFoundError
+from snapd.runtime.flushing import JobFlusher
+from snapd.runtime.node import Node
+from snapd.runtime.tiers import NodeTier
+
+FLUSH_WAIT_MAX_S = 60.0  # in one call; commands ask again
+
+
+def tier_status(tier: NodeTier) -> admin_pb2.TierStatus:
+    """The tier of this node, and what was asked of its store."""
+    reply = admin_pb2.TierStatus(url=tier.settings.url, compression=tier.compression)
+    store = tier.store
+    if store is not None:
+        tier.count_requests()
+        reply.is_open = True
+        reply.requests.update(store.requests.count)
+        reply.retries = store.requests.retries
+        reply.sent_nbytes = store.requests.sent_nbytes
+        reply.received_nbytes = store.requests.received_nbytes
+    return reply
+
+
+def flush_status(flusher: JobFlusher) -> admin_pb2.FlushStatus:
+    """One job."""
+    done, total = flusher.progress()
+    reply = admin_pb2.FlushStatus(
+        reason=flusher.reason,
+        pause=flusher.trouble.kind if flusher.trouble is not None else "",
+        behind_s=flusher.behind_s(),
+        nbytes_done=done,
+        nbytes_total=total,
+    )
+    if flusher.durable is not None:
+        reply.has_durable = True
+        reply.durable_generation, reply.durable_step = flusher.durable.generation, flusher.durable.step
+    last = flusher.last
+    if last is not None:
+        reply.last.CopyFrom(
+            admin_pb2.FlushedPart(
+                generation=last.snapshot.generation,
+                step=last.snapshot.step,
+                written_nbytes=last.raw_nbytes,
+                stored_nbytes=last.stored_nbytes,
+                reused_nbytes=last.reused_nbytes,
+                packs=last.packs,
+                seconds=last.seconds,
+                requests=dict(last.requests),
+                requests_per_gb=last.requests_per_gb,
+            )
+        )
+    return reply
+
+
+async def flush_now(node: Node, request: admin_pb2.FlushRequest) -> admin_pb2.FlushReply:
+    """Have the newest complete snapshot of a job become durable.
+
+    Raises:
+        ConfigError: kind `no_tier`. NotFoundError: kinds `job`, `snapshot`.
+    """
+    if node.tier is None:
+        raise ConfigError("this daemon has no shared tier", kind="no_tier", hint="set tier.shared")
+    job = node.existing_job(request.job)
+    flusher = node.flushers[job.name]
+    newest = flusher.newest
+    if newest is None:
+        raise NotFoundError("the job has no complete snapshot", kind="snapshot", job=job.name)
+    flusher.request(newest)
+    timeout_s = min(max(0.0, request.timeout_s), FLUSH_WAIT_MAX_S)
+    await job.changes.wait_until(lambda: job.is_removed or flusher.is_durable(newest), timeout_s)
+    is_durable = flusher.is_durable(newest)
+    shown = flusher.durable if is_durable and flusher.durable is not None else newest
+    return admin_pb2.FlushReply(
+        is_durable=is_durable,
+        generation=shown.generation,
+        step=shown.step,
+        reason="durable" if is_durable else flusher.reason,
+        pause=flusher.trouble.kind if flusher.trouble is not None and not is_durable else "",
+    )
