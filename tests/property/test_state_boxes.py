@@ -36,7 +36,7 @@ def test_what_both_have_arrives_where_it_belongs(
     shape, saved, wanted = boxes
     whole = np.arange(1, 1 + int(np.prod(shape)), dtype=np.int32).reshape(shape)
     source = cut(whole, saved)
-    source = np.asfortranarray(source) if is_transposed else np.ascontiguousarray(source)
+    source = source.copy(order="F" if is_transposed else "C")
     strides = [stride // ITEMSIZE for stride in source.strides] if source.size else contiguous(saved.shape)
     memory = source.T.reshape(-1) if is_transposed and source.ndim > 1 else source.reshape(-1)
     there = memory.view(np.uint8) if memory.size else np.empty(0, np.uint8)
