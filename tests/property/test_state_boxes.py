@@ -26,7 +26,7 @@ def two_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box, Box]:
 
 
 def cut(whole: np.ndarray, box: Box) -> np.ndarray:
-    return whole[tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))]
+    return whole[(..., *(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True)))]
 
 
 @given(two_boxes(), st.booleans())
