@@ -951,6 +951,125 @@ class DrainReply(_message.Message):
 Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
 
 @_typing.final
+class FillArenaRequest(_message.Message):
+    """Bring a snapshot of the shared tier (the newest good one that fits) into the arena, before a trainer starts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    HAS_STEP_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    HAS_GENERATION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    has_step: _builtins.bool
+    step: _builtins.int
+    has_generation: _builtins.bool
+    generation: _builtins.int
+    url: _builtins.str
+    """if it is given, the daemon's tier must be this one"""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """none: all"""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        has_step: _builtins.bool = ...,
+        step: _builtins.int = ...,
+        has_generation: _builtins.bool = ...,
+        generation: _builtins.int = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "has_generation", b"has_generation", "has_step", b"has_step", "job", b"job", "ranks", b"ranks", "step", b"step", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FillArenaRequest: _TypeAlias = FillArenaRequest  # noqa: Y015
+
+@_typing.final
+class PassedOver(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    step: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "reason", b"reason", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PassedOver: _TypeAlias = PassedOver  # noqa: Y015
+
+@_typing.final
+class FillArenaProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NBYTES_DONE_FIELD_NUMBER: _builtins.int
+    NBYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    RANKS_HERE_FIELD_NUMBER: _builtins.int
+    IS_NEWER_HERE_FIELD_NUMBER: _builtins.int
+    PASSED_OVER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    nbytes_done: _builtins.int
+    nbytes_total: _builtins.int
+    finished: _builtins.bool
+    generation: _builtins.int
+    step: _builtins.int
+    world_size: _builtins.int
+    is_newer_here: _builtins.bool
+    """memory has a newer one than the tier: nothing was done"""
+    tier: _builtins.str
+    @_builtins.property
+    def ranks_here(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """that were here already, verified"""
+
+    @_builtins.property
+    def passed_over(self) -> _containers.RepeatedCompositeFieldContainer[Global___PassedOver]: ...
+    def __init__(
+        self,
+        *,
+        nbytes_done: _builtins.int = ...,
+        nbytes_total: _builtins.int = ...,
+        finished: _builtins.bool = ...,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        ranks_here: _abc.Iterable[_builtins.int] | None = ...,
+        is_newer_here: _builtins.bool = ...,
+        passed_over: _abc.Iterable[Global___PassedOver] | None = ...,
+        tier: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "generation", b"generation", "is_newer_here", b"is_newer_here", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "passed_over", b"passed_over", "ranks_here", b"ranks_here", "step", b"step", "tier", b"tier", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FillArenaProgress: _TypeAlias = FillArenaProgress  # noqa: Y015
+
+@_typing.final
 class RemoveJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

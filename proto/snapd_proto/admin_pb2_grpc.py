@@ -64,6 +64,11 @@ class AdminStub:
                 request_serializer=snapd_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=snapd_dot_v1_dot_admin__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.FillArena = channel.unary_stream(
+                '/snapd.v1.Admin/FillArena',
+                request_serializer=snapd_dot_v1_dot_admin__pb2.FillArenaRequest.SerializeToString,
+                response_deserializer=snapd_dot_v1_dot_admin__pb2.FillArenaProgress.FromString,
+                _registered_method=True)
         self.Flush = channel.unary_unary(
                 '/snapd.v1.Admin/Flush',
                 request_serializer=snapd_dot_v1_dot_admin__pb2.FlushRequest.SerializeToString,
@@ -110,6 +115,12 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FillArena(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Flush(self, request, context):
         """Have the newest complete snapshot of a job become durable in the shared tier; answers when it is, or in time.
         """
@@ -149,6 +160,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=snapd_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=snapd_dot_v1_dot_admin__pb2.DrainReply.SerializeToString,
+            ),
+            'FillArena': grpc.unary_stream_rpc_method_handler(
+                    servicer.FillArena,
+                    request_deserializer=snapd_dot_v1_dot_admin__pb2.FillArenaRequest.FromString,
+                    response_serializer=snapd_dot_v1_dot_admin__pb2.FillArenaProgress.SerializeToString,
             ),
             'Flush': grpc.unary_unary_rpc_method_handler(
                     servicer.Flush,
@@ -318,6 +334,33 @@ class Admin:
             '/snapd.v1.Admin/Drain',
             snapd_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             snapd_dot_v1_dot_admin__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FillArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/snapd.v1.Admin/FillArena',
+            snapd_dot_v1_dot_admin__pb2.FillArenaRequest.SerializeToString,
+            snapd_dot_v1_dot_admin__pb2.FillArenaProgress.FromString,
             options,
             channel_credentials,
             insecure,

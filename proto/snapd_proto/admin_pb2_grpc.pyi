@@ -37,6 +37,7 @@ class AdminStub:
     Verify: _grpc.UnaryStreamMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyProgress]
     RemoveJob: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemoveJobRequest, _admin_pb2.RemoveJobReply]
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainReply]
+    FillArena: _grpc.UnaryStreamMultiCallable[_admin_pb2.FillArenaRequest, _admin_pb2.FillArenaProgress]
     Flush: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FlushRequest, _admin_pb2.FlushReply]
     """Have the newest complete snapshot of a job become durable in the shared tier; answers when it is, or in time."""
 
@@ -49,6 +50,7 @@ class AdminAsyncStub(AdminStub):
     Verify: _aio.UnaryStreamMultiCallable[_admin_pb2.VerifyRequest, _admin_pb2.VerifyProgress]  # type: ignore[assignment]
     RemoveJob: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemoveJobRequest, _admin_pb2.RemoveJobReply]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainReply]  # type: ignore[assignment]
+    FillArena: _aio.UnaryStreamMultiCallable[_admin_pb2.FillArenaRequest, _admin_pb2.FillArenaProgress]  # type: ignore[assignment]
     Flush: _aio.UnaryUnaryMultiCallable[_admin_pb2.FlushRequest, _admin_pb2.FlushReply]  # type: ignore[assignment]
     """Have the newest complete snapshot of a job become durable in the shared tier; answers when it is, or in time."""
 
@@ -94,6 +96,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DrainReply, _abc.Awaitable[_admin_pb2.DrainReply]]: ...
+
+    @_abc_1.abstractmethod
+    def FillArena(
+        self,
+        request: _admin_pb2.FillArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.FillArenaProgress], _abc.AsyncIterator[_admin_pb2.FillArenaProgress]]: ...
 
     @_abc_1.abstractmethod
     def Flush(

@@ -1,4 +1,6 @@
-"""`snapd restore --to DIR`: write a snapshot as files that can be read without snapd."""
+"""`snapd restore`: a snapshot into the arena, from where the trainer takes it; `--to DIR`: as files that can be read
+without snapd.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Annotated
 import typer
 
 from snapd.cli.exporting import Wanted, write_from_daemon, write_from_tier, written_json, written_line
+from snapd.cli.filling import fill_arena
 from snapd.cli.options import GenerationOption, JsonOption, RuntimeDirOption, StepOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import print_json
@@ -26,8 +29,14 @@ JobOption = Annotated[
 
 def restore(
     to: Annotated[
-        Path, typer.Option("--to", help="The directory to write; it must not exist yet, or be empty.")
-    ],
+        Path | None,
+        typer.Option(
+            "--to",
+            help="The directory to write; it must not exist yet, or be empty. Without it the daemon's arena is filled"
+            " from its shared tier, so that the trainer then restores from memory.",
+            show_default=False,
+        ),
+    ] = None,
     job: JobOption = None,
     step: StepOption = None,
     generation: GenerationOption = None,
@@ -36,7 +45,17 @@ def restore(
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> ExitCode:
-    """Write a snapshot (the newest complete one) as safetensors and JSON, every chunk verified."""
+    """Write a snapshot (the newest complete one) as safetensors and JSON, or bring it into the arena; verified."""
+    if to is None:
+        return fill_arena(
+            job,
+            step=step,
+            generation=generation,
+            ranks=rank or [],
+            url=from_url,
+            runtime_dir=runtime_dir,
+            as_json=as_json,
+        )
     target = Path(to).absolute()
     check_target(target)
     wanted = Wanted(job, step, generation, rank or [])

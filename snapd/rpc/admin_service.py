@@ -14,6 +14,7 @@ from snapd.core.ledger import SnapshotFacts
 from snapd.errors import ConfigError, NotFoundError, SnapdError
 from snapd.memory.records import record_to_proto
 from snapd.rpc.cluster_status import add_protection, cluster_status, drain
+from snapd.rpc.fill_arena import fill
 from snapd.rpc.guard import ServicerContext, caller, refuse, told
 from snapd.rpc.tier_status import flush_now, flush_status, tier_status
 from snapd.runtime import levels
@@ -146,6 +147,16 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             last.repair, last.repair_waits = result.why, result.is_waiting
         last.fragments_checked, last.fragments_bad = fragments or (0, 0)
         yield last
+
+    async def FillArena(
+        self, request: admin_pb2.FillArenaRequest, context: ServicerContext
+    ) -> AsyncIterator[admin_pb2.FillArenaProgress]:
+        try:
+            caller(self.node, context)
+            async for progress in fill(self.node, request):
+                yield progress
+        except SnapdError as error:
+            await refuse(context, error)
 
     @told
     async def RemoveJob(

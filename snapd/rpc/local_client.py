@@ -170,6 +170,13 @@ class LocalClient:
         except grpc.RpcError as error:
             raise error_of(error) from error
 
+    def fill_arena(self, request: admin_pb2.FillArenaRequest) -> Iterator[admin_pb2.FillArenaProgress]:
+        """Have a snapshot of the shared tier brought into the arena; yields progress until `finished`."""
+        try:
+            yield from AdminStub(self._open_channel()).FillArena(request, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+
     def remove_job(self, job: str, *, force: bool) -> admin_pb2.RemoveJobReply:
         """Drop all snapshots of a job and give its memory back.
 
