@@ -85,6 +85,7 @@ class _Spans:
     """Runs of bytes of one shard and where they go: columns of (shard offset, nbytes, destination, offset there)."""
 
     rows: list[Columns] = field(default_factory=list)
+    single: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def add(self, there: Offsets, nbytes: int, destination: int, here: Offsets) -> None:
         count = len(there)
@@ -93,7 +94,9 @@ class _Spans:
 
     def pieces(self, chunk_bytes: int) -> tuple[Offsets, ...]:
         """Cut at chunk borders and sorted: (chunk, start in it, destination, offset there, nbytes)."""
-        at, nbytes, destination, here = (np.concatenate(column) for column in zip(*self.rows, strict=True))
+        lone = np.array(self.single, dtype=np.uint64).reshape(-1, 4)
+        rows = [(lone[:, 0], lone[:, 1], lone[:, 2], lone[:, 3]), *self.rows]
+        at, nbytes, destination, here = (np.concatenate(column) for column in zip(*rows, strict=True))
         size = np.uint64(chunk_bytes)
         first = at // size
         counts = ((at + nbytes - np.uint64(1)) // size - first + np.uint64(1)).astype(np.int64)
@@ -136,10 +139,7 @@ def plan_copies(
             rank, offset = layout.rank, region.shard_offset
             if region.held_by_rank_plus_one:
                 rank, offset = elsewhere.shard_offset(number, region)
-            start = np.array([offset], dtype=np.uint64)
-            spans.setdefault(rank, _Spans()).add(
-                start, region.nbytes, len(destinations), np.zeros_like(start)
-            )
+            spans.setdefault(rank, _Spans()).single.append((offset, region.nbytes, len(destinations), 0))
         destinations.append(address)
     plan = empty_plan()
     sources: list[tuple[int, int]] = []
@@ -148,7 +148,7 @@ def plan_copies(
         shard = layout if rank == layout.rank else elsewhere.layout_of(rank)
         count = chunk_count(shard)
         counts = np.zeros(count, dtype=np.int64)
-        if found.rows:
+        if found.rows or found.single:
             chunk, start, destination, here, nbytes = found.pieces(shard.chunk_bytes)
             if len(chunk) and int(chunk[-1]) >= count:
                 raise IntegrityError("a region lies beyond the shard's end", rank=rank, chunk=int(chunk[-1]))
