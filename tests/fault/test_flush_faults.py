@@ -1,0 +1,199 @@
+"""A tier that is away, full, read-only or another's never reaches training: the level pauses with a named reason, and
+catches up.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapd.core.ids import SnapshotId
+from snapd.core.tier_keys import TierKeys
+from tests.support.daemon_process import wait_for
+from tests.support.fake_trainer import FakeTrainer
+from tests.support.flush_scene import ON_DEMAND, TierDaemon, capture_steps, orphans, tier_daemon, unfinished
+
+STATE = 6 << 16
+
+
+def opened(scene: TierDaemon, *, job: str = "a", incarnation: str = "one") -> FakeTrainer:
+    trainer = scene.daemon.trainer()
+    trainer.open(job=job, incarnation=incarnation, state_bytes_estimate=STATE)
+    return trainer
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False
+    ).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+def test_a_folder_that_goes_away_and_comes_back() -> None:
+    with tier_daemon() as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 2)
+        scene.wait_durable(2)
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        capture_steps(trainer, 3, 6)
+        scene.wait_pause("bucket")
+        capture_steps(trainer, 7, 12)  # training goes on
+        assert "missing" in scene.flush().reason
+        aside.rename(scene.root)
+        scene.wait_durable(11)
+        assert max(scene.snapshots()) >= SnapshotId(1, 11)
+        assert not scene.flush().pause
+        assert [event["kind"] for event in scene.daemon.events("flush.paused")] == ["bucket"]
+        assert len(scene.daemon.events("flush.goes_on")) == 1
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path, "1m") as disk, tier_daemon(disk / "tier", SNAPD_TIER_EVERY_STEPS="1") as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        step = 0
+        while scene.flush().pause != "store_full":
+            step += 1
+            assert step < 40, "the disk was never full"
+            trainer.capture(step, 1)
+            wait_for(
+                lambda at=step: scene.flush().pause or scene.flush().durable_step >= at, "durable, or a pause"
+            )
+        last_good = max(scene.snapshots())  # reads all of them
+        capture_steps(trainer, step + 1, step + 4)  # training goes on
+        remount(disk, "size=64m")
+        scene.wait_durable(step + 4)
+        assert max(scene.snapshots()) > last_good
+        assert unfinished(scene.store) == []
+
+
+def test_a_disk_that_becomes_read_only(tmp_path: Path) -> None:
+    with small_disk(tmp_path, "64m") as disk, tier_daemon(disk / "tier") as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 2)
+        scene.wait_durable(2)
+        remount(disk, "ro")
+        capture_steps(trainer, 3, 4)
+        scene.wait_pause("store_denied")
+        capture_steps(trainer, 5, 8)
+        remount(disk, "rw")
+        scene.wait_durable(7)
+        assert max(scene.snapshots()) >= SnapshotId(1, 7)
+
+
+def test_a_tier_that_is_away_when_the_job_begins_and_turns_out_to_have_its_generation() -> None:
+    with tier_daemon() as former:
+        former.daemon.start()
+        capture_steps(opened(former), 1, 2)
+        former.wait_durable(2)
+        former.daemon.close()
+        aside = former.root.with_name("aside")
+        former.root.rename(aside)
+        former.root.mkdir()  # only so that the next scene has it; taken away at once
+        with tier_daemon(former.root) as scene:
+            former.root.rmdir()
+            scene.daemon.start()
+            trainer = opened(scene)
+            assert trainer.session.generation == 1  # nobody could know
+            capture_steps(trainer, 1, 2)
+            scene.wait_pause("bucket")
+            aside.rename(scene.root)
+            scene.wait_pause("tier_generation")
+            capture_steps(trainer, 3, 4)
+            before = scene.snapshots()
+            assert set(before) == {SnapshotId(1, 2)}  # of the former run, untouched
+            again = opened(scene, incarnation="two")
+            assert again.session.generation == 2
+            again.restore(1)
+            capture_steps(again, 5, 6)
+            scene.wait_durable(6, generation=2)
+            found = scene.snapshots()
+            assert found[SnapshotId(1, 2)] == before[SnapshotId(1, 2)]
+            assert found[SnapshotId(2, 6)] == [again.chunks(6, 1, 6)]
+
+
+def test_two_jobs_flush_beside_one_another() -> None:
+    with tier_daemon() as scene:
+        scene.daemon.start()
+        one, other = opened(scene), opened(scene, job="b")
+        for step in range(1, 7):
+            one.capture(step, 1)
+            other.capture(step, 2)
+        scene.wait_durable(6)
+        scene.wait_durable(6, "b")
+        assert scene.snapshots("a")[SnapshotId(1, 6)] == [one.chunks(6, 1, 6)]
+        assert scene.snapshots("b")[SnapshotId(1, 6)] == [other.chunks(6, 2, 6)]
+
+
+def test_a_job_of_the_same_name_that_writes_the_same_snapshot_is_refused_and_both_are_named() -> None:
+    with tier_daemon(**ON_DEMAND) as scene, tier_daemon() as other:
+        scene.daemon.start()
+        trainer = opened(scene)
+        wait_for(lambda: scene.daemon.events("tier.learnt"), "the tier is known")
+        other.daemon.start()
+        stranger = opened(other)
+        capture_steps(stranger, 1, 2, seed=9)
+        other.wait_durable(2)
+        keys = TierKeys("a")
+        manifest = keys.shard(SnapshotId(1, 2), 0)
+        target = scene.root / manifest
+        target.parent.mkdir(parents=True)
+        shutil.copy(other.root / manifest, target)
+        capture_steps(trainer, 1, 2)
+        scene.daemon.admin("Flush", scene.flush_request(2.0))
+        scene.wait_pause("tier_conflict")
+        reason = scene.flush().reason
+        assert manifest in reason and "two jobs of one name" in reason
+        assert scene.snapshots() == {}
+
+
+def test_a_bad_byte_in_memory_never_reaches_the_tier() -> None:
+    with tier_daemon(**ON_DEMAND) as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 2)
+        record = scene.record(2)
+        place = record.chunks[3]
+        segment = trainer.segments[place.segment]
+        view = segment.view(place.frame * record.chunk_bytes, 1)
+        view[0] ^= 1
+        scene.daemon.admin("Flush", scene.flush_request(1.0))
+        wait_for(lambda: scene.daemon.events("snapshot.unusable"), "the snapshot is found bad")
+        assert scene.snapshots() == {}
+        assert unfinished(scene.store) == []
+        trainer.capture(3, 1)
+        reply = scene.daemon.admin("Flush", scene.flush_request(20.0))
+        assert (reply.is_durable, reply.step) == (True, 3)
+        assert scene.snapshots() == {SnapshotId(1, 3): [trainer.chunks(3, 1, 6)]}
+
+
+def test_only_what_changed_is_written_and_nothing_is_left_over() -> None:
+    with tier_daemon() as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 4)
+        scene.wait_durable(4)
+        events = scene.daemon.events("snapshot.durable")
+        newest = events[-1]
+        if len(events) > 1:  # the last chunk of a fake trainer is the same at every step
+            assert newest["reused_nbytes"] >= 1 << 16
+        assert orphans(scene.store, "a") == set()
+        assert newest["requests"] > 0 and newest["requests_per_gb"] > 0
