@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -18,7 +19,7 @@ from snapd.store.surroundings import Meter, StoreClock, Surroundings
 T = TypeVar("T")
 Answer = TypeVar("Answer", covariant=True)
 _PAUSE_FIRST_S = 0.1
-_PAUSE_MAX_S = 10.0
+_PAUSE_MAX_S = 5.0
 _THROTTLED_FIRST_S = 0.5
 _DAMAGED_TRIES = 3
 _SHORTEST_S = 0.125
@@ -139,16 +140,17 @@ class S3Requests:
 
     def _made(self, stall_s: float) -> Any:
         options = self.options
+        if options.ca and not os.access(options.ca, os.R_OK):
+            raise ConfigError(f"tier.ca: the file {options.ca} cannot be read", kind="store")
         try:
             if self._session is None:
                 self._session = boto3.session.Session()
-            is_in_path = bool(options.endpoint) if options.path_style is None else options.path_style
             config = Config(
                 connect_timeout=min(options.connect_s, stall_s),
                 read_timeout=stall_s,
                 retries={"total_max_attempts": 1, "mode": "standard"},
                 max_pool_connections=options.concurrency + _CONNECTIONS_BESIDE,
-                s3={"addressing_style": "path" if is_in_path else "auto"},
+                s3={"addressing_style": _style(options)},
                 request_checksum_calculation="when_required",  # each request names its own
                 response_checksum_validation="when_required",
                 tcp_keepalive=True,
@@ -166,6 +168,12 @@ class S3Requests:
             if isinstance(error, ValueError | OSError):
                 raise ConfigError(f"{self.description} cannot be used: {error}", kind="store") from error
             raise failure.error from error
+
+
+def _style(options: StoreOptions) -> str:
+    if options.path_style is None:
+        return "path" if options.endpoint else "auto"
+    return "path" if options.path_style else "virtual"
 
 
 def _tired(error: Exception, tries: int, patience: Patience) -> Exception:

@@ -112,13 +112,13 @@ class S3Upload:
         for view in map(view_of, buffers):
             at = 0
             while at < view.nbytes:
+                if self._buffer is not None and self._filled == len(self._buffer):
+                    self._send_part()  # not before there is more: what fits into one part needs no parts
                 buffer = self._buffer if self._buffer is not None else self._new_buffer()
                 count = min(len(buffer) - self._filled, view.nbytes - at)
                 buffer[self._filled : self._filled + count] = view[at : at + count]
                 self._filled += count
                 at += count
-                if self._filled == len(buffer):
-                    self._send_part()
 
     def commit(self) -> int:
         assert not self._is_over

@@ -11,8 +11,9 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,12 @@ class Seaweed:
         return f"https://127.0.0.1:{self._ports[5]}"
 
     @property
+    def authority(self) -> Path:
+        """Who signed the certificate."""
+        assert self._certificate is not None
+        return self._certificate[0]
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -110,10 +117,12 @@ class Seaweed:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def store(self, prefix: str, *, bucket: str = BUCKET, **options: Any) -> S3Store:
+    def store(
+        self, prefix: str, *, bucket: str = BUCKET, wall_s: Callable[[], float] = time.time, **options: Any
+    ) -> S3Store:
         """A store in the bucket; credentials as `environment` has them. The caller closes it."""
         chosen = StoreOptions(**{"endpoint": self.endpoint, "deadline_s": 20.0, "stall_s": 5.0, **options})
-        store = open_store(f"s3://{bucket}/{prefix}", chosen, surroundings())
+        store = open_store(f"s3://{bucket}/{prefix}", chosen, replace(surroundings(), wall_s=wall_s))
         assert isinstance(store, S3Store)
         return store
 
