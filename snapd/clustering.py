@@ -281,7 +281,8 @@ class _Wiring:
                 fetch_own=self.asked.own,
                 fetch_rows=self.asked.rows,
                 metrics=self.metrics,
-            )
+            ),
+            lambda: self.node.tier_restores,
         )
 
     def make_serving(self) -> Serving:

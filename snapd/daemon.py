@@ -30,6 +30,7 @@ from snapd.runtime.context import Context, Environment
 from snapd.runtime.hash_threads import hash_threads
 from snapd.runtime.leaving import finish_levels
 from snapd.runtime.node import Node
+from snapd.runtime.tier_look import TierLook
 from snapd.runtime.tier_restoring import TierRestores
 from snapd.runtime.tiers import NodeTier, TierSettings
 from snapd.store.surroundings import Surroundings
@@ -137,6 +138,8 @@ async def serve(
                 node.tier_restores = TierRestores(
                     config.tier.shared, node.tier.settings.open, wait_s=config.tier.restore_wait
                 )
+                if node.cluster is not None:
+                    node.cluster.tier_look = TierLook(node.tier_restores, node.jobs.get)
             node.start()
             if clustering is not None:
                 clustering.cluster.start()

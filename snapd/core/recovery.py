@@ -63,8 +63,17 @@ class RowSet:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A snapshot in the shared tier. `problem`: why it cannot be used from there; `world_size` is then not known."""
+
+    id: SnapshotId
+    world_size: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """Where one shard comes from: whole on `nodes`, else decoded from `row_set`."""
+    """Where one shard comes from: whole on `nodes`, else decoded from `row_set`, else from the shared tier."""
 
     rank: int
     nodes: tuple[str, ...]
@@ -83,7 +92,8 @@ class Choice:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
     """What is known when a choice is made. `newest_known`: the newest snapshot that was recorded as complete, and its
-    world size where that is known. `unreachable`: members that may live and did not answer.
+    world size where that is known. `unreachable`: members that may live and did not answer. `stored`: what the shared
+    tier has, as far as it was asked.
     """
 
     inventories: Sequence[Inventory]
@@ -93,6 +103,7 @@ class Situation:
     world_size: int
     step: int | None = None
     accept_older: bool = False
+    stored: Sequence[Stored] = ()
 
 
 @dataclass(slots=True)
@@ -149,7 +160,12 @@ def choose_among_nodes(situation: Situation) -> Choice:
     """
     facts = _facts(situation.inventories, situation.row_sets)
     problems = {s: text for inventory in situation.inventories for s, text in inventory.problems}
-    candidates = set(facts) | ({situation.newest_known} if situation.newest_known is not None else set())
+    stored = {one.id: one for one in situation.stored}
+    for one in situation.stored:
+        if not one.problem:
+            facts.setdefault(one.id, _Facts(one.world_size))
+    candidates = set(facts) | set(stored)
+    candidates |= {situation.newest_known} if situation.newest_known is not None else set()
     verdicts: list[Verdict] = []
     chosen: SnapshotId | None = None
     sources: tuple[Source, ...] = ()
@@ -161,13 +177,22 @@ def choose_among_nodes(situation: Situation) -> Choice:
         if situation.step is not None and snapshot.step != situation.step:
             verdicts.append(Verdict(snapshot, "other step", f"step {situation.step} was asked for"))
             continue
-        if snapshot in problems:
-            verdicts.append(Verdict(snapshot, "unusable", problems[snapshot]))
+        in_tier = stored.get(snapshot)
+        is_stored = in_tier is not None and not in_tier.problem
+        bad_there = f"; in the tier: {in_tier.problem}" if in_tier is not None and in_tier.problem else ""
+        if snapshot in problems and not is_stored:
+            verdicts.append(Verdict(snapshot, "unusable", problems[snapshot] + bad_there))
             continue
-        found, lacking = _sources(snapshot, facts.get(snapshot), situation)
+        if snapshot in problems:  # which of the nodes' shards are good is not known here
+            found, lacking = tuple(Source(rank, ()) for rank in range(facts[snapshot].world_size)), ""
+        else:
+            found, lacking = _sources(snapshot, facts.get(snapshot), situation, is_stored=is_stored)
         if not lacking:
             chosen, sources = snapshot, found
             verdicts.append(Verdict(snapshot, "chosen", _how(found)))
+        elif bad_there:
+            verdicts.append(Verdict(snapshot, "unusable", lacking + bad_there))
+            doubtful = doubtful or snapshot
         else:
             verdicts.append(Verdict(snapshot, "incomplete", lacking))
             doubtful = doubtful or snapshot
@@ -234,7 +259,7 @@ def _facts(inventories: Iterable[Inventory], row_sets: Iterable[RowSet] = ()) ->
 
 
 def _sources(
-    snapshot: SnapshotId, facts: _Facts | None, situation: Situation
+    snapshot: SnapshotId, facts: _Facts | None, situation: Situation, *, is_stored: bool
 ) -> tuple[tuple[Source, ...], str]:
     """(a source for each rank, "") or ((), what is lacking)."""
     if facts is None:
@@ -251,6 +276,8 @@ def _sources(
         source, why = _decodable(rank, row_sets, situation.inventories)
         if source is not None:
             sources.append(source)
+        elif is_stored:
+            sources.append(Source(rank, ()))
         else:
             missing = (
                 "its node is lost" if was_complete or row_sets else "it was captured nowhere that answers"
@@ -302,7 +329,12 @@ def missing_row(row_set: RowSet, rows: Iterable[Row], inventories: Sequence[Inve
 
 
 def _how(sources: Sequence[Source]) -> str:
-    coded = [source.rank for source in sources if not source.nodes]
-    if not coded:
+    coded = [source.rank for source in sources if source.row_set is not None]
+    stored = [source.rank for source in sources if source.row_set is None and not source.nodes]
+    if not coded and not stored:
         return "whole on living nodes"
-    return f"ranks {listed(coded)} from parity, the others whole on living nodes"
+    if len(stored) == len(sources):
+        return "from the shared tier"
+    parts = [f"ranks {listed(coded)} from parity"] if coded else []
+    parts += [f"ranks {listed(stored)} from the shared tier"] if stored else []
+    return f"{', '.join(parts)}, the others whole on living nodes"

@@ -1,22 +1,51 @@
-"""From the collector's sources to a shard that is here: what a restore needs of recovery."""
+"""From the collector's sources to a shard that is here: what a restore needs of recovery.
+
+Nodes and rows first; what they do not give, the shared tier may.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
+from snapd.errors import NotRestorable, UnavailableError
+from snapd.runtime.elastic import Wanted
 from snapd.runtime.job import Job
 from snapd.runtime.parity_mending import mend_parity
 from snapd.runtime.peers import ShardSource
-from snapd.runtime.recovering import RecoveryMeans, ShardSources, bring_shard
+from snapd.runtime.recovering import (
+    RecoveryMeans,
+    ShardSources,
+    bring_shard,
+    fill_chunks,
+    find_record,
+)
+from snapd.runtime.tier_restoring import TierRestores, bring_from_tier
+
+NO_SOURCE = "shard_sources"
+
+
+async def _from_tier_after(
+    tier: TierRestores, job: Job, snapshot: SnapshotId, rank: int, error: NotRestorable | UnavailableError
+) -> ShardRecord:
+    """Raises both reasons; unreachable if one of the sources is."""
+    try:
+        return await bring_from_tier(tier, job, snapshot, rank)
+    except (NotRestorable, UnavailableError) as second:
+        is_away = isinstance(error, UnavailableError) or isinstance(second, UnavailableError)
+        cls = UnavailableError if is_away else NotRestorable
+        what = f"{error.message}; {second.message}"
+        raise cls(what, kind=NO_SOURCE, job=job.name, rank=rank) from second
 
 
 class Bringer:
     """One per node."""
 
-    def __init__(self, means: RecoveryMeans) -> None:
+    def __init__(self, means: RecoveryMeans, tier: Callable[[], TierRestores | None] = lambda: None) -> None:
+        """`tier`: the node's, if there is one."""
         self._means = means
+        self._tier = tier
 
     async def bring(
         self,
@@ -33,7 +62,33 @@ class Bringer:
         Raises:
             NotRestorable, CapacityError, UnavailableError: see `bring_shard`.
         """
-        return await bring_shard(job, self._means, snapshot, rank, self._sources(sources, rank, is_here_bad))
+        own = next((source for source in sources if source.rank == rank), None)
+        tier = self._tier()
+        is_only_stored = own is not None and not own.nodes and not own.is_coded
+        if tier is not None and is_only_stored:
+            return await bring_from_tier(tier, job, snapshot, rank)
+        found = self._sources(sources, rank, is_here_bad)
+        try:
+            return await bring_shard(job, self._means, snapshot, rank, found)
+        except (NotRestorable, UnavailableError) as error:
+            if tier is None or error.kind != NO_SOURCE:
+                raise
+            job.context.log.info("restore.asks_tier", job=job.name, store=tier.url, reason=error.message)
+            return await _from_tier_after(tier, job, snapshot, rank, error)
+
+    async def find_record(
+        self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource]
+    ) -> ShardRecord:
+        """See `recovering.find_record`."""
+        mapped = self._sources(sources, rank, is_here_bad=False)
+        return await find_record(job, self._means, snapshot, rank, mapped)
+
+    async def fill(
+        self, job: Job, record: ShardRecord, sources: Sequence[ShardSource], wanted: Sequence[Wanted]
+    ) -> None:
+        """See `recovering.fill_chunks`."""
+        mapped = self._sources(sources, record.rank, is_here_bad=False)
+        await fill_chunks(job, self._means, record, mapped, wanted)
 
     async def mend_parity(self, job: Job, snapshot: SnapshotId) -> str:
         """See `parity_mending.mend_parity`."""

@@ -26,6 +26,7 @@ from snapd.runtime.draining import Drainer
 from snapd.runtime.peers import NodeFacts, Records, ReportAnswer, WorldAsk, WorldPlan
 from snapd.runtime.removing import Removals
 from snapd.runtime.restoring import verify_soon
+from snapd.runtime.tier_look import TierLook
 from snapd.runtime.world import Here, World
 
 RETRY_S = 0.5
@@ -46,6 +47,7 @@ class Cluster:
         self.worlds: dict[str, World] = {}
         self._coordinations: dict[str, ClusterCoordination] = {}
         self._collectors: dict[str, CollectorHost] = {}
+        self.tier_look: TierLook | None = None  # set where there is a shared tier
         self._asked: dict[str, str] = {}
         self._arenas: dict[str, str] = {}
         self._epoch_seen = (False, 0)

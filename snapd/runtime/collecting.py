@@ -23,7 +23,6 @@ from snapd.core.recovery import (
     Situation,
     Source,
     WantedRows,
-    choose_among_nodes,
     records_wanted,
 )
 from snapd.core.reports import NodeReport, Orders, Record
@@ -33,6 +32,7 @@ from snapd.errors import ConflictError, FencedError, NotFoundError, SnapdError, 
 from snapd.runtime.changes import Changes
 from snapd.runtime.inventories import gather_inventories
 from snapd.runtime.peers import Records, ShardSource, WorldAsk, WorldPlan
+from snapd.runtime.tier_look import TierLook, with_tier
 
 SETTLE_AFTER_S = 0.02  # reports that come together are settled together
 ASK_AGAIN_S = 0.5
@@ -64,6 +64,9 @@ class Surroundings(Protocol):
 
     @property
     def calls(self) -> Asking: ...
+    @property
+    def tier_look(self) -> TierLook | None:
+        """Where there is a shared tier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,7 @@ class CollectorHost:
         self._recorded = before
         if parent is not None:
             self._core.restored(*parent)
+        self._bad_stored: dict[SnapshotId, str] = {}  # restored from the tier, and found bad
         self._rounds: dict[tuple[int, int], tuple[RestoreRound, tuple[ShardSource, ...]]] = {}
         self._planning: dict[
             int, asyncio.Lock
@@ -262,7 +266,7 @@ class CollectorHost:
                 step=ask.step,
                 accept_older=ask.accept_older,
             )
-            choice = choose_among_nodes(situation)
+            choice = await with_tier(self._around.tier_look, self.job, ask, situation, self._bad_stored)
             # Who came while the others were asked may hold what they lack: after a wiped store nobody waits for him.
             is_final = choice.decision.outcome is not Outcome.UNREACHABLE and asked >= set(
                 self._around.living
@@ -345,6 +349,9 @@ class CollectorHost:
         assert answer is not None
         if answer.is_committed and round_.decision.chosen is not None:
             self._core.restored(generation, round_.decision.chosen)
+        is_stored = any(not source.nodes and not source.is_coded for source in known[1])
+        if answer.problem and is_stored and round_.decision.chosen is not None:
+            self._bad_stored[round_.decision.chosen] = answer.problem
         return answer
 
     def _settle_round(self, round_: RestoreRound) -> None:

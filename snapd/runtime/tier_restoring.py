@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
+from snapd.core.manifest import ShardRecord
 from snapd.core.restore import Decision, Outcome, Verdict
 from snapd.core.tier_choice import Ask, TierFacts, chosen_from_tier, how_to_ask, merged, unreachable
 from snapd.errors import (
@@ -24,6 +25,7 @@ from snapd.errors import (
     ConfigError,
     ConflictError,
     NotFoundError,
+    NotRestorable,
     SnapdError,
     UnavailableError,
 )
@@ -114,7 +116,8 @@ class TierRestores:
             for session in job.served_sessions():
                 self._served.setdefault(job.name, {})[session.generation] = now_s
 
-    def _facts(self, job: Job, generation: int) -> TierFacts:
+    def facts(self, job: Job, generation: int) -> TierFacts:
+        """What is known without asking, when a world of `generation` restores."""
         older = [at_s for g, at_s in self._served.get(job.name, {}).items() if g < generation]
         now_s = job.context.environment.monotonic_s()
         return TierFacts(
@@ -156,28 +159,28 @@ class TierRestores:
             ConflictError: kind `tier_generation`. CapacityError: it does not fit.
         """
         self.observe([job])
-        ask, why = how_to_ask(memory, self._facts(job, wish.generation), step=wish.step)
+        ask, why = how_to_ask(memory, self.facts(job, wish.generation), step=wish.step)
         if ask is Ask.NOT:
             return memory
         job.context.log.info("restore.asks_tier", job=job.name, store=self.url, how=ask.value, reason=why)
         try:
-            candidates = await self._answer(job, BRIEF_S if ask is Ask.BRIEFLY else self._wait_s)
+            candidates = await self.listed(job.name, BRIEF_S if ask is Ask.BRIEFLY else self._wait_s)
         except SnapdError as error:
             is_enough = ask is Ask.BRIEFLY or (wish.accept_older and memory.outcome is Outcome.FOUND)
             job.context.log.warning("restore.tier_away", job=job.name, kind=error.kind, reason=error.message)
             return memory if is_enough else unreachable(memory, (), self.url, error.message)
-        self._check_generation(job, candidates, wish)
+        self.check_generation(job, candidates, wish.generation)
         return await _Choosing(self, job, wish, memory).run(candidates)
 
-    async def _answer(self, job: Job, wait_s: float) -> list[Candidate]:
-        """The listing, asked for again and again. Raises the last error."""
+    async def listed(self, job: str, wait_s: float) -> list[Candidate]:
+        """What the tier has, newest first, asked for again and again. Raises the last error."""
         clock = asyncio.get_running_loop()
         deadline_s, pause_s = clock.time() + wait_s, PAUSE_FIRST_S
         error: SnapdError = UnavailableError("no answer in time", kind="store_slow")
         while True:
             try:
                 async with asyncio.timeout(max(0.1, deadline_s - clock.time())):
-                    return await self._candidates(job.name)
+                    return await self._candidates(job)
             except TimeoutError:
                 raise error from None
             except SnapdError as failure:
@@ -189,14 +192,16 @@ class TierRestores:
             await asyncio.sleep(pause_s)
             pause_s = min(PAUSE_MAX_S, 2 * pause_s)
 
-    def _check_generation(self, job: Job, candidates: Sequence[Candidate], wish: Wish) -> None:
-        """A generation was given out while the tier could not be asked, or the job was elsewhere meanwhile."""
+    def check_generation(self, job: Job, candidates: Sequence[Candidate], generation: int) -> None:
+        """Raise ConflictError (kind `tier_generation`) if a generation was given out while the tier could not be asked,
+        or the job was elsewhere meanwhile.
+        """
         highest = max((candidate.id.generation for candidate in candidates), default=0)
-        if highest < wish.generation:
+        if highest < generation:
             return
         job.coordination.start_above(highest)
         raise ConflictError(
-            f"{self.url} has snapshots of generation {highest}; this start was numbered {wish.generation} before"
+            f"{self.url} has snapshots of generation {highest}; this start was numbered {generation} before"
             " that was known",
             kind="tier_generation",
             hint="start the trainer again: it gets a number above them",
@@ -302,6 +307,33 @@ async def bring_snapshot(
         tier.pool.trim()
     _forgive(job, opened.id)
     return here, ""
+
+
+async def bring_from_tier(tier: TierRestores, job: Job, snapshot: SnapshotId, rank: int) -> ShardRecord:
+    """One rank's shard of a snapshot that the tier has; the snapshot is then held once more.
+
+    Raises:
+        NotRestorable, UnavailableError: kind `shard_sources`: it is not there, or not good; the tier does not answer.
+        CapacityError, ConflictError: as `bring_stored`.
+    """
+    try:
+        reader = await tier.reader(job.name)
+        opened = await tier.ask(reader.find, snapshot, [rank])
+    except SnapdError as error:
+        if not is_store_away(error):
+            raise
+        what = f"{tier.url} cannot be asked: {error.message}"
+        raise UnavailableError(what, kind="shard_sources", job=job.name, rank=rank) from error
+    if not isinstance(opened, Opened) or rank not in opened.shards:
+        why = f"it has no rank {rank}" if isinstance(opened, Opened) else opened.reason
+        raise NotRestorable(f"{tier.url}: {why}", kind="shard_sources", job=job.name, rank=rank)
+    try:
+        return await bring_stored(job, reader, opened.shards[rank], tier.threads)
+    except Lacking as lacking:
+        cls = UnavailableError if lacking.is_away else NotRestorable
+        raise cls(f"{tier.url}: {lacking.reason}", kind="shard_sources", job=job.name, rank=rank) from lacking
+    finally:
+        tier.pool.trim()
 
 
 def _is_good_here(facts: SnapshotFacts, rank: int, digest: bytes) -> bool:

@@ -31,6 +31,7 @@ class Around:
     """The cluster around a collector: who lives, and what each node answers."""
 
     table: GroupTable | None = field(default_factory=lambda: table_of(["a", "b", "c"]))
+    tier_look: Any = None
     living: set[str] = field(default_factory=lambda: {"a", "b", "c"})
     doubtful: set[str] = field(default_factory=set)
     inventories: dict[str, Inventory] = field(default_factory=dict)
