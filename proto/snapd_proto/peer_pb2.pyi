@@ -215,6 +215,9 @@ class ReportRequest(_message.Message):
     TOLD_COMPLETE_FIELD_NUMBER: _builtins.int
     TOLD_PROTECTED_FIELD_NUMBER: _builtins.int
     TOLD_PROTECTED_EPOCH_FIELD_NUMBER: _builtins.int
+    FLUSH_DURABLE_FIELD_NUMBER: _builtins.int
+    FLUSH_WISH_FIELD_NUMBER: _builtins.int
+    FLUSH_STUCK_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     """the newest that this node knows"""
@@ -241,6 +244,8 @@ class ReportRequest(_message.Message):
     """a trainer of `generation` has asked for room"""
     told_protected_epoch: _builtins.int
     """under that epoch"""
+    flush_stuck: _builtins.str
+    """why its part of what is being flushed does not go on; empty if it does"""
     @_builtins.property
     def sender(self) -> Global___Sender: ...
     @_builtins.property
@@ -273,6 +278,14 @@ class ReportRequest(_message.Message):
     def told_protected(self) -> Global___SnapshotKey:
         """and protected,"""
 
+    @_builtins.property
+    def flush_durable(self) -> Global___SnapshotKey:
+        """the newest that this node knows to be in the shared tier; absent: none"""
+
+    @_builtins.property
+    def flush_wish(self) -> Global___SnapshotKey:
+        """what it would flush by its own rules"""
+
     def __init__(
         self,
         *,
@@ -301,10 +314,13 @@ class ReportRequest(_message.Message):
         told_complete: Global___SnapshotKey | None = ...,
         told_protected: Global___SnapshotKey | None = ...,
         told_protected_epoch: _builtins.int = ...,
+        flush_durable: Global___SnapshotKey | None = ...,
+        flush_wish: Global___SnapshotKey | None = ...,
+        flush_stuck: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender", "told_complete", b"told_complete", "told_protected", b"told_protected"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flush_durable", b"flush_durable", "flush_wish", b"flush_wish", "sender", b"sender", "told_complete", b"told_complete", "told_protected", b"told_protected"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "told_complete", b"told_complete", "told_protected", b"told_protected", "told_protected_epoch", b"told_protected_epoch", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "flush_durable", b"flush_durable", "flush_stuck", b"flush_stuck", "flush_wish", b"flush_wish", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "told_complete", b"told_complete", "told_protected", b"told_protected", "told_protected_epoch", b"told_protected_epoch", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -384,6 +400,8 @@ class Orders(_message.Message):
     PROTECTED_EPOCH_FIELD_NUMBER: _builtins.int
     FOUND_FIELD_NUMBER: _builtins.int
     FOUND_EPOCH_FIELD_NUMBER: _builtins.int
+    FLUSH_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """grows with every change"""
     generation: _builtins.int
@@ -421,6 +439,14 @@ class Orders(_message.Message):
     def found(self) -> Global___SnapshotKey:
         """to be recorded as protected, under `found_epoch`: nobody's news"""
 
+    @_builtins.property
+    def flush(self) -> Global___SnapshotKey:
+        """to be written to the shared tier by all now"""
+
+    @_builtins.property
+    def durable(self) -> Global___SnapshotKey:
+        """the newest that is committed there"""
+
     def __init__(
         self,
         *,
@@ -440,10 +466,12 @@ class Orders(_message.Message):
         protected_epoch: _builtins.int = ...,
         found: Global___SnapshotKey | None = ...,
         found_epoch: _builtins.int = ...,
+        flush: Global___SnapshotKey | None = ...,
+        durable: Global___SnapshotKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "found", b"found", "protected", b"protected", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "durable", b"durable", "flush", b"flush", "found", b"found", "protected", b"protected", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "found", b"found", "found_epoch", b"found_epoch", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "protected_epoch", b"protected_epoch", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "durable", b"durable", "flush", b"flush", "found", b"found", "found_epoch", b"found_epoch", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "protected_epoch", b"protected_epoch", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -512,6 +540,7 @@ class PlanWorldRestoreRequest(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     ACCEPT_OLDER_FIELD_NUMBER: _builtins.int
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    ELASTIC_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -519,6 +548,8 @@ class PlanWorldRestoreRequest(_message.Message):
     step: _builtins.int
     accept_older: _builtins.bool
     world_size: _builtins.int
+    elastic: _builtins.bool
+    """a snapshot of another number of ranks will do"""
     @_builtins.property
     def sender(self) -> Global___Sender: ...
     def __init__(
@@ -532,10 +563,11 @@ class PlanWorldRestoreRequest(_message.Message):
         step: _builtins.int = ...,
         accept_older: _builtins.bool = ...,
         world_size: _builtins.int = ...,
+        elastic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_older", b"accept_older", "generation", b"generation", "has_step", b"has_step", "job", b"job", "round", b"round", "sender", b"sender", "step", b"step", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_older", b"accept_older", "elastic", b"elastic", "generation", b"generation", "has_step", b"has_step", "job", b"job", "round", b"round", "sender", b"sender", "step", b"step", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -676,6 +708,7 @@ class HeldRows(_message.Message):
     M_FIELD_NUMBER: _builtins.int
     ROW_IDS_FIELD_NUMBER: _builtins.int
     RECORD_RANKS_FIELD_NUMBER: _builtins.int
+    FRAGMENT_NUMBERS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     step: _builtins.int
     group: _builtins.int
@@ -694,6 +727,10 @@ class HeldRows(_message.Message):
     def record_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """records that are here"""
 
+    @_builtins.property
+    def fragment_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of `row_ids`, in their order; absent (an older version): any of 0..m-1"""
+
     def __init__(
         self,
         *,
@@ -706,10 +743,11 @@ class HeldRows(_message.Message):
         m: _builtins.int = ...,
         row_ids: _abc.Iterable[_builtins.bytes] | None = ...,
         record_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        fragment_numbers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "group", b"group", "k", b"k", "m", b"m", "nodes", b"nodes", "record_ranks", b"record_ranks", "row_ids", b"row_ids", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fragment_numbers", b"fragment_numbers", "generation", b"generation", "group", b"group", "k", b"k", "m", b"m", "nodes", b"nodes", "record_ranks", b"record_ranks", "row_ids", b"row_ids", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,14 +21,16 @@ from snapd.core.words import SHOWN, listed
 
 @dataclass(frozen=True, slots=True)
 class HeldRows:
-    """What a node has of the protection of one snapshot: whose rows, which parity, which shards' records."""
+    """What a node has of the protection of one snapshot: whose rows, which parity (row id, number of the fragment),
+    which shards' records.
+    """
 
     id: SnapshotId
     group: int
     epoch: int
     nodes: tuple[str, ...]
     code: Code
-    row_ids: frozenset[bytes]
+    fragments: frozenset[tuple[bytes, int]]
     record_ranks: frozenset[int]
 
 
@@ -103,6 +105,7 @@ class Situation:
     world_size: int
     step: int | None = None
     accept_older: bool = False
+    is_elastic: bool = False  # a snapshot of another number of ranks will do
     stored: Sequence[Stored] = ()
 
 
@@ -217,7 +220,7 @@ def _decide(
     if chosen is None:
         return Choice(_nothing(verdicts, situation.step))
     world_size = facts[chosen].world_size
-    if world_size != situation.world_size:
+    if world_size != situation.world_size and not situation.is_elastic:
         reason = f"{chosen} was captured by {world_size} ranks, this world has {situation.world_size}"
         return Choice(Decision(Outcome.WORLD_SIZE_DIFFERS, chosen, tuple(verdicts), reason))
     reason = "the newest snapshot with a source for every shard"
@@ -311,13 +314,13 @@ def missing_row(row_set: RowSet, rows: Iterable[Row], inventories: Sequence[Inve
     }
     held_ranks = {rank for _, rank in held}
     parity = {
-        inventory.node: frozenset[bytes]().union(*(r.row_ids for r in inventory.rows))
+        inventory.node: frozenset[tuple[bytes, int]]().union(*(r.fragments for r in inventory.rows))
         for inventory in inventories
     }
     for row in rows:
         absent = row_set.code.k - len(row.chunks)
         data = sum(1 for chunk in row.chunks if chunk.rank in held_ranks)
-        coded = sum(1 for node in row.parity_nodes if row.id in parity.get(node, ()))
+        coded = sum((row.id, i) in parity.get(node, ()) for i, node in enumerate(row.parity_nodes))
         if absent + data + coded < row_set.code.k:
             have = (
                 f"{data} of {len(row.chunks)} chunks and {coded} of {len(row.parity_nodes)} parity fragments"

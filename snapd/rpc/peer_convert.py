@@ -11,7 +11,7 @@ from snapd.core.cluster import DATA_FRAGMENTS_MAX, PARITY_FRAGMENTS_MAX, Code, c
 from snapd.core.ids import STEP_MAX, WORLD_SIZE_MAX, SnapshotId, checked_job_name
 from snapd.core.interval import Interval
 from snapd.core.recovery import HeldRows, Inventory
-from snapd.core.reports import Held, NodeReport, Orders, PartDone, Told
+from snapd.core.reports import FlushNews, Held, NodeReport, Orders, PartDone, Told
 from snapd.core.restore import Decision, Outcome, RankReport, Verdict, Verdicts
 from snapd.errors import RemoteProtocolError
 from snapd.memory.records import record_from_bytes, record_to_proto
@@ -108,6 +108,11 @@ def report_to_proto(
         if told is not None:
             getattr(message, f"told_{name}").CopyFrom(_key(told))
     message.told_protected_epoch = report.told.protected_epoch
+    for name in ("durable", "wish"):
+        named = getattr(report.flush, name)
+        if named is not None:
+            getattr(message, f"flush_{name}").CopyFrom(_key(named))
+    message.flush_stuck = report.flush.stuck[:TEXT_MAX]
     return message
 
 
@@ -145,6 +150,11 @@ def report_from_proto(message: peer_pb2.ReportRequest) -> NodeReport:
             message.told_protected_epoch,
         ),
         final=tuple(message.final_ranks),
+        flush=FlushNews(
+            _snapshot(message.flush_durable, message.HasField("flush_durable")),
+            _snapshot(message.flush_wish, message.HasField("flush_wish")),
+            message.flush_stuck[:TEXT_MAX],
+        ),
     )
 
 
@@ -163,7 +173,7 @@ def orders_to_proto(orders: Orders) -> peer_pb2.Orders:
         target_groups=orders.target_groups,
         protected_epoch=orders.protected_epoch,
     )
-    for name in ("complete", "target", "protected"):
+    for name in ("complete", "target", "protected", "flush", "durable"):
         snapshot = getattr(orders, name)
         if snapshot is not None:
             getattr(message, name).CopyFrom(_key(snapshot))
@@ -191,6 +201,8 @@ def orders_from_proto(message: peer_pb2.Orders) -> Orders:
         target=_snapshot(message.target, message.HasField("target")),
         protected=_snapshot(message.protected, message.HasField("protected")),
         protected_epoch=message.protected_epoch,
+        flush=_snapshot(message.flush, message.HasField("flush")),
+        durable=_snapshot(message.durable, message.HasField("durable")),
         target_groups=tuple(message.target_groups),
         drop=tuple((snapshot_of(d.generation, d.step), d.reason) for d in message.drop),
         problems=tuple((snapshot_of(p.generation, p.step), p.problem) for p in message.problems),
@@ -228,7 +240,8 @@ def inventory_to_proto(sender: peer_pb2.Sender, inventory: Inventory) -> peer_pb
             nodes=rows.nodes,
             k=rows.code.k,
             m=rows.code.m,
-            row_ids=sorted(rows.row_ids),
+            row_ids=[row_id for row_id, _ in sorted(rows.fragments)],
+            fragment_numbers=[number for _, number in sorted(rows.fragments)],
             record_ranks=sorted(rows.record_ranks),
         )
         for rows in inventory.rows
@@ -257,7 +270,7 @@ def inventory_from_proto(message: peer_pb2.InventoryReply) -> Inventory:
                 rows.epoch,
                 tuple(checked_node_name(node) for node in rows.nodes),
                 _code(rows.k, rows.m),
-                frozenset(rows.row_ids),
+                _fragments(rows),
                 frozenset(rows.record_ranks),
             )
             for rows in message.rows
@@ -268,6 +281,14 @@ def inventory_from_proto(message: peer_pb2.InventoryReply) -> Inventory:
         live_ranks=tuple(message.live_ranks),
         arena_bytes=message.arena_bytes,
     )
+
+
+def _fragments(rows: peer_pb2.HeldRows) -> frozenset[tuple[bytes, int]]:
+    if not rows.fragment_numbers:  # a version before did not say
+        return frozenset((row_id, number) for row_id in rows.row_ids for number in range(rows.m))
+    if len(rows.fragment_numbers) != len(rows.row_ids) or max(rows.fragment_numbers) >= rows.m:
+        raise RemoteProtocolError("an inventory names fragments that do not exist", kind="peer")
+    return frozenset(zip(rows.row_ids, rows.fragment_numbers, strict=True))
 
 
 def _code(k: int, m: int) -> Code:
@@ -313,6 +334,7 @@ def ask_to_proto(sender: peer_pb2.Sender, job: str, ask: WorldAsk) -> peer_pb2.P
         step=ask.step or 0,
         accept_older=ask.accept_older,
         world_size=ask.world_size,
+        elastic=ask.is_elastic,
     )
 
 
@@ -324,6 +346,7 @@ def ask_from_proto(message: peer_pb2.PlanWorldRestoreRequest) -> WorldAsk:
         world_size=_bounded(message.world_size, WORLD_SIZE_MAX, "world_size"),
         step=_bounded(message.step, STEP_MAX, "step") if message.has_step else None,
         accept_older=message.accept_older,
+        is_elastic=message.elastic,
     )
 
 

@@ -25,7 +25,7 @@ from snapd.rpc.convert import (
 )
 from snapd.rpc.guard import ServicerContext, caller, told
 from snapd.runtime import levels, service
-from snapd.runtime.elastic import fetch_chunks, record_of
+from snapd.runtime.elastic import ShardsElsewhere, fetch_chunks, record_of
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
 from snapd.runtime.opening import begin_rollback, open_session, reserve
@@ -143,22 +143,38 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         request: trainer_pb2.PlanRestoreRequest,
         step: int | None,
     ) -> trainer_pb2.PlanRestoreReply:
-        decision = await restores.plan(job, session, request.round, step, accept_older=request.accept_older)
+        decision = await restores.plan(
+            job,
+            session,
+            request.round,
+            step,
+            accept_older=request.accept_older,
+            is_elastic=request.elastic,
+        )
         reply = plan_reply(decision)
         if decision.outcome is Outcome.FOUND:
+            _, shards = restores.chosen(job, session, request.round)
+            reply.saved_world_size = len(shards.sources)
+            if reply.saved_world_size != session.row.world_size:
+                return for_another_world(reply, request, session.row.world_size)
             records = await restores.shards_for(job, session, request.round)
             reply.shards.extend(record_to_proto(record) for record in records)
         return reply
+
+    def _chosen(self, job: Job, session: Session, number: int) -> tuple[SnapshotId, ShardsElsewhere | None]:
+        if self.node.restores is not None:
+            return self.node.restores.chosen(job, session, number)
+        return chosen_in(job, session, number), None
 
     @told
     async def ListShards(
         self, request: trainer_pb2.ListShardsRequest, context: ServicerContext
     ) -> trainer_pb2.ListShardsReply:
         job, session = self._session(request.session_id, context)
-        snapshot = chosen_in(job, session, request.round)
+        snapshot, elsewhere = self._chosen(job, session, request.round)
         if len(request.ranks) > SHARDS_LISTED_MAX:
             raise RemoteProtocolError("too many shards in one request", kind="shards", max=SHARDS_LISTED_MAX)
-        records = [await record_of(job, self.node.elsewhere, snapshot, rank) for rank in request.ranks]
+        records = [await record_of(job, elsewhere, snapshot, rank) for rank in request.ranks]
         return trainer_pb2.ListShardsReply(shards=[record_to_proto(record) for record in records])
 
     @told
@@ -166,13 +182,13 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         self, request: trainer_pb2.FetchChunksRequest, context: ServicerContext
     ) -> trainer_pb2.FetchChunksReply:
         job, session = self._session(request.session_id, context)
-        snapshot = chosen_in(job, session, request.round)
+        snapshot, elsewhere = self._chosen(job, session, request.round)
         wanted = {shard.rank: list(shard.chunks) for shard in request.wanted}
         if len(wanted) != len(request.wanted) or sum(map(len, wanted.values())) > CHUNKS_FETCHED_MAX:
             raise RemoteProtocolError(
                 "too many chunks, or a rank twice", kind="chunks", max=CHUNKS_FETCHED_MAX
             )
-        found = await fetch_chunks(job, session, self.node.elsewhere, (request.round, snapshot), wanted)
+        found = await fetch_chunks(job, session, elsewhere, (request.round, snapshot), wanted)
         return trainer_pb2.FetchChunksReply(found=[places_to_proto(found[rank]) for rank in wanted])
 
     @told

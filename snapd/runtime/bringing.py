@@ -5,7 +5,8 @@ Nodes and rows first; what they do not give, the shared tier may.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
@@ -21,9 +22,12 @@ from snapd.runtime.recovering import (
     fill_chunks,
     find_record,
 )
+from snapd.runtime.tier_chunks import TierChunks
 from snapd.runtime.tier_restoring import TierRestores, bring_from_tier
 
 NO_SOURCE = "shard_sources"
+
+R = TypeVar("R")
 
 
 async def _from_tier_after(
@@ -39,6 +43,12 @@ async def _from_tier_after(
         raise cls(what, kind=NO_SOURCE, job=job.name, rank=rank) from second
 
 
+def _is_only_stored(sources: Sequence[ShardSource], rank: int) -> bool:
+    """Whether the collector found the shard in the tier alone."""
+    own = next((source for source in sources if source.rank == rank), None)
+    return own is not None and not own.nodes and not own.is_coded
+
+
 class Bringer:
     """One per node."""
 
@@ -46,6 +56,7 @@ class Bringer:
         """`tier`: the node's, if there is one."""
         self._means = means
         self._tier = tier
+        self._chunks: TierChunks | None = None
 
     async def bring(
         self,
@@ -62,10 +73,8 @@ class Bringer:
         Raises:
             NotRestorable, CapacityError, UnavailableError: see `bring_shard`.
         """
-        own = next((source for source in sources if source.rank == rank), None)
         tier = self._tier()
-        is_only_stored = own is not None and not own.nodes and not own.is_coded
-        if tier is not None and is_only_stored:
+        if tier is not None and _is_only_stored(sources, rank):
             return await bring_from_tier(tier, job, snapshot, rank)
         found = self._sources(sources, rank, is_here_bad)
         try:
@@ -79,16 +88,56 @@ class Bringer:
     async def find_record(
         self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource]
     ) -> ShardRecord:
-        """See `recovering.find_record`."""
+        """The record of a rank's shard, from a node that has it, else from the tier.
+
+        Raises:
+            NotRestorable, UnavailableError: kind `shard_sources`.
+        """
         mapped = self._sources(sources, rank, is_here_bad=False)
-        return await find_record(job, self._means, snapshot, rank, mapped)
+        return await self._nodes_first(
+            job,
+            _is_only_stored(sources, rank),
+            lambda: find_record(job, self._means, snapshot, rank, mapped),
+            lambda chunks: chunks.record(job, snapshot, rank),
+        )
 
     async def fill(
         self, job: Job, record: ShardRecord, sources: Sequence[ShardSource], wanted: Sequence[Wanted]
     ) -> None:
-        """See `recovering.fill_chunks`."""
+        """Chunks of a shard into memory of the caller's, from nodes and rows, else from the tier.
+
+        Raises:
+            NotRestorable, UnavailableError: kind `shard_sources`.
+        """
         mapped = self._sources(sources, record.rank, is_here_bad=False)
-        await fill_chunks(job, self._means, record, mapped, wanted)
+        await self._nodes_first(
+            job,
+            _is_only_stored(sources, record.rank),
+            lambda: fill_chunks(job, self._means, record, mapped, wanted),
+            lambda chunks: chunks.fill(job, record, wanted),
+        )
+
+    async def _nodes_first(
+        self,
+        job: Job,
+        is_only_stored: bool,
+        from_nodes: Callable[[], Awaitable[R]],
+        from_tier: Callable[[TierChunks], Awaitable[R]],
+    ) -> R:
+        tier = self._tier()
+        if tier is None:
+            return await from_nodes()
+        if self._chunks is None or self._chunks.tier is not tier:
+            self._chunks = TierChunks(tier)
+        if is_only_stored:
+            return await from_tier(self._chunks)
+        try:
+            return await from_nodes()
+        except (NotRestorable, UnavailableError) as error:
+            if error.kind != NO_SOURCE:
+                raise
+            job.context.log.info("restore.asks_tier", job=job.name, store=tier.url, reason=error.message)
+            return await from_tier(self._chunks)
 
     async def mend_parity(self, job: Job, snapshot: SnapshotId) -> str:
         """See `parity_mending.mend_parity`."""

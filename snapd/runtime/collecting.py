@@ -265,6 +265,7 @@ class CollectorHost:
                 world_size=ask.world_size,
                 step=ask.step,
                 accept_older=ask.accept_older,
+                is_elastic=ask.is_elastic,
             )
             choice = await with_tier(self._around.tier_look, self.job, ask, situation, self._bad_stored)
             # Who came while the others were asked may hold what they lack: after a wiped store nobody waits for him.

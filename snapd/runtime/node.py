@@ -29,7 +29,6 @@ from snapd.memory.index import Index
 from snapd.runtime import service
 from snapd.runtime.cluster import Cluster
 from snapd.runtime.context import Context
-from snapd.runtime.elastic import ShardsElsewhere
 from snapd.runtime.flushing import JobFlusher
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Peer, Process
@@ -62,7 +61,6 @@ class Node:
         self.repairs: Repairs | None = None
         self.tier: NodeTier | None = None  # set before `start`, where one is configured
         self.flushers: dict[str, JobFlusher] = {}
-        self.elsewhere: ShardsElsewhere | None = None
         self.tier_restores: TierRestores | None = None  # likewise
         self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
@@ -135,6 +133,7 @@ class Node:
             return
         flusher = self.flushers[job.name] = JobFlusher(job, self.tier)
         job.flusher = flusher
+        job.repairs = job.repairs or self.tier_restores
         job.on_removed.append(lambda: self._leave_tier(flusher))
         self.context.spawn(flusher.run(), f"flush {job.name}")
 

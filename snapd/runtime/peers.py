@@ -46,6 +46,7 @@ class WorldAsk:
     world_size: int
     step: int | None
     accept_older: bool
+    is_elastic: bool = False  # a snapshot of another number of ranks will do
 
 
 @dataclass(frozen=True, slots=True)

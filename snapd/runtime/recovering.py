@@ -107,6 +107,55 @@ async def bring_shard(
         work.stop.set()
 
 
+async def find_record(
+    job: Job, means: RecoveryMeans, snapshot: SnapshotId, rank: int, sources: Mapping[int, ShardSources]
+) -> ShardRecord:
+    """The record of a rank's shard, from any node that has it.
+
+    Raises:
+        NotRestorable, UnavailableError: kind `shard_sources`.
+    """
+    work = _Bringing(job, means, snapshot, rank, sources)
+    found: list[ShardRecord] = []
+
+    async def attempt() -> bool:
+        record = await work.find_record()
+        found.extend([record] if record is not None else [])
+        return record is not None
+
+    await work.insist(attempt)
+    return found[-1]
+
+
+async def fill_chunks(
+    job: Job,
+    means: RecoveryMeans,
+    record: ShardRecord,
+    sources: Mapping[int, ShardSources],
+    wanted: Iterable[tuple[int, memoryview]],
+) -> None:
+    """Fill memory of the caller's with chunks of a shard (number, as large as the chunk), each verified.
+
+    Raises:
+        NotRestorable, UnavailableError: as `bring_shard`; the memory is then undefined.
+    """
+    work = _Bringing(job, means, record.id, record.rank, sources)
+    chunks = record.chunks
+    left = [Need(at, chunks[at].nbytes, chunks[at].digest, chunks[at].place, view) for at, view in wanted]
+
+    async def attempt() -> bool:
+        nonlocal left
+        left = await work.pull(left)
+        left = await work.decode(left) if left else []
+        return not left
+
+    try:
+        with means.pipeline.used():
+            await work.insist(attempt)
+    finally:
+        work.stop.set()
+
+
 @dataclass(slots=True)
 class _Bringing:
     job: Job
@@ -120,15 +169,27 @@ class _Bringing:
     maps: dict[int, tuple[RowMap, Sequence[PlacedRecord]]] = field(default_factory=dict)  # by epoch
 
     async def run(self) -> ShardRecord:
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(PAUSE_FIRST_S * 2 ** (attempt - 1))
+        brought: list[ShardRecord] = []
+
+        async def attempt() -> bool:
+            record = await self._attempt()
+            brought.extend([record] if record is not None else [])
+            return record is not None
+
+        await self.insist(attempt)
+        return brought[-1]
+
+    async def insist(self, attempt: Callable[[], Awaitable[bool]]) -> None:
+        """Try until it worked, or until nobody who does not answer could help."""
+        for turn in range(ATTEMPTS):
+            if turn:
+                await asyncio.sleep(PAUSE_FIRST_S * 2 ** (turn - 1))
             self.findings = Findings()
             self.reasons.clear()
-            record = await self._attempt()
+            is_done = await attempt()
             self._tell_findings()
-            if record is not None:
-                return record
+            if is_done:
+                return
             if not self.findings.is_unreachable:
                 break
         told = "; ".join(dict.fromkeys(self.reasons[:REASONS_SHOWN])) or "no node is known to have it"
@@ -142,14 +203,14 @@ class _Bringing:
 
     async def _attempt(self) -> ShardRecord | None:
         started_s = self.job.context.environment.monotonic_s()
-        found = await self._find_record()
+        found = await self.find_record()
         if found is None:
             return None
         writer = await self._writer(found)
         try:
-            left = await self._pull(writer)
+            left = await self.pull(_needs(writer))
             if left:
-                left = await self._decode(left)
+                left = await self.decode(left)
             if left:
                 return None
             record = writer.commit()
@@ -177,7 +238,7 @@ class _Bringing:
 
     # the record
 
-    async def _find_record(self) -> ShardRecord | None:
+    async def find_record(self) -> ShardRecord | None:
         """The shard's record, from here, from who has the bytes, or from who replicates it."""
         facts = self.job.ledger.snapshots.get(self.snapshot)
         if facts is not None and self.rank in facts.shards:
@@ -274,14 +335,10 @@ class _Bringing:
             self.stop,
         )
 
-    async def _pull(self, writer: ArenaWriter) -> list[Need]:
-        """All that nodes with the whole shard give; each chunk is asked of every such node before it is given up."""
-        record = writer.record
-        left = [
-            Need(index, record.chunks[index].nbytes, record.chunks[index].digest, place, writer.view(index))
-            for index, place in writer.places.items()
-            if index not in writer.reused
-        ]
+    async def pull(self, left: list[Need]) -> list[Need]:
+        """All that nodes with the whole shard give; each chunk is asked of every such node before it is given up.
+        Returns what they do not have.
+        """
         source = self.sources.get(self.rank)
         nodes = self._others(source.whole if source else ())
         bench, tried = self._bench(), defaultdict[int, set[str]](set)
@@ -298,7 +355,7 @@ class _Bringing:
             left = [need for need in left if need.index not in handed] + [need for need, _ in lacking]
         return left
 
-    async def _decode(self, left: list[Need]) -> list[Need]:
+    async def decode(self, left: list[Need]) -> list[Need]:
         """What the rows of any row map give. Returns what they do not."""
         if not self.maps:
             self._take_own_maps()
@@ -354,6 +411,16 @@ class _Bringing:
         for text in dict.fromkeys(self.findings.wrong):
             self.means.metrics.wrong_bytes.inc()
             self.job.context.log.error("peer.wrong_bytes", job=self.job.name, rank=self.rank, reason=text)
+
+
+def _needs(writer: ArenaWriter) -> list[Need]:
+    """What has to be brought into a shard's frames."""
+    chunks = writer.record.chunks
+    return [
+        Need(index, chunks[index].nbytes, chunks[index].digest, place, writer.view(index))
+        for index, place in writer.places.items()
+        if index not in writer.reused
+    ]
 
 
 def _bad_reused(memory: SegmentSet, record: ShardRecord, reused: Mapping[int, Place]) -> set[Place]:

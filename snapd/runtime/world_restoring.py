@@ -16,6 +16,7 @@ from snapd.core.manifest import ShardRecord
 from snapd.core.restore import Decision, Outcome, RankReport, RestoreRound, Verdicts
 from snapd.errors import NotFoundError, SnapdError
 from snapd.memory.hashing import bad_chunks
+from snapd.runtime.elastic import Wanted
 from snapd.runtime.job import Job
 from snapd.runtime.peers import ShardSource, WorldAsk, WorldPlan
 from snapd.runtime.restoring import condemn, holders_of
@@ -41,6 +42,30 @@ class Bringing(Protocol):
         self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource], *, is_here_bad: bool
     ) -> ShardRecord: ...
 
+    async def find_record(
+        self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource]
+    ) -> ShardRecord: ...
+
+    async def fill(
+        self, job: Job, record: ShardRecord, sources: Sequence[ShardSource], wanted: Sequence[Wanted]
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RoundShards:
+    """The shards of a round's snapshot, wherever they are: elastic.py's ShardsElsewhere."""
+
+    bringing: Bringing
+    sources: Sequence[ShardSource]
+
+    async def record(self, job: Job, snapshot: SnapshotId, rank: int) -> ShardRecord:
+        if all(source.rank != rank for source in self.sources):
+            raise NotFoundError(f"snapshot {snapshot} has no rank {rank}", kind="shard", job=job.name)
+        return await self.bringing.find_record(job, snapshot, rank, self.sources)
+
+    async def fill(self, job: Job, record: ShardRecord, wanted: Sequence[Wanted]) -> None:
+        await self.bringing.fill(job, record, self.sources, wanted)
+
 
 @dataclass(slots=True)
 class _Round:
@@ -62,9 +87,17 @@ class WorldRestores:
         self._rounds: dict[tuple[str, int, int], _Round] = {}
 
     async def plan(
-        self, job: Job, session: Session, number: int, step: int | None, *, accept_older: bool
+        self,
+        job: Job,
+        session: Session,
+        number: int,
+        step: int | None,
+        *,
+        accept_older: bool,
+        is_elastic: bool = False,
     ) -> Decision:
-        """The world's decision; when a snapshot is found, this rank's shard is here when this returns.
+        """The world's decision; when a snapshot is found, this rank's shard is here when this returns. `is_elastic`:
+        one of another number of ranks will do; then none of it is brought yet.
 
         Raises:
             NotRestorable, UnavailableError: a shard cannot be brought; the next round may find another source.
@@ -73,33 +106,54 @@ class WorldRestores:
         async with job.planning:
             known = self._rounds.get(key)
             if known is None:
-                known = self._rounds[key] = await self._ask(job, session, number, step, accept_older)
+                ask = WorldAsk(
+                    generation=session.generation,
+                    number=number,
+                    world_size=session.row.world_size,
+                    step=step,
+                    accept_older=accept_older,
+                    is_elastic=is_elastic,
+                )
+                known = self._rounds[key] = await self._ask(job, ask)
                 self._forget_old(job, session.generation)
         known.local.check_same(step)
         if known.plan.decision.outcome is Outcome.FOUND:
-            await self._brought(job, known, session.rank)
+            if len(known.plan.sources) == session.row.world_size:
+                await self._brought(job, known, session.rank)
+            else:
+                self._hold(job, known)
         return known.plan.decision
 
-    async def _ask(
-        self, job: Job, session: Session, number: int, step: int | None, accept_older: bool
-    ) -> _Round:
-        ask = WorldAsk(
-            generation=session.generation,
-            number=number,
-            world_size=session.row.world_size,
-            step=step,
-            accept_older=accept_older,
-        )
+    def _hold(self, job: Job, round_: _Round) -> None:
+        """What is here of a snapshot that all ranks read parts of stays until the round is over."""
+        chosen = round_.plan.decision.chosen
+        if chosen is not None and chosen in job.ledger.snapshots and not round_.hold_count:
+            job.ledger.hold(chosen)
+            round_.hold_count += 1
+
+    def chosen(self, job: Job, session: Session, number: int) -> tuple[SnapshotId, RoundShards]:
+        """What a round restores, and where its shards are.
+
+        Raises:
+            NotFoundError: kind `restore_round`.
+        """
+        round_ = self._rounds.get((job.name, session.generation, number))
+        chosen = round_.plan.decision.chosen if round_ is not None else None
+        if round_ is None or chosen is None or round_.plan.decision.outcome is not Outcome.FOUND:
+            raise NotFoundError("no restore was planned in this round", kind="restore_round", round=number)
+        return chosen, RoundShards(self._bringing, round_.plan.sources)
+
+    async def _ask(self, job: Job, ask: WorldAsk) -> _Round:
         plan = await self._cluster.plan_restore(job.name, ask, timeout_s=self._wait_s + MARGIN_S)
-        local = RestoreRound(session.generation, number, session.row.world_size, step, plan.decision)
+        local = RestoreRound(ask.generation, ask.number, ask.world_size, ask.step, plan.decision)
         chosen = plan.decision.chosen
         if plan.decision.outcome is Outcome.FOUND and chosen is not None and chosen in job.ledger.snapshots:
             job.ledger.announce(chosen)
         job.context.log.info(
             "restore.planned",
             job=job.name,
-            generation=session.generation,
-            round=number,
+            generation=ask.generation,
+            round=ask.number,
             outcome=plan.decision.outcome.value,
             chosen=str(chosen) if chosen else None,
             reason=plan.decision.reason,
@@ -182,6 +236,7 @@ class WorldRestores:
             timeout_s=job.context.settings.restore_finish_s + MARGIN_S,
         )
         chosen = round_.plan.decision.chosen if round_ is not None else None
+        job.fetched.release(job.arenas, (session.generation, number))
         if round_ is None or chosen is None or round_.local.is_concluded:
             return answer
         round_.local.is_concluded = True

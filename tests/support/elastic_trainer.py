@@ -68,7 +68,7 @@ def main() -> None:
     for step in range(start, start + steps):
         train(model, optimizer, 1)
         snap.step(step + 1)
-    snap.wait("captured")
+    snap.wait(os.environ.get("ELASTIC_LEVEL", "captured"), timeout=120.0)
     found = contents(model, optimizer)
     dist.barrier()
     if rank == 0:

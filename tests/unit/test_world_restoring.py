@@ -13,6 +13,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.core.restore import Decision, Outcome, RankReport, RestoreRound, Verdicts
 from snapd.errors import ConflictError, NotFoundError, NotRestorable, UnavailableError
+from snapd.runtime.fetched import Fetched
 from snapd.runtime.peers import ShardSource, WorldAsk, WorldPlan
 from snapd.runtime.world_restoring import WorldRestores
 from tests.support.collector_reports import snap
@@ -30,6 +31,8 @@ class Restored(FakeJob):
         super().__init__()
         self.planning = asyncio.Lock()
         self.repairs = None
+        self.fetched = Fetched()
+        self.arenas: dict[int, object] = {}
         self.parents: list[tuple[int, SnapshotId]] = []
         self.coordination.commit_parent = self._commit_parent  # type: ignore[attr-defined]
         self.context.settings = Settings()  # type: ignore[attr-defined]
