@@ -121,8 +121,8 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class VoidRecord:
-    """What a collector creates in a commit record's place, so that no late writer can commit what it is about to delete:
-    the revision was given up. `is_dropped`: the snapshot is gone, with every revision below.
+    """What a collector creates in a commit record's place, so that no late writer can commit what is about to be
+    deleted: the revision was given up. `is_dropped`: the snapshot is gone, with every revision below.
     """
 
     job: str

@@ -118,5 +118,5 @@ class Sight:
 
     def all_keys(self) -> frozenset[str]:
         """Of everything that a list can name, and that is there."""
-        notes = [seen.key for seen in (*self.intents, *self.records)]
+        notes = [*(seen.key for seen in self.intents), *(seen.key for seen in self.records)]
         return frozenset([*map(self.keys.pack, self.packs), *self.shards, *notes])

@@ -149,7 +149,7 @@ def decide(
         keys.reverse()
     if TierBug.NO_VOID in bugs:
         voids = tuple(void for void in voids if void[2])
-    if TierBug.NO_DROP_VOID in bugs:
+    if bugs & {TierBug.NO_DROP_VOID, TierBug.LIST_REMOVED_FIRST, TierBug.PACKS_FIRST}:
         voids = tuple(void for void in voids if not void[2])
     retire = deletion.retire
     fresh = tuple(item.key for item in to_condemn(judgement, shown))

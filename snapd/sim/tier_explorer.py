@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from snapd.core.ids import SnapshotId
 from snapd.core.condemning import CollectRules
+from snapd.core.ids import SnapshotId
 from snapd.core.retention import KeepRules
 from snapd.core.stored import Intent
 from snapd.sim.tier_collector import Collecting, tidied, unnamed

@@ -1,4 +1,4 @@
-"""Who works in a tier, as programs for every interleaving: writers, a rewriter, somebody who pins. See tier_model.py."""
+"""Who works in a tier, as programs for every interleaving: writers, a rewriter, somebody who pins (tier_model.py)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ DIGEST = bytes(16)
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """One writer's task. `number`: tells writers apart. `attempts_max`: how often it starts over. `base`: what it builds
-    upon, if not on the newest: it may have listed the tier long ago.
+    """One writer's task. `number`: tells writers apart. `attempts_max`: how often it starts over. `base`: what it
+    builds upon, if not on the newest: it may have listed the tier long ago. `gives_up`: it leaves when its manifest is
+    there; the others may commit.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Writing:
     world_size: int = 1
     attempts_max: int = 2
     base: SnapshotId | None = None
+    gives_up: bool = False
     round_s: float = 3600.0
     ttl_s: float = 3600.0
     bugs: Bugs = frozenset()
@@ -136,6 +138,8 @@ def writing(task: Writing, attempt: int) -> Program:
             record_of(task.target, plan.revision, write_id, {0: (KEYS.shard(task.target, 0), manifest)}),
         )
     yield create(KEYS.shard(task.target, task.rank, plan.revision), manifest)
+    if task.gives_up:
+        return Become(ending, (KEYS.intent(write_id),))
     return Become(committing, (task, attempt, intent, began_s))
 
 

@@ -1,4 +1,4 @@
-"""Small tiers in which everything that two writers and a collector can do is tried, and where each broken rule shows."""
+"""Small tiers in which all that two writers and a collector can do is tried, and where each broken rule shows."""
 
 from __future__ import annotations
 
@@ -72,6 +72,18 @@ def one_snapshot(bugs: Bugs = frozenset(), *, crashes: int = 0, late: int = 0) -
     )
 
 
+def overtaken(bugs: Bugs = frozenset(), *, crashes: int = 0, late: int = 0) -> Scenario:
+    """One of two nodes leaves when its manifest is there; the other may still commit."""
+    scenario = one_snapshot(bugs, crashes=crashes, late=late)
+    first, second = (replace(writer(1 + rank, NEXT, bugs, rank, 2), attempts_max=1) for rank in (0, 1))
+    programs = {
+        **scenario.programs,
+        "first": (writing, (replace(first, gives_up=True), 0)),
+        "second": (writing, (second, 0)),
+    }
+    return replace(scenario, programs=programs, store=store_of({}), is_young=True)
+
+
 def dropping(bugs: Bugs = frozenset(), *, crashes: int = 1, late: int = 1) -> Scenario:
     """One writer; snapshots go that have two revisions, and packs in common with what stays."""
     contents = committed(OLDER, BASE, pack_of={BASE: 0})
@@ -85,7 +97,7 @@ def dropping(bugs: Bugs = frozenset(), *, crashes: int = 1, late: int = 1) -> Sc
         store_of(contents),
         {
             "writer": (writing, (writer(1, NEXT, bugs), 0)),
-            "collector": (collecting, (collector(9, bugs), 0)),
+            "collector": (collecting, (collector(9, bugs, passes=4), 0)),
         },
         crashes=crashes,
         late=late,
@@ -152,6 +164,7 @@ def pin(bugs: Bugs = frozenset()) -> Scenario:
 SCENARIOS = {
     "two snapshots": two_snapshots,
     "one snapshot": one_snapshot,
+    "overtaken": overtaken,
     "dropping": dropping,
     "two collectors": two_collectors,
     "two new collectors": two_new_collectors,
