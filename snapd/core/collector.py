@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from snapd.core.cluster import Group, GroupTable
+from snapd.core.flushing import choose_for_world
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval, after_abort, after_complete
 from snapd.core.reports import NodeReport, Orders, Record, Told
@@ -138,7 +139,8 @@ class Collector:
         self._find(done, table)
         target, reason = self._aim(whole, holders, done, table)
         self._target = target
-        kept = self._kept(holders, whole, complete, target, protected)
+        flush, durable = choose_for_world(whole, self.orders.flush, (r.flush for r in self.reports.values()))
+        kept = self._kept(holders, whole, complete, target, protected, flush)
         is_sure = all(node in self.reports for node in awaited)
         drop = tuple(self._droppable(holders, world_sizes, kept, complete)) if is_sure else ()
         present = set(holders) | {s for s in (complete, protected) if s is not None}
@@ -156,6 +158,8 @@ class Collector:
             interval=self._interval if self.generation <= self._interval_generation else Interval(),
             reason=reason,
             found=self._found,
+            flush=flush,
+            durable=durable,
         )
         self.orders = replace(new, number=self.orders.number + (new != self.orders))
         return self.orders
@@ -299,10 +303,11 @@ class Collector:
         complete: SnapshotId | None,
         target: SnapshotId | None,
         protected: SnapshotId | None,
+        flush: SnapshotId | None,
     ) -> set[SnapshotId]:
         """The newest whole one too: what was complete may have been lost with its nodes since."""
         found = self._found[0] if self._found is not None else None
-        named = (complete, target, protected, found, *whole[-1:])
+        named = (complete, target, protected, found, flush, *whole[-1:])
         kept = {snapshot for snapshot in named if snapshot is not None}
         if self._parent is not None and (not whole or whole[-1].generation < self._parent[0]):
             kept.add(self._parent[1])

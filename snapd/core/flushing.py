@@ -7,9 +7,11 @@ the place of one that is stuck, and what is durable already, or was overtaken by
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from snapd.core.ids import SnapshotId
+from snapd.core.reports import FlushNews
 
 PAUSE_FLOOR_UNKNOWN = "tier_floor"
 PAUSE_GENERATION = "tier_generation"
@@ -79,6 +81,27 @@ def choose_flush(rules: FlushRules, situation: FlushSituation) -> FlushChoice:
     if _is_durable(newest, durable):
         return FlushChoice(None, "the newest complete snapshot is durable")
     return _due(rules, situation, newest)
+
+
+def choose_for_world(
+    whole: Sequence[SnapshotId], current: SnapshotId | None, news: Iterable[FlushNews]
+) -> tuple[SnapshotId | None, SnapshotId | None]:
+    """(what all nodes of a world flush now, the newest durable one), from what they say. `whole`: snapshots of which
+    every shard is somewhere, oldest first; `current`: what was named before.
+    """
+    said = list(news)
+    durable = max((each.durable for each in said if each.durable is not None), default=None)
+    newest = whole[-1] if whole else None
+    if newest is None:
+        return None, durable
+    is_going_on = current in whole and current is not None and not _is_durable(current, durable)
+    is_stuck = any(each.stuck for each in said)
+    if is_going_on and not (is_stuck and current is not None and newest > current):
+        return current, durable
+    wishes = [each.wish for each in said if each.wish is not None and not _is_durable(each.wish, durable)]
+    if (is_going_on or wishes) and not _is_durable(newest, durable):
+        return newest, durable
+    return None, durable
 
 
 def _is_durable(snapshot: SnapshotId, durable: SnapshotId | None) -> bool:

@@ -59,6 +59,17 @@ class Record:
         return Record(self.told, generation, interval)
 
 
+@dataclass(frozen=True, slots=True)
+class FlushNews:
+    """What a node says of the shared tier. `durable`: the newest that it knows to be committed there. `wish`: what it
+    would flush by its own rules. `stuck`: why its part of the snapshot that is being flushed does not go on.
+    """
+
+    durable: SnapshotId | None = None
+    wish: SnapshotId | None = None
+    stuck: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
     """All that one node says of a job; a later one (instance, serial) replaces it whole.
@@ -89,6 +100,7 @@ class NodeReport:
     trouble: str = ""
     told: Told = Told()
     final: tuple[int, ...] = ()
+    flush: FlushNews = FlushNews()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,8 @@ class Orders:
     """What every node is told. `target_groups`: whose nodes take part in protecting the target. `drop`: may go, with
     the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so;
     its parity of older epochs may go. `found`: (snapshot, epoch) to be recorded as protected: no promise, and no
-    news; who would plan its rows anew looks whether they count already.
+    news; who would plan its rows anew looks whether they count already. `flush`: to be written to the shared tier by
+    all now; `durable`: the newest that is committed there.
     """
 
     number: int = 0
@@ -111,6 +124,8 @@ class Orders:
     reason: str = ""
     protected_epoch: int = 0
     found: tuple[SnapshotId, int] | None = field(default=None, compare=False)
+    flush: SnapshotId | None = None
+    durable: SnapshotId | None = None
 
     @property
     def told(self) -> Told:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from snapd.core.flushing import FlushChoice, FlushSituation, choose_flush
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
+from snapd.core.reports import FlushNews
 from snapd.errors import IntegrityError, InternalError, NotFoundError, SnapdError
 from snapd.runtime.job import Job
 from snapd.runtime.restoring import verify_soon
@@ -71,6 +72,9 @@ class JobFlusher:
         self._wanted: SnapshotId | None = None
         self._is_ending = False
         self._void: set[SnapshotId] = set()
+        self._told_news = FlushNews()
+        self._named: SnapshotId | None = None
+        self._named_at_s = 0.0
         self._first_steps: dict[int, int] = {}
         self._failures = 0
         clock = job.context.environment
@@ -96,6 +100,8 @@ class JobFlusher:
     @property
     def newest(self) -> SnapshotId | None:
         """The newest snapshot that could become durable."""
+        if self.job.world is not None:
+            return self.job.world.complete
         newest = self.job.ledger.newest_complete()
         return newest.id if newest is not None else None
 
@@ -123,8 +129,8 @@ class JobFlusher:
 
     def is_behind(self) -> bool:
         """Whether the newest complete snapshot may still become durable, and is not."""
-        newest = self.job.ledger.newest_complete()
-        return newest is not None and not self.is_durable(newest.id) and not self._choose().pause
+        newest = self.newest
+        return newest is not None and not self.is_durable(newest) and not self._own_choice(None, "").pause
 
     async def before_opening(self) -> None:
         """A generation is about to be given out: it must be above all that the tier has. Waits a little; when the tier
@@ -154,6 +160,7 @@ class JobFlusher:
     async def _step(self) -> None:
         choice = self._choose()
         self._note_pause(choice)
+        self._tell_collector()
         if choice.snapshot is None:
             wait_s = LOOK_S if choice.due_s is None else min(LOOK_S, choice.due_s)
             await self.job.changes.wait_until(self._is_news_for(choice), wait_s)
@@ -164,6 +171,7 @@ class JobFlusher:
     def _is_news_for(self, choice: FlushChoice) -> Callable[[], bool]:
         def is_news() -> bool:
             now = self._choose()
+            self._tell_collector()
             return self.job.is_removed or now.snapshot is not None or now.pause != choice.pause
 
         return is_news
@@ -208,6 +216,7 @@ class JobFlusher:
     async def _failed(self, error: SnapdError) -> None:
         """Say why, and wait before the next attempt."""
         self._failures += 1
+        self._tell_collector()
         self.tier.metrics.failures.labels(kind=error.kind).inc()
         if isinstance(error, IntegrityError) and error.kind == "chunk_digest" and self.current is not None:
             self._doubt(self.current, error)
@@ -238,27 +247,66 @@ class JobFlusher:
     # choosing
 
     def _choose(self) -> FlushChoice:
-        newest = self.job.ledger.newest_complete()
-        now_s = self.job.context.environment.monotonic_s()
-        if newest is not None:
-            self._first_steps.setdefault(newest.id.generation, newest.id.step)
-        if newest is not None and newest.id in self._void:
-            return FlushChoice(
-                None, f"a collector has given {newest.id} up; the next snapshot takes its place"
+        """What this node flushes now: its own choice on one machine, the collector's where worlds span nodes."""
+        if self.job.world is None:
+            current = self.current if self.current is not None and self._is_here(self.current) else None
+            return self._own_choice(current, self._stuck())
+        own, named = self._own_choice(None, ""), self.job.world.flush
+        if own.pause:
+            return own
+        if named is None or self.is_durable(named):
+            reason = (
+                own.reason if own.snapshot is None else "the job's collector has still to name the snapshot"
             )
-        current = self.current if self.current is not None and self._is_here(self.current) else None
+            return FlushChoice(None, reason, due_s=own.due_s)
+        if not self._is_here(named):
+            return FlushChoice(None, f"nothing of {named} is here", due_s=own.due_s)
+        return FlushChoice(named, "being flushed by all nodes")
+
+    def _own_choice(self, current: SnapshotId | None, stuck: str) -> FlushChoice:
+        newest = self.newest
+        if newest is not None:
+            self._first_steps.setdefault(newest.generation, newest.step)
+            if newest in self._void:
+                reason = f"a collector has dropped {newest} from the tier; the next snapshot takes its place"
+                return FlushChoice(None, reason)
         situation = FlushSituation(
-            newest=newest.id if newest is not None else None,
+            newest=newest,
             durable=self.durable,
             current=current,
-            stuck=self._stuck(),
-            first_step=self._first_steps.get(newest.id.generation, 0) if newest is not None else 0,
-            waited_s=now_s - self._began_s,
+            stuck=stuck,
+            first_step=self._first_steps.get(newest.generation, 0) if newest is not None else 0,
+            waited_s=self.job.context.environment.monotonic_s() - self._began_s,
             floor=self._floor,
             wanted=self._wanted,
             is_ending=self._is_ending,
         )
         return choose_flush(self.tier.settings.rules, situation)
+
+    # the job's collector
+
+    def news(self) -> FlushNews:
+        """What the job's collector is told. Nothing counts as stuck before it had its time: another snapshot is named
+        then, and all nodes begin anew.
+        """
+        named = self.job.world.flush if self.job.world is not None else None
+        now_s = self.job.context.environment.monotonic_s()
+        if named != self._named:
+            self._named, self._named_at_s = named, now_s
+        stuck = self._stuck() if named is not None and now_s - self._named_at_s > STUCK_AFTER_S else ""
+        self._told_news = FlushNews(self.durable, self._own_choice(None, "").snapshot, stuck)
+        return self._told_news
+
+    def note_durable(self, snapshot: SnapshotId | None) -> None:
+        """The collector says so."""
+        if self._note_durable(snapshot):
+            self.job.changes.notify()
+
+    def _tell_collector(self) -> None:
+        """Where there is news for it."""
+        before = self._told_news
+        if self.job.world is not None and self.news() != before:
+            self.job.world.changed()
 
     def _is_here(self, snapshot: SnapshotId) -> bool:
         facts = self.job.ledger.snapshots.get(snapshot)
@@ -349,7 +397,8 @@ class JobFlusher:
         """Call the attempt off when it makes no sense any more."""
         if stop.is_set():
             return
-        if self.job.is_removed:
+        self._tell_collector()
+        if self.job.is_removed or (self._stage.is_waiting and self.is_durable(snapshot)):
             stop.set()
             return
         choice = self._choose()
@@ -360,11 +409,15 @@ class JobFlusher:
             )
             stop.set()
 
-    def _note_durable(self, snapshot: SnapshotId | None, captured_wall_time_s: float = 0.0) -> None:
-        if snapshot is not None and not self.is_durable(snapshot):
-            self.durable = snapshot
-            if captured_wall_time_s:
-                self._durable_at_s = captured_wall_time_s
+    def _note_durable(self, snapshot: SnapshotId | None) -> bool:
+        """Whether that is news."""
+        if snapshot is None or self.is_durable(snapshot):
+            return False
+        self.durable = snapshot
+        facts = self.job.ledger.snapshots.get(snapshot)
+        if facts is not None and facts.shards:
+            self._durable_at_s = max(s.record.captured_wall_time_s for s in facts.shards.values())
+        return True
 
     def _done(self, facts: SnapshotFacts, flushed: Flushed, before: Mapping[str, int]) -> None:
         job, metrics = self.job, self.tier.metrics
@@ -381,9 +434,7 @@ class JobFlusher:
             seconds=seconds,
             requests={kind: n for kind, total in after.items() if (n := total - before.get(kind, 0))},
         )
-        self._note_durable(
-            facts.id, max((s.record.captured_wall_time_s for s in facts.shards.values()), default=0.0)
-        )
+        self._note_durable(facts.id)
         self.current = None
         metrics.snapshots.inc()
         metrics.committed.inc(int(flushed.is_ours))

@@ -19,6 +19,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.ledger import Ledger, ShardFacts
 from snapd.core.replicas import ReplicaState
+from snapd.core.reports import FlushNews
 from snapd.core.restore import Repair, RestoreRound
 from snapd.core.states import LaneState, LaneStep
 from snapd.errors import CapacityError, JobUnusable
@@ -51,6 +52,10 @@ class WorldPart(Protocol):
     def target(self) -> SnapshotId | None:
         """The snapshot that is being protected."""
 
+    @property
+    def flush(self) -> SnapshotId | None:
+        """The snapshot that all nodes write to the shared tier now."""
+
     def protection_reason(self) -> str:
         """Why the newest complete snapshot is not protected yet, in words."""
 
@@ -76,6 +81,12 @@ class FlushPart(Protocol):
     @property
     def reason(self) -> str:
         """What is being done, or what it waits for, in words."""
+
+    def news(self) -> FlushNews:
+        """What the job's collector is told."""
+
+    def note_durable(self, snapshot: SnapshotId | None) -> None:
+        """The collector says so."""
 
     def request(self, snapshot: SnapshotId) -> None:
         """Have it, or a newer one, become durable now."""

@@ -17,7 +17,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval
 from snapd.core.obeying import counts_on, snapshots_to_drop
 from snapd.core.recovery import HeldRows, Inventory
-from snapd.core.reports import Held, NodeReport, Orders, PartDone, Told
+from snapd.core.reports import FlushNews, Held, NodeReport, Orders, PartDone, Told
 from snapd.errors import CapacityError, SnapdError
 from snapd.runtime.job import Job
 from snapd.runtime.peers import ReportAnswer
@@ -217,6 +217,7 @@ class World:
             trouble=self._protection.trouble(job),
             told=self._told_before(job),
             final=tuple(sorted(job.final_ranks)),
+            flush=job.flusher.news() if job.flusher is not None else FlushNews(),
         )
 
     def inventory(self) -> Inventory:
@@ -246,6 +247,10 @@ class World:
     @property
     def target(self) -> SnapshotId | None:
         return self.orders.target
+
+    @property
+    def flush(self) -> SnapshotId | None:
+        return self.orders.flush
 
     @property
     def widened(self) -> tuple[int, Interval]:
@@ -299,6 +304,8 @@ class World:
             condemn(job, snapshot, problem)
         if orders.complete is not None:
             job.ledger.announce(orders.complete)
+        if job.flusher is not None:
+            job.flusher.note_durable(orders.durable)
         self._take_interval(job, orders.interval)
         self._protection.aim(job, orders.target if self._is_involved(orders, table) else None, table)
         kept = {s for s in (orders.target, orders.protected, self._told.protected) if s is not None}

@@ -100,6 +100,7 @@ class FakeJob:
         self.final_ranks: set[int] = set()
         self.arena_bytes = 0
         self.settled = 0
+        self.flusher = None  # no shared tier
         self.intervals: list[Interval] = []
 
     def served_sessions(self) -> Iterable[FakeSession]:
