@@ -53,6 +53,23 @@ def test_two_three_one_four_ranks_and_other_meshes(node: Node, tmp_path: Path) -
 
 
 @pytest.mark.timeout(600)
+def test_a_lost_machine_and_other_numbers_of_ranks_from_a_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but the tier is left each time: memory, daemon and all are another machine's."""
+    (tmp_path / "tier").mkdir()
+    monkeypatch.setenv("SNAPD_TIER_SHARED", str(tmp_path / "tier"))
+    monkeypatch.setenv("SNAPD_TIER_EVERY_STEPS", "1")
+    monkeypatch.setenv("ELASTIC_LEVEL", "durable")
+    step = 0
+    for count, kind in [(2, "fsdp"), (3, "fsdp"), (1, "plain"), (2, "ddp")]:
+        with Node(prefix="snapd-test-elastic-tier") as node:
+            said, output = start(node, count, kind, tmp_path)
+            assert [one["step"] for one in said] == [step] * count, output
+            step += 2
+
+
+@pytest.mark.timeout(600)
 def test_a_place_in_the_data_is_kept_only_as_asked(node: Node, tmp_path: Path) -> None:
     start(node, 2, "fsdp", tmp_path, "keep")
     said, output = start(node, 1, "fsdp", tmp_path, "refused")
