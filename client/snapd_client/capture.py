@@ -19,7 +19,7 @@ from snapd_native import ControlPage, CopyEngine
 
 from . import faults
 from .control import ControlThread
-from .device import DeviceCapture
+from .device import DeviceCapture, Sampling
 from .errors import FencedError, UnavailableError
 from .health import Health
 from .inflight import Held, Inflight
@@ -78,6 +78,7 @@ class Capturer:
         self._signature: object = None
         self._inflight: Inflight | None = None
         self._stage: DeviceStage | None = None
+        self._is_graph_known = False
         self._sequence = 0
         self._strikes: dict[str, int] = {}
         groups = {tree.fence_group(number) for number in range(len(tree.optimizers))}
@@ -93,6 +94,8 @@ class Capturer:
             self._sharing.announce(self._session.page)
         plans, _ = self._rebuild(self._tree.walk())
         plans.choose(None)
+        if plans.device.regions:
+            self._open_stage()
 
     # --- handing over -------------------------------------------------------------------------------------------
     def hand_over(self, step: int, wait_max_s: float, interval: int) -> Outcome:
@@ -126,6 +129,7 @@ class Capturer:
         inflight = Inflight(
             step, lane, held, plans.layout, placement, choice,
             sample=None, is_full_audit=self._audit is Audit.FULL, groups=self._groups,
+            chunk_bytes=self._session.chunk_bytes,
         )  # fmt: skip
         self._take_early(inflight, binding, early)
         self._open_lane(page, inflight, len(early), started_ns)
@@ -165,7 +169,7 @@ class Capturer:
         self._health.layouts += 1
         chunk_bytes = self._session.chunk_bytes
         return LayoutPlans(
-            build_layout(self._tree, walk, chunk_bytes=chunk_bytes, node_ranks=node_ranks), walk
+            build_layout(self._tree, walk, chunk_bytes=chunk_bytes, node_ranks=node_ranks), walk, chunk_bytes
         )
 
     def _frames_min(self) -> int:
@@ -221,39 +225,53 @@ class Capturer:
         faults.point("client.open.after")
 
     def _start_transfer(self, inflight: Inflight, held: Held, plans: LayoutPlans) -> None:
-        bases, addresses = held.binding.bases, inflight.placement.addresses
-        transfer: Transfer
-        if self._audit is Audit.FULL:
-            transfer = DoneTransfer(inflight.choice.lazy.nbytes)
-        else:
-            transfer = HostTransfer(self._engine.submit(inflight.choice.lazy, bases, addresses))
-        if plans.device.numbers:
-            inflight.device = self._start_device(inflight, held, plans)
-            transfer = JointTransfer(transfer, inflight.device.transfer)
+        """Nothing is under way if this raises: the lane goes back, and its frames to somebody else."""
+        device = self._start_device(inflight, held, plans) if plans.device.regions else None
+        try:
+            transfer = self._start_host(inflight, held)
+        except Exception:
+            if device is not None:
+                device.transfer.wait()
+            raise
+        if device is not None:
+            inflight.device = device
+            transfer = JointTransfer(transfer, device.transfer, self._warn_of_graph)
         inflight.transfer = transfer
         for fileno in transfer.filenos():
             self._control.watch(fileno, lambda: self._settle_if_done(inflight))
 
+    def _start_host(self, inflight: Inflight, held: Held) -> Transfer:
+        if self._audit is Audit.FULL:
+            return DoneTransfer(inflight.choice.lazy.nbytes)
+        bases, addresses = held.binding.bases, inflight.placement.addresses
+        return HostTransfer(self._engine.submit(inflight.choice.lazy, bases, addresses))
+
     def _start_device(self, inflight: Inflight, held: Held, plans: LayoutPlans) -> DeviceCapture:
+        sampling = Sampling(
+            self._audit is not Audit.COUNTERS, self._sequence, is_full=self._audit is Audit.FULL
+        )
+        capture = plans.device.start(
+            self._open_stage(), held.walk, held.binding, inflight.placement,
+            chunks=inflight.choice.chunks, sampling=sampling,
+        )  # fmt: skip
+        self._health.early_bytes += capture.early_nbytes
+        self._health.lazy_bytes += capture.lazy_nbytes
+        return capture
+
+    def _open_stage(self) -> DeviceStage:
+        """The stage, with all segments pinned: those that are mapped now, and each new one before it is used."""
         if self._stage is None:
             self._stage = DeviceStage()
-        for mapping in self._session.segments.values():
-            self._stage.register(mapping.address, mapping.nbytes)
-        chunks = inflight.choice.chunks
-        pieces, regions = [], []
-        for arrays, is_early in ((plans.layout.early, True), (plans.layout.lazy, False)):
-            pieces += plans.device.pieces(
-                arrays, None if chunks is None else set(chunks), walk=held.walk, pointers=held.binding.pointers,
-                bases=held.binding.bases, placement=inflight.placement, session=self._session, is_early=is_early,
-            )  # fmt: skip
-            regions += [
-                source
-                for source, chunk in zip(arrays.src_index, arrays.dst_index, strict=True)
-                if source in plans.device.numbers and (chunks is None or chunk in chunks)
-            ]
-        return DeviceCapture(
-            self._stage, pieces, regions, None if self._audit is Audit.COUNTERS else self._sequence
-        )
+            self._session.pin_with(self._stage.register)
+        return self._stage
+
+    def _warn_of_graph(self) -> None:
+        if not self._is_graph_known:
+            self._is_graph_known = True
+            _log.warning(
+                "snapd: an optimizer's update is being captured in a CUDA graph, whose replays call no hooks: "
+                "call snap.fence() before each replay"
+            )
 
     def _write(self, placement: Placement, shard_offset: int, data: bytes) -> None:
         """Bytes to a place in the shard that may span chunks."""
@@ -280,7 +298,7 @@ class Capturer:
             helped = transfer.helped_bytes
             transfer.fence(-1 if group is None else group)
             if transfer.left_bytes() <= FINISH_BYTES:
-                transfer.fence(-1)
+                transfer.help_rest()
             self._health.helped_bytes += transfer.helped_bytes - helped
         if transfer.is_done():
             self._settle(inflight)
@@ -306,6 +324,7 @@ class Capturer:
         if inflight is not None and inflight.transfer is not None:
             for fileno in inflight.transfer.filenos():
                 self._control.unwatch(fileno)
+            inflight.transfer.close()  # not when it is settled: that may be before all of them are watched
 
     def _drop(self, inflight: Inflight) -> None:
         """The hand-over failed after OPEN: give the lane back."""
@@ -363,5 +382,6 @@ class Capturer:
                 self._settle(inflight)
             self._release()
         if self._stage is not None:
+            self._session.pin_with(None)
             self._stage.close()
             self._stage = None

@@ -12,27 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from snapd_native import Mapping
 
-from .stage import DevicePiece, DeviceStage, flat_bytes
+from .gpu_check_runs import RUNS, Report
+from .stage import Copy, DeviceStage, DeviceTransfer, DeviceWork, Gather
 
 STATE_BYTES = 1 << 30
-
-
-@dataclass
-class Report:
-    """What was found, for the eye and as JSON."""
-
-    lines: list[dict[str, object]] = field(default_factory=list)
-
-    def add(self, name: str, holds: bool, **facts: object) -> None:
-        self.lines.append({"check": name, "holds": holds, **facts})
-        shown = " ".join(f"{key}={value}" for key, value in facts.items())
-        print(f"{'PASS' if holds else 'FAIL'} {name} {shown}", flush=True)
 
 
 def _arena(nbytes: int) -> Mapping:
@@ -45,144 +33,143 @@ def _arena(nbytes: int) -> Mapping:
         os.close(descriptor)
 
 
-def _over(mapping: Mapping, offset: int, nbytes: int) -> torch.Tensor:
-    return torch.frombuffer(mapping.view(offset, nbytes), dtype=torch.uint8)
+class Bench:
+    """A pinned segment, the stage, and one tensor that goes there."""
+
+    def __init__(self, state: torch.Tensor) -> None:
+        self.state, self.nbytes = state, state.numel() * state.element_size()
+        self.mapping = _arena(self.nbytes)
+        self.stage = DeviceStage()
+        self.stage.register(self.mapping.address, self.nbytes)
+        torch.cuda.synchronize()
+
+    def submit(self, now: Gather | None = None, source: torch.Tensor | None = None) -> DeviceTransfer:
+        address = (self.state if source is None else source).data_ptr()
+        copy = Copy(1, self.mapping.address, address, self.nbytes)
+        return self.stage.submit([DeviceWork(self.state.device, [now or Gather()], [], [copy])])
+
+    def arrived(self) -> torch.Tensor:
+        return torch.frombuffer(self.mapping.view(0, self.nbytes), dtype=self.state.dtype)
 
 
 def check_pinned_copy(report: Report) -> None:
     """Registered shared memory takes device copies at the speed of pinned memory, and exactly."""
-    mapping = _arena(STATE_BYTES)
-    stage = DeviceStage()
-    stage.register(mapping.address, STATE_BYTES)
     source = torch.randint(0, 255, (STATE_BYTES,), dtype=torch.uint8, device="cuda")
+    began = time.perf_counter()
+    bench = Bench(source)
+    register_s = time.perf_counter() - began
     pinned = torch.empty(STATE_BYTES, dtype=torch.uint8, pin_memory=True)
     into_pinned = _seconds(lambda: pinned.copy_(source, non_blocking=True))
-    destination = _over(mapping, 0, STATE_BYTES)
-    into_arena = _seconds(lambda: destination.copy_(source, non_blocking=True))
-    equal = bool(torch.equal(destination, source.cpu()))
+    into_arena = _seconds(lambda: bench.submit().wait())
+    equal = bool(torch.equal(bench.arrived(), pinned))
     report.add(
         "pinned copy into the arena",
-        equal and into_arena < 1.2 * into_pinned and stage.pageable_bytes == 0,
+        equal and into_arena < 1.2 * into_pinned and bench.stage.pageable_bytes == 0,
         arena_over_pinned=round(into_arena / into_pinned, 3),
         gb_per_s=round(STATE_BYTES / into_arena / 1e9, 1),
+        back_and_register_s=round(register_s, 2),
         equal=equal,
     )
-    stage.close()
+    bench.stage.close()
 
 
 def check_fence(report: Report) -> None:
     """An update behind the fence does not reach the copy; the host does not wait for either."""
-    mapping = _arena(STATE_BYTES)
-    stage = DeviceStage()
-    stage.register(mapping.address, STATE_BYTES)
     state = torch.arange(STATE_BYTES // 4, dtype=torch.int32, device="cuda")
-    expected = state.cpu().view(torch.uint8)
-    destination = _over(mapping, 0, STATE_BYTES)
+    expected = state.cpu()
+    bench = Bench(state)
+    bench.submit().wait()  # once before: whatever is made at the first use is made
     torch.cuda.synchronize()
     started = time.perf_counter()
-    transfer = stage.submit([DevicePiece(flat_bytes(state, 0, STATE_BYTES), destination, 1)])
+    transfer = bench.submit()
     transfer.fence(1)
     state.add_(1)
     host_s = time.perf_counter() - started
+    was_under_way = not transfer.is_done()
     transfer.wait()
     torch.cuda.synchronize()
+    equal = bool(torch.equal(bench.arrived(), expected))
     report.add(
         "fence on the device, none on the host",
-        bool(torch.equal(destination, expected)) and host_s < 0.005,
+        equal and was_under_way and host_s < 0.005,
         host_ms=round(host_s * 1e3, 3),
+        equal=equal,
+        was_under_way=was_under_way,
     )
-    stage.close()
+    bench.stage.close()
 
 
 def check_without_fence(report: Report) -> None:
     """The same without a fence must tear: else the check above proves nothing."""
-    mapping = _arena(STATE_BYTES)
-    stage = DeviceStage()
-    stage.register(mapping.address, STATE_BYTES)
-    state = torch.zeros(STATE_BYTES // 4, dtype=torch.int32, device="cuda")
-    destination = _over(mapping, 0, STATE_BYTES)
-    torch.cuda.synchronize()
-    transfer = stage.submit([DevicePiece(flat_bytes(state, 0, STATE_BYTES), destination, 1)])
-    state.add_(1)
+    bench = Bench(torch.zeros(STATE_BYTES // 4, dtype=torch.int32, device="cuda"))
+    transfer = bench.submit()
+    bench.state.add_(1)
     transfer.wait()
-    report.add("the same without a fence tears", bool(destination.any()))
-    stage.close()
+    report.add("the same without a fence tears", bool(bench.arrived().any()))
+    bench.stage.close()
 
 
 def check_arrival_and_early(report: Report) -> None:
-    """The descriptor becomes readable, and an early tensor keeps the value that it had."""
-    mapping = _arena(1 << 20)
-    stage = DeviceStage()
-    state = torch.ones(1 << 18, dtype=torch.float32, device="cuda")
-    destination = _over(mapping, 0, 1 << 20)
-    transfer = stage.submit([DevicePiece(flat_bytes(state, 0, 1 << 20), destination, 0, is_early=True)])
-    state.zero_()
+    """The descriptor becomes readable, and what was gathered keeps the value that it had."""
+    bench = Bench(torch.ones(1 << 18, dtype=torch.float32, device="cuda"))
+    memory = torch.empty_like(bench.state)
+    transfer = bench.submit(Gather([memory], [bench.state]), memory)
+    bench.state.zero_()
     is_readable = bool(select.select([transfer.fileno()], [], [], 10)[0])
-    exact = bool((destination.view(torch.float32) == 1).all())
-    report.add("arrival and early clone", is_readable and exact)
-    stage.close()
+    report.add("arrival and early part", is_readable and bool((bench.arrived() == 1).all()))
+    transfer.close()
+    bench.stage.close()
 
 
-def check_sample(report: Report) -> None:
-    """A copy that is not what was handed over is found."""
-    mapping = _arena(1 << 20)
-    stage = DeviceStage()
-    state = torch.ones(1 << 18, dtype=torch.float32, device="cuda")
-    piece = DevicePiece(flat_bytes(state, 0, 1 << 20), _over(mapping, 0, 1 << 20), 1)
-    sample = stage.sample([piece], turn=0)
-    stage.submit([piece]).wait()
-    clean = sample.differing()
-    piece.destination[5] ^= 1
-    report.add("sample", clean == [] and sample.differing() == [0])
-    stage.close()
+def check_graph_capture(report: Report) -> None:
+    """A CUDA graph may be captured while our thread waits for a copy, and its fence touches nothing."""
+    bench = Bench(torch.ones(STATE_BYTES // 4, dtype=torch.float32, device="cuda"))
+    counter = torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    transfer = bench.submit()
+    with torch.cuda.graph(graph):
+        counter.add_(1)
+        is_waited_for = transfer.fence(1)
+        transfer.wait()  # it ends meanwhile: our thread's calls fall into the capture
+        counter.add_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    report.add(
+        "a graph captured during a copy",
+        not is_waited_for and counter.item() == 2 and not transfer.is_cancelled,
+        counter=counter.item(),
+    )
+    bench.stage.close()
 
 
-def check_resume(report: Report) -> None:
-    """Train on the device, lose the process state, restore, and go on bit for bit."""
-    from .hook import Snapshotter
-
-    def world(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(256, 1024), torch.nn.Dropout(0.1), torch.nn.Linear(1024, 256)
-        ).cuda()
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def train(
-        model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, snap: Snapshotter | None
-    ) -> list[float]:
-        losses = []
-        for step in steps:
-            batch = torch.randn(64, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
-            loss = (model(batch) - batch).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if snap is not None:
-                snap.step(step + 1)
-        return losses
-
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SNAPD_RUNTIME_DIR"] = str(Path(folder) / "run")
-        model, optimizer = world(1)
-        expected = train(model, optimizer, range(20), None)
-        model, optimizer = world(1)
-        snap = Snapshotter({"model": model, "optimizer": optimizer}, job="gpu-check")
-        first = train(model, optimizer, range(10), snap)
-        snap.wait("captured")
-        snap.close()
-        model, optimizer = world(2)
-        snap = Snapshotter({"model": model, "optimizer": optimizer}, job="gpu-check")
-        start = snap.restore()
-        resumed = first + train(model, optimizer, range(start, 20), snap)
-        snap.close(final=True)
-    report.add("resume on the device, bit for bit", start == 10 and resumed == expected, start=start)
+def check_refused_pin(report: Report) -> None:
+    """A segment that the driver will not pin: no error is left for the user's next kernel, the copy is right."""
+    state = torch.randint(0, 1 << 20, (STATE_BYTES // 8,), dtype=torch.int32, device="cuda")
+    bench = Bench(state)
+    bench.stage.close()  # unpins
+    bench.stage = DeviceStage()
+    refused = (
+        bench.stage.api.register(bench.mapping.address, 1 << 20) == ""
+    )  # a part of it first: then not the whole
+    bench.stage.register(bench.mapping.address, bench.nbytes)
+    is_refused = refused and bench.stage.pageable_bytes == bench.nbytes
+    after = torch.ones(4, device="cuda").add_(1).sum().item()
+    seconds = _seconds(lambda: bench.submit().wait())
+    equal = bool(torch.equal(bench.arrived(), state.cpu()))
+    report.add(
+        "a segment that cannot be pinned",
+        is_refused and after == 8 and equal,
+        refused=is_refused,
+        equal=equal,
+        gb_per_s=round(bench.nbytes / seconds / 1e9, 1),
+    )
+    bench.stage.api.unregister(bench.mapping.address)
+    bench.stage.close()
 
 
 def _seconds(action: Callable[[], object]) -> float:
     best = float("inf")
-    for _ in range(3):
+    for _ in range(4):
         torch.cuda.synchronize()
         started = time.perf_counter()
         action()
@@ -196,8 +183,9 @@ CHECKS = (
     check_fence,
     check_without_fence,
     check_arrival_and_early,
-    check_sample,
-    check_resume,
+    check_graph_capture,
+    check_refused_pin,
+    *RUNS,
 )
 
 
@@ -207,11 +195,13 @@ def main() -> int:
         print("gpu-check: torch sees no CUDA device; nothing was checked", file=sys.stderr)
         return 2
     report = Report()
-    for check in CHECKS:
-        try:
-            check(report)
-        except Exception as error:
-            report.add(check.__name__, False, error=f"{type(error).__name__}: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SNAPD_RUNTIME_DIR"] = str(Path(folder) / "run")
+        for check in CHECKS:
+            try:
+                check(report)
+            except Exception as error:
+                report.add(check.__name__, False, error=f"{type(error).__name__}: {error}")
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": report.lines}
     print(json.dumps(facts))
     return 0 if all(line["holds"] for line in report.lines) else 1

@@ -45,6 +45,7 @@ class Inflight:
     sample: native.Sample | None
     is_full_audit: bool
     groups: frozenset[int]
+    chunk_bytes: int
     transfer: Transfer | None = None
     device: DeviceCapture | None = None
     changed: set[str] = field(default_factory=set)
@@ -78,7 +79,6 @@ class Inflight:
                 self._conclude(page, wake_fd)
                 self.is_settled = True
                 self.held = self.sample = None  # freed here, seldom on the training thread
-                self.transfer.close()
             return True
 
     def _compare_counters(self, groups: frozenset[int]) -> None:
@@ -98,7 +98,7 @@ class Inflight:
         elif self.is_full_audit and self.held is not None:
             regions = self.choice.lazy.differing(self.held.binding.bases, self.placement.addresses)
         if self.device is not None:
-            regions = [*regions, *self.device.differing()]
+            regions = [*regions, *self.device.differing(self.placement, self.chunk_bytes)]
         if regions:
             self.changed.update(self.layout.region_names[region] for region in regions)
             self.reason = self.reason or (REASON_AUDIT if self.is_full_audit else REASON_SAMPLE)

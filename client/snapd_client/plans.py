@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from snapd_native import ZERO_FILL, CopyPlan
 
-from .device import DeviceRegions
+from .device import DevicePlan
 from .lanes import Marks
 from .state.layout import Binding, Layout, PlanArrays
 from .state.tree import Walk
@@ -29,9 +29,9 @@ class Choice:
 class LayoutPlans:
     """Plans of one layout."""
 
-    def __init__(self, layout: Layout, walk: Walk) -> None:
+    def __init__(self, layout: Layout, walk: Walk, chunk_bytes: int) -> None:
         self.layout = layout
-        self.device = DeviceRegions(layout, walk)
+        self.device = DevicePlan(layout, walk, chunk_bytes)
         unchanging = set(layout.unchanging_regions)
         self._unchanging = [b for b, region in enumerate(layout.region_of) if region in unchanging]
         self._choices: dict[frozenset[int] | None, Choice] = {}
@@ -46,7 +46,7 @@ class LayoutPlans:
         key = None if fresh is None else frozenset(fresh)
         choice = self._choices.get(key)
         if choice is None:
-            layout, without = self.layout, self.device.numbers
+            layout, without = self.layout, self.device.regions
             choice = Choice(_compile(layout.lazy, key, without), _compile(layout.early, key, without), key)
             self._choices[key] = choice
         return choice

@@ -20,6 +20,7 @@ from snapd_proto import trainer_pb2 as pb
 from . import faults
 from .elastic import Fetcher, chunks_read, early_chunks, layout_chunks, list_shards
 from .errors import IntegrityError, NotRestorable, SnapdError, UnavailableError
+from .restore_device import ToDevices, split_ways
 from .session import Session, ShardMemory
 from .state.apply import PendingRestore, is_cut_alike, prepare_restore
 from .state.resharding import Elastic, Reshard
@@ -258,21 +259,28 @@ def _copy_verified(pending: PendingRestore, sources: Mapping[int, _Source], thre
         BadChunks: all that were found; the live state is then partly overwritten, and the next round or the error
             that follows says so.
     """
-    plan = CopyPlan(*pending.plan)
     bases = array("Q", [sources[rank].address(chunk) for rank, chunk in pending.sources])
+    ways = split_ways(pending.plan, pending.pieces_of_chunk, pending.destinations, pending.device_of)
+    plan = CopyPlan(*ways.plan)
     bad: list[tuple[int, int]] = []
 
     def take(number: int) -> None:
-        first, pieces = pending.pieces_of_chunk[number]
-        if pieces == 0:
+        first, pieces = ways.pieces_of_chunk[number]
+        rows = ways.device_rows.get(number, ())
+        if pieces == 0 and not rows:
             return
         rank, chunk = pending.sources[number]
         if not sources[rank].is_good(chunk):
             bad.append((rank, chunk))
         elif not bad:
-            plan.run(bases, pending.destinations, first, pieces)
+            if pieces:
+                plan.run(bases, pending.destinations, first, pieces)
+            to_devices.copy(bases[number], rows)
 
-    with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="snapd-restore") as pool:
+    with (
+        ToDevices(set(pending.device_of.values())) as to_devices,
+        concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="snapd-restore") as pool,
+    ):
         list(pool.map(take, range(len(pending.sources))))
     if bad:
         raise BadChunks(sorted(bad))

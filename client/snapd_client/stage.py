@@ -1,18 +1,21 @@
 """Device memory to the arena: a side stream, events, and segments registered as pinned memory.
 
-The only code that touches CUDA. It has the shape of the copy engine (submit -> something to wait on), so that the
-capture pipeline does not know which of the two moves a region. The differences that matter:
+With `stage_driver`, the only code that touches CUDA. It has the shape of the copy engine (submit -> something to wait
+on), so that the capture pipeline does not know which of the two moves a region. The differences that matter:
 
 - `submit` records an event on the current stream and lets the side stream wait for it: the copy sees the state as it
   is after the update, and neither the host nor the current stream waits;
 - the fence is a stream-side wait on an event: the host runs ahead, the update's kernels do not;
-- early tensors are cloned on the current stream and leave from the clone.
+- the early part and the samples are gathered on the current stream, and leave from there;
+- nothing here waits on the training thread but `DeviceTransfer.wait`, and that without a call into CUDA: a thread
+  learns of the end, and says so. So the user may capture a CUDA graph whenever he likes.
 
-What was never run on hardware is listed in docs/gpu.md; `make gpu-check` runs it where there is a device.
+What ran on hardware, and what it printed, is in docs/gpu.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -20,58 +23,90 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from .stage_driver import Driver
 
 _log = logging.getLogger(__name__)
 
 
 class DeviceApi(Protocol):
-    """What is used of `torch.cuda`; unit tests put a recorder in its place."""
+    """What is used of `torch.cuda` and the driver; unit tests put a recorder in its place."""
 
-    def Stream(self) -> Any: ...
+    def Stream(self, device: torch.device) -> Any: ...
     def Event(self) -> Any: ...
-    def current_stream(self) -> Any: ...
+    def current_stream(self, device: torch.device) -> Any: ...
+    def use(self, device: torch.device) -> AbstractContextManager[Any]: ...
     def stream(self, stream: Any) -> AbstractContextManager[Any]: ...
-    def host_register(self, address: int, nbytes: int) -> bool: ...
-    def host_unregister(self, address: int) -> None: ...
+    def is_capturing(self) -> bool: ...
+    def unconfined(self) -> AbstractContextManager[None]: ...
+    def register(self, address: int, nbytes: int) -> str: ...
+    def unregister(self, address: int) -> None: ...
+    def pinned(self, nbytes: int) -> torch.Tensor: ...
+    def gather(self, into: list[torch.Tensor], sources: list[torch.Tensor]) -> None: ...
+    def copy_to_host(self, destination: int, source: int, nbytes: int, stream: Any) -> None: ...
+    def copy_to_device(self, destination: int, source: int, nbytes: int, stream: Any) -> None: ...
 
 
 class CudaApi:
-    """`torch.cuda`, and the two calls of the runtime that it does not wrap."""
+    """`torch.cuda`, and the driver for what it does not offer. Made on the training thread."""
 
-    _cuda: Any = torch.cuda
+    def __init__(self) -> None:
+        self._driver = Driver()
+        torch.cuda.current_stream().query()  # the context exists from here on
+        self._context = self._driver.context()
 
-    def Stream(self) -> Any:
-        return self._cuda.Stream()
+    def Stream(self, device: torch.device) -> Any:
+        return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def Event(self) -> Any:
-        return self._cuda.Event()
+        """Whoever waits for it sleeps; by default torch's events keep a core busy."""
+        return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
-    def current_stream(self) -> Any:
-        return self._cuda.current_stream()
+    def current_stream(self, device: torch.device) -> Any:
+        return torch.cuda.current_stream(device)
+
+    def use(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.cuda.device(device)
 
     def stream(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
 
-    def host_register(self, address: int, nbytes: int) -> bool:
-        """Pin pages that the daemon has allocated; False if the driver refuses."""
-        return int(self._cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
+    def is_capturing(self) -> bool:
+        return bool(torch.cuda.is_current_stream_capturing())
 
-    def host_unregister(self, address: int) -> None:
-        self._cuda.cudart().cudaHostUnregister(address)
+    @contextlib.contextmanager
+    def unconfined(self) -> Any:
+        """For threads of ours: with a context, and out of the way of the user's graph captures."""
+        if not self._driver.context():
+            self._driver.use(self._context)
+        with self._driver.unconfined():
+            yield
 
+    def register(self, address: int, nbytes: int) -> str:
+        """Pin pages that the daemon has allocated; the driver's word for why not."""
+        with self.unconfined():
+            return self._driver.register(address, nbytes)
 
-@dataclass(frozen=True)
-class DevicePiece:
-    """`source` (flat uint8 on the device) to `destination` (flat uint8 over the arena, same length)."""
+    def unregister(self, address: int) -> None:
+        with self.unconfined():
+            self._driver.unregister(address)
 
-    source: torch.Tensor
-    destination: torch.Tensor
-    group: int
-    is_early: bool = False
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def gather(self, into: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        """One kernel for many small copies within the device."""
+        torch._foreach_copy_(into, sources)
+
+    def copy_to_host(self, destination: int, source: int, nbytes: int, stream: Any) -> None:
+        self._driver.copy_to_host(destination, source, nbytes, stream.cuda_stream)
+
+    def copy_to_device(self, destination: int, source: int, nbytes: int, stream: Any) -> None:
+        self._driver.copy_to_device(destination, source, nbytes, stream.cuda_stream)
 
 
 def flat_bytes(tensor: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
@@ -81,31 +116,76 @@ def flat_bytes(tensor: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
     return flat.set_(tensor.untyped_storage(), start, (nbytes,), (1,))
 
 
-class DeviceTransfer:
-    """Copies under way on the side stream."""
+class Copy(NamedTuple):
+    """Bytes of the device at `source` to host memory at `destination`; `group` is that of the fence."""
 
-    def __init__(self, api: DeviceApi, events: dict[int, Any], nbytes: int, keep: list[torch.Tensor]) -> None:
-        self._api, self._events, self._nbytes, self._keep = api, events, nbytes, keep
+    group: int
+    destination: int
+    source: int
+    nbytes: int
+
+
+@dataclass
+class Gather:
+    """Small pieces of device memory that are brought together on the device: `sources[i]` into `into[i]`."""
+
+    into: list[torch.Tensor] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class DeviceWork:
+    """What one capture copies from one device.
+
+    `now` is gathered on the current stream, before anything that the training thread does next (early part, samples);
+    `later` on the side stream (small tensors of the lazy part). `copies`, in order of group, leave after both.
+    """
+
+    device: torch.device
+    now: list[Gather]
+    later: list[Gather]
+    copies: list[Copy]
+
+
+class DeviceTransfer:
+    """Copies under way on the side streams."""
+
+    def __init__(self, api: DeviceApi, nbytes: int, keep: object) -> None:
+        self._api, self._nbytes, self._keep = api, nbytes, keep
+        self._events: list[tuple[int, torch.device, Any]] = []  # (group, device, event), in order per device
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+        self._arrived = threading.Event()
         self.is_cancelled = False
         self.helped_bytes = 0
         self.finished_ns = 0
 
-    def fence(self, group: int) -> None:
-        """Work submitted to the current stream from now on runs after the copies of `group` (-1: all)."""
-        for number, event in self._events.items():
-            if group in (-1, number):
-                self._api.current_stream().wait_event(event)
+    def add_event(self, group: int, device: torch.device, event: Any) -> None:
+        """All copies of the groups up to `group` on this device are before `event`."""
+        self._events.append((group, device, event))
 
-    def wait(self, group: int = -1, help: bool = True, timeout_s: float = -1.0) -> bool:
-        """Wait on the host. `help` changes nothing: a device copies by itself."""
-        for number, event in self._events.items():
-            if group in (-1, number):
-                event.synchronize()
-        return not self.is_cancelled
+    def fence(self, group: int) -> bool:
+        """Work submitted to the current streams from now on runs after the copies of `group` (-1: all).
 
-    def is_done(self, group: int = -1) -> bool:
-        return all(event.query() for number, event in self._events.items() if group in (-1, number))
+        False: the current stream is being captured into a graph, so that nothing was done: a graph cannot wait
+        for what is outside it, and its replays call no hooks.
+        """
+        if self._arrived.is_set():
+            return True
+        if self._api.is_capturing():
+            return False
+        for number, device, event in self._events:
+            if group in (-1, number):
+                self._api.current_stream(device).wait_event(event)
+        return True
+
+    def wait(self) -> None:
+        """Wait on the host until everything is copied. No call into CUDA."""
+        self._arrived.wait()
+
+    def is_done(self) -> bool:
+        """Whether everything is copied, and `wait` returns at once. No call into CUDA."""
+        return self._arrived.is_set()
 
     def progress(self) -> tuple[int, int]:
         return (self._nbytes if self.is_done() else 0), self._nbytes
@@ -120,101 +200,135 @@ class DeviceTransfer:
         return self._fd
 
     def arrive(self) -> None:
-        """On the waiter's thread: block until the copies are done, then make `fileno` readable."""
-        self.wait()
+        """On the waiter's thread: block until the copies are done, then say so. Raises nothing.
+
+        A device that has failed (an illegal address in somebody's kernel) ends the copy as cancelled.
+        """
+        try:
+            for _, _, event in self._events:
+                event.synchronize()
+        except RuntimeError as error:
+            self.is_cancelled = True
+            _log.warning("snapd: the device failed while a snapshot was copied: %s", error)
         self.finished_ns = time.monotonic_ns()
-        self._keep.clear()
-        os.eventfd_write(self._fd, 1)
+        self._keep = None
+        with (
+            self._lock
+        ):  # close() waits for this: a descriptor must not be written to that is somebody else's by then
+            self._arrived.set()
+            os.eventfd_write(self._fd, 1)
 
     def close(self) -> None:
-        os.close(self._fd)
-
-
-class DeviceSample:
-    """A window of each source as it was at the hand-over, kept on the device until the copy is compared with it."""
-
-    def __init__(self, kept: torch.Tensor, windows: list[tuple[int, torch.Tensor]]) -> None:
-        self._kept, self._windows = kept, windows
-
-    def differing(self) -> list[int]:
-        """Indexes of the pieces whose kept bytes are not those of the copy. Waits for one small transfer."""
-        kept = self._kept.cpu()
-        wrong, start = [], 0
-        for index, destination in self._windows:
-            if not torch.equal(kept[start : start + destination.numel()], destination):
-                wrong.append(index)
-            start += destination.numel()
-        return wrong
+        """After `wait`, or after `is_done` was true."""
+        with self._lock:
+            os.close(self._fd)
 
 
 class DeviceStage:
-    """The side stream of one device and the thread that learns when its copies are done."""
+    """Side streams, one per device, and the thread that learns when their copies are done."""
 
     def __init__(self, api: DeviceApi | None = None) -> None:
         self._api: DeviceApi = api if api is not None else CudaApi()
-        self._stream = self._api.Stream()
+        self._streams: dict[torch.device, Any] = {}
         self._registered: dict[int, int] = {}
+        self._is_warned = False
         self.pageable_bytes = 0
         self._arrivals: queue.SimpleQueue[DeviceTransfer | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._await_arrivals, name="snapd-device", daemon=True)
         self._thread.start()
 
+    @property
+    def api(self) -> DeviceApi:
+        return self._api
+
     def register(self, address: int, nbytes: int) -> None:
-        """Pin a segment, once. A refusal costs speed, not correctness: it is counted and said once."""
+        """Pin a segment, once. A refusal costs speed, not correctness: it is counted and said once. Any thread."""
         if address in self._registered:
             return
-        if self._api.host_register(address, nbytes):
+        refusal = self._api.register(address, nbytes)
+        if not refusal:
             self._registered[address] = nbytes
-        else:
-            if not self.pageable_bytes:
-                _log.warning(
-                    "snapd: the arena cannot be pinned (memlock limit?); copies from the device will be slower"
-                )
-            self.pageable_bytes += nbytes
+            return
+        self.pageable_bytes += nbytes
+        if not self._is_warned:
+            self._is_warned = True
+            _log.warning(
+                "snapd: the arena cannot be pinned (%s; memlock limit?); copies from the device will be slower, "
+                "and snap.step waits for them",
+                refusal,
+            )
 
-    def submit(self, pieces: Sequence[DevicePiece]) -> DeviceTransfer:
-        """Start copying, in order of group; returns without waiting."""
-        ready = self._api.Event()
-        ordered = sorted(pieces, key=lambda piece: piece.group)
-        sources = [piece.source.clone() if piece.is_early else piece.source for piece in ordered]
-        ready.record(self._api.current_stream())
-        self._stream.wait_event(ready)
-        events: dict[int, Any] = {}
-        with self._api.stream(self._stream):
-            for piece, source in zip(ordered, sources, strict=True):
-                piece.destination.copy_(source, non_blocking=True)
-                if source.is_cuda:
-                    source.record_stream(self._stream)
-                events[piece.group] = self._api.Event()
-                events[piece.group].record(self._stream)
-        nbytes = sum(piece.source.numel() for piece in ordered)
-        transfer = DeviceTransfer(self._api, events, nbytes, sources)
+    def submit(self, works: Sequence[DeviceWork], keep: object = None) -> DeviceTransfer:
+        """Start copying; returns without waiting, unless memory is not pinned.
+
+        `keep`: is not freed before the copies are done.
+
+        Raises:
+            CaptureError, RuntimeError: CUDA refused; what had been enqueued is over by then.
+        """
+        transfer = DeviceTransfer(
+            self._api, sum(copy.nbytes for work in works for copy in work.copies), (works, keep)
+        )
+        try:
+            for work in works:
+                with self._api.use(work.device):
+                    self._enqueue(work, transfer)
+        except Exception:
+            self._drain()
+            transfer.close()
+            raise
         self._arrivals.put(transfer)
         return transfer
 
-    def sample(self, pieces: Sequence[DevicePiece], turn: int, sample_bytes: int = 4096) -> DeviceSample:
-        """Keep a window of each lazy piece on the device, in the order of the current stream."""
-        kept: list[torch.Tensor] = []
-        windows: list[tuple[int, torch.Tensor]] = []
-        for index, piece in enumerate(pieces):
-            size = min(sample_bytes, piece.source.numel())
-            if piece.is_early or size == 0:
-                continue
-            start = (turn * sample_bytes) % max(1, piece.source.numel() - size + 1)
-            kept.append(piece.source[start : start + size])
-            windows.append((index, piece.destination[start : start + size]))
-        empty = torch.empty(0, dtype=torch.uint8)
-        return DeviceSample(torch.cat(kept) if kept else empty, windows)
+    def _enqueue(self, work: DeviceWork, transfer: DeviceTransfer) -> None:
+        api, side = self._api, self.side_stream(work.device)
+        for gather in work.now:
+            if gather.into:
+                api.gather(gather.into, gather.sources)
+        ready = api.Event()
+        ready.record(api.current_stream(work.device))
+        side.wait_event(ready)
+        with api.stream(side):
+            for gather in work.later:
+                if gather.into:
+                    api.gather(gather.into, gather.sources)
+        group, copy_to_host = -1, api.copy_to_host
+        for number, destination, source, nbytes in work.copies:
+            if group not in (-1, number):
+                self._mark(transfer, group, work.device, side)
+            group = number
+            copy_to_host(destination, source, nbytes, side)
+        self._mark(transfer, max(group, 0), work.device, side)
+
+    def _mark(self, transfer: DeviceTransfer, group: int, device: torch.device, side: Any) -> None:
+        event = self._api.Event()
+        event.record(side)
+        transfer.add_event(group, device, event)
+
+    def side_stream(self, device: torch.device) -> Any:
+        """The stream of ours on this device. Training thread."""
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = self._api.Stream(device)
+        return stream
+
+    def _drain(self) -> None:
+        """Nothing of ours is under way on any device when this returns."""
+        for stream in self._streams.values():
+            with contextlib.suppress(RuntimeError):  # the device is lost: nothing is under way either
+                stream.synchronize()
 
     def _await_arrivals(self) -> None:
-        while (transfer := self._arrivals.get()) is not None:
-            transfer.arrive()
+        with self._api.unconfined():
+            while (transfer := self._arrivals.get()) is not None:
+                transfer.arrive()
+                del transfer  # what it held is freed now, not when the next one comes
 
     def close(self) -> None:
-        """Unpin and join. Idempotent."""
+        """Join and unpin. Idempotent."""
         if self._thread.is_alive():
             self._arrivals.put(None)
             self._thread.join(timeout=10.0)
         for address in self._registered:
-            self._api.host_unregister(address)
+            self._api.unregister(address)
         self._registered.clear()

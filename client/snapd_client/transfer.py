@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from snapd_native import Ticket
@@ -22,6 +22,9 @@ class Transfer(Protocol):
     def finished_ns(self) -> int: ...
     def fence(self, group: int) -> None:
         """When this returns, the group's sources may be changed by whatever the training thread does next."""
+
+    def help_rest(self) -> None:
+        """Copy on the calling thread what the host has still to copy, of all groups."""
 
     def wait(self) -> None:
         """Until everything is copied, on the host."""
@@ -57,6 +60,9 @@ class HostTransfer:
     def fence(self, group: int) -> None:
         self._ticket.fence(group)
 
+    def help_rest(self) -> None:
+        self._ticket.fence(-1)
+
     def wait(self) -> None:
         self._ticket.wait(-1, True)
 
@@ -83,8 +89,9 @@ class HostTransfer:
 class JointTransfer:
     """Host and device together; the fence waits on the host for the one and on the stream for the other."""
 
-    def __init__(self, host: Transfer, device: DeviceTransfer) -> None:
-        self._host, self._device = host, device
+    def __init__(self, host: Transfer, device: DeviceTransfer, on_capture: Callable[[], None]) -> None:
+        """`on_capture`: called when a fence was asked for inside the capture of a CUDA graph."""
+        self._host, self._device, self._on_capture = host, device, on_capture
 
     @property
     def is_cancelled(self) -> bool:
@@ -100,7 +107,11 @@ class JointTransfer:
 
     def fence(self, group: int) -> None:
         self._host.fence(group)
-        self._device.fence(group)
+        if not self._device.fence(group):
+            self._on_capture()
+
+    def help_rest(self) -> None:
+        self._host.help_rest()
 
     def wait(self) -> None:
         self._host.wait()
@@ -137,6 +148,9 @@ class DoneTransfer:
         self.finished_ns = time.monotonic_ns()
 
     def fence(self, group: int) -> None:
+        """Nothing is left."""
+
+    def help_rest(self) -> None:
         """Nothing is left."""
 
     def wait(self) -> None:

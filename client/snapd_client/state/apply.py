@@ -11,6 +11,7 @@ import logging
 from array import array
 from collections.abc import Mapping, Sequence
 
+import torch
 from snapd_proto import format_pb2 as pb
 
 from ..errors import IntegrityError, RestoreMismatch
@@ -32,7 +33,8 @@ __all__ = ["PendingRestore", "prepare_restore"]
 class PendingRestore:
     """A restore whose bytes are still to come.
 
-    `plan`: copies from chunks to `destinations` (addresses, held alive by this object), sorted by chunk.
+    `plan`: copies from chunks to `destinations` (addresses, held alive by this object), sorted by chunk; those in
+    `device_of` are addresses on that device.
     `sources[i]`: (rank, chunk of its shard) of chunk i: first all of this rank's own shard, then those of other
     ranks that keep bytes for it. `pieces_of_chunk[i]`: the first piece of chunk i and their count.
     `report`: what allow_partial let pass.
@@ -46,6 +48,7 @@ class PendingRestore:
         planned = matcher.destinations.plan()
         self.plan: PlanArrays = planned.arrays
         self.destinations: array[int] = planned.destinations
+        self.device_of: dict[int, torch.device] = matcher.destinations.device_of
         self.sources: list[tuple[int, int]] = planned.sources
         self.pieces_of_chunk: list[tuple[int, int]] = planned.pieces_of_source
         self.report = list(matcher.differences.report)

@@ -1,8 +1,8 @@
 """Where each tensor of a snapshot goes: into the live storage where it fits, else into new memory.
 
 A live tensor is *claimed* by at most one saved tensor. A region is written directly if all its tensors were
-claimed, lie in host memory with the saved strides, and in the same places relative to each other; otherwise
-into host memory of its own, from which `finish` copies.
+claimed, lie in the memory of one device or the host with the saved strides, and in the same places relative to each
+other; otherwise into host memory of its own, from which `finish` copies. New tensors on a device are written directly.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Destinations:
         self._dropped: set[int] = set()
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._bases: dict[int, int] = {}
+        self.device_of: dict[int, torch.device] = {}  # where the bases that are no host memory lie
         self._kept: list[torch.Tensor | torch.UntypedStorage] = []
         self._plain = [i for i, tensor in enumerate(layout.tensors) if not tensor.HasField("subclass")]
         self._parameter_of: dict[str, int] = {}
@@ -145,7 +146,7 @@ class Destinations:
                 members[self._layout.tensors[number].region].append(number)
         fresh: dict[int, list[int]] = defaultdict(list)  # storage alias -> regions without a live place
         for region, numbers in members.items():
-            base = self._direct_base(numbers)
+            base = self._direct_base(region, numbers)
             if base is None:
                 fresh[self._layout.tensors[numbers[0]].storage_alias].append(region)
             else:
@@ -153,16 +154,27 @@ class Destinations:
         for regions in fresh.values():
             self._allocate_storage(regions, members)
 
-    def _direct_base(self, numbers: list[int]) -> int | None:
+    def _direct_base(self, region: int, numbers: list[int]) -> int | None:
         bases = set()
         for number in numbers:
             live, saved = self._live.get(number), self._layout.tensors[number]
-            if live is None or live.device.type != "cpu" or list(live.stride()) != list(saved.strides):
+            if live is None or list(live.stride()) != list(saved.strides):
                 return None
             if saved.live_strides or live.is_conj() or live.is_neg():  # its bytes are not the saved ones
                 return None
-            bases.add(live.data_ptr() - saved.region_offset)
-        return bases.pop() if len(bases) == 1 else None
+            bases.add((live.data_ptr() - saved.region_offset, live.device))
+        if len(bases) != 1:
+            return None
+        base, device = bases.pop()
+        if device.type != "cpu":
+            if not self._can_be_written(region, device):
+                return None
+            self.device_of[base] = device
+        return int(base)
+
+    def _can_be_written(self, region: int, device: torch.device) -> bool:
+        """Whether chunks may be copied straight to this device; many short runs go through the host."""
+        return device.type == "cuda" and region not in self._fills
 
     def _allocate_storage(self, regions: list[int], members: dict[int, list[int]]) -> None:
         """Regions of one storage get one storage; tensors that have a live place are copied there later."""
@@ -170,11 +182,17 @@ class Destinations:
         numbers = [number for region in regions for number in members[region]]
         nbytes = max(tensors[number].storage_offset + tensors[number].nbytes for number in numbers)
         lowest = min(tensors[number].storage_offset for number in numbers) // 64 * 64
-        storage = _new_storage(nbytes - lowest)
+        direct = self._direct_device(regions, numbers)
+        storage = _new_storage(nbytes - lowest, direct)
         self._kept.append(storage)
         for region in regions:
             first = tensors[members[region][0]]
             self._bases[region] = storage.data_ptr() + first.storage_offset - lowest - first.region_offset
+            if direct is not None:
+                self.device_of[self._bases[region]] = direct
+        if direct is not None:
+            self._made.update((number, _view(storage, tensors[number], lowest)) for number in numbers)
+            return
         on_device: dict[torch.device, torch.UntypedStorage] = {}
         for number in numbers:
             host = _view(storage, tensors[number], lowest)
@@ -194,6 +212,15 @@ class Destinations:
                     on_device[device] = _new_storage(nbytes - lowest, device)
                 self._made[number] = _view(on_device[device], tensors[number], lowest)
                 self._copies.append((self._made[number], host))
+
+    def _direct_device(self, regions: list[int], numbers: list[int]) -> torch.device | None:
+        """The device on which all these tensors are made anew, if they are, and just as they were saved."""
+        if any(number in self._live or self._layout.tensors[number].live_strides for number in numbers):
+            return None
+        devices = {self._device(self._layout.tensors[number]) for number in numbers}
+        device = devices.pop()
+        is_direct = not devices and all(self._can_be_written(region, device) for region in regions)
+        return device if is_direct else None
 
     def _device(self, saved: pb.Tensor) -> torch.device:
         """The saved device; a GPU's number is that of the GPU where the owner of the state lives now."""
