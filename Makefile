@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find csrc/include csrc/src csrc/bind -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 TEST_FOLDERS := $(wildcard tests/unit tests/property tests/sim tests/conformance tests/fault tests/e2e tests/cluster)
-RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests)
+RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests tools)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test sim check format proto proto-check soak soak-cluster bench bench-cluster gpu-check native-test native-sanitize clean
