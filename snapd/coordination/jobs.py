@@ -223,6 +223,10 @@ class ClusterCoordination:
         is_gone = newest.complete is None or newest.complete.generation <= self._removed_through
         return self.is_collector and not is_gone
 
+    async def take_over_newest(self) -> Newest | None:
+        """By a new collector. See `NewestRecord.take_over`."""
+        return await self._record.take_over()
+
     async def read_newest(self) -> Newest | None:
         """What the store says now. Raises UnavailableError; RemoteProtocolError (kind `record`)."""
         return await self._record.read()

@@ -1,8 +1,9 @@
 """A job's newest snapshots in the store: what the next collector begins with.
 
-Nobody is told that a snapshot is protected before it stands here, so its writing is fenced: the same transaction writes
-a leased key, which the store refuses to a collector whose lease has ended. Whoever collects after it, and has read,
-knows all that was ever told.
+Nobody is told that a snapshot is protected before it stands here, so that whoever collects next knows all that was ever
+told. Its writing is fenced twice: the same transaction writes a leased key, which the store refuses to a collector
+whose lease has ended; and a new collector writes the record as it found it, so that what the collector before it in the
+same daemon, under the same lease, has still under way comes too late.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from snapd.errors import FencedError, SnapdError, UnavailableError
 COMPLETE_AFTER_S = 1.0  # what is protected soon after is written with it
 PROTECTED_EVERY_S = 0.25
 RETRY_S = 1.0
+ATTEMPTS_MAX = 16
+NOTHING = Newest(None, None, 0)
 
 
 class NewestRecord:
@@ -42,6 +45,27 @@ class NewestRecord:
         self._written: Callable[[Newest], None] = lambda newest: None
         self._written_s = float("-inf")
         self._wake = asyncio.Event()
+        self._taken_over = 0
+
+    async def take_over(self) -> Newest | None:
+        """By a new collector, which holds the job's key: what all before it have recorded. None of them records
+        anything any more. Raises UnavailableError, FencedError; RemoteProtocolError (kind `record`).
+        """
+        self._taken_over += 1
+        self._wanted = None
+        for _ in range(ATTEMPTS_MAX):
+            key = self._state.keys.newest(self._job)
+            entry = (await self._state.store.read(key)).items.get(key)
+            value = entry.value if entry is not None else newest_to_json(NOTHING)
+            if await self._put(value, entry.version if entry is not None else 0):
+                self.newest = newest_from_json(value)
+                return self.newest if self.newest != NOTHING else None
+        raise UnavailableError("the record changes too fast", kind="contention", job=self._job)
+
+    async def _put(self, value: bytes, version: int) -> bool:
+        keys, node = self._state.keys, self._state.member.node.encode("ascii")
+        writes = [Write(keys.newest(self._job), value), Write(keys.recorder(self._job), node, is_leased=True)]
+        return await self._state.store.transact([Check(keys.newest(self._job), version)], writes)
 
     async def read(self) -> Newest | None:
         """What the store says now. Raises UnavailableError; RemoteProtocolError (kind `record`)."""
@@ -66,15 +90,17 @@ class NewestRecord:
             self._wake.clear()
             await self._wait_due()
             wanted, self._wanted = self._wanted, None
+            turn = self._taken_over
             if wanted is None or not self._may_write(wanted):
                 continue
             try:
-                await self._write(wanted)
+                await self._write(wanted, turn)
             except (SnapdError, OSError) as error:
                 self._state.note("newest.unwritten", {"job": self._job, "reason": str(error)})
                 if isinstance(error, FencedError) and error.kind == "lease":
                     self._lease_ended()
-                self._wanted = self._wanted or wanted
+                if turn == self._taken_over:
+                    self._wanted = self._wanted or wanted
                 await asyncio.sleep(RETRY_S)
                 self._wake.set()
 
@@ -94,17 +120,16 @@ class NewestRecord:
             return self._written_s + PROTECTED_EVERY_S
         return self._wanted_since_s + COMPLETE_AFTER_S
 
-    async def _write(self, wanted: Newest) -> None:
+    async def _write(self, wanted: Newest, turn: int) -> None:
         state, key = self._state, self._state.keys.newest(self._job)
         self._written_s = state.environment.monotonic_s()
         entry = (await state.store.read(key)).items.get(key)
         value = newest_to_json(wanted)
         if entry is None or entry.value != value:
-            if not self._may_write(wanted):
-                raise UnavailableError("this daemon does not collect the job any more", kind="no_collector")
-            checks = [Check(key, entry.version if entry else 0)]
-            fence = Write(state.keys.recorder(self._job), state.member.node.encode("ascii"), is_leased=True)
-            if not await state.store.transact(checks, [Write(key, value), fence]):
+            if turn != self._taken_over or not self._may_write(wanted):
+                raise UnavailableError("this collector has been followed by another", kind="no_collector")
+            if not await self._put(value, entry.version if entry else 0):
                 raise UnavailableError("the record changes too fast", kind="contention")
-        self.newest = wanted
-        self._written(wanted)
+        if turn == self._taken_over:
+            self.newest = wanted
+            self._written(wanted)

@@ -150,7 +150,7 @@ class ParityStore:
     def held_rows(self) -> list[HeldRows]:
         """For the inventory: per row map, the rows of which some fragment is here, and whose records are."""
         with self._lock:
-            held = {row_id for row_id, _ in self._fragments}
+            held = set(self._fragments)
         return [
             HeldRows(
                 plan.map.id,
@@ -158,7 +158,12 @@ class ParityStore:
                 plan.map.epoch,
                 plan.map.nodes,
                 plan.map.code,
-                frozenset(row.id for row in plan.rows if row.id in held),
+                frozenset(
+                    (row.id, number)
+                    for row in plan.rows
+                    for number in range(len(row.parity_nodes))
+                    if (row.id, number) in held
+                ),
                 frozenset(chunk.rank for row in plan.rows for chunk in row.chunks),
             )
             for plan in self.plans()

@@ -240,7 +240,8 @@ def inventory_to_proto(sender: peer_pb2.Sender, inventory: Inventory) -> peer_pb
             nodes=rows.nodes,
             k=rows.code.k,
             m=rows.code.m,
-            row_ids=sorted(rows.row_ids),
+            row_ids=[row_id for row_id, _ in sorted(rows.fragments)],
+            fragment_numbers=[number for _, number in sorted(rows.fragments)],
             record_ranks=sorted(rows.record_ranks),
         )
         for rows in inventory.rows
@@ -269,7 +270,7 @@ def inventory_from_proto(message: peer_pb2.InventoryReply) -> Inventory:
                 rows.epoch,
                 tuple(checked_node_name(node) for node in rows.nodes),
                 _code(rows.k, rows.m),
-                frozenset(rows.row_ids),
+                _fragments(rows),
                 frozenset(rows.record_ranks),
             )
             for rows in message.rows
@@ -280,6 +281,14 @@ def inventory_from_proto(message: peer_pb2.InventoryReply) -> Inventory:
         live_ranks=tuple(message.live_ranks),
         arena_bytes=message.arena_bytes,
     )
+
+
+def _fragments(rows: peer_pb2.HeldRows) -> frozenset[tuple[bytes, int]]:
+    if not rows.fragment_numbers:  # a version before did not say
+        return frozenset((row_id, number) for row_id in rows.row_ids for number in range(rows.m))
+    if len(rows.fragment_numbers) != len(rows.row_ids) or max(rows.fragment_numbers) >= rows.m:
+        raise RemoteProtocolError("an inventory names fragments that do not exist", kind="peer")
+    return frozenset(zip(rows.row_ids, rows.fragment_numbers, strict=True))
 
 
 def _code(k: int, m: int) -> Code:
@@ -325,6 +334,7 @@ def ask_to_proto(sender: peer_pb2.Sender, job: str, ask: WorldAsk) -> peer_pb2.P
         step=ask.step or 0,
         accept_older=ask.accept_older,
         world_size=ask.world_size,
+        elastic=ask.is_elastic,
     )
 
 
@@ -336,6 +346,7 @@ def ask_from_proto(message: peer_pb2.PlanWorldRestoreRequest) -> WorldAsk:
         world_size=_bounded(message.world_size, WORLD_SIZE_MAX, "world_size"),
         step=_bounded(message.step, STEP_MAX, "step") if message.has_step else None,
         accept_older=message.accept_older,
+        is_elastic=message.elastic,
     )
 
 

@@ -279,12 +279,14 @@ class Cluster:
 
     async def _begin_collecting(self, name: str, coordination: ClusterCoordination) -> None:
         try:
-            newest = await coordination.read_newest()
+            newest = await coordination.take_over_newest()
         except RemoteProtocolError as error:
             self._parts.log.warning("newest.unreadable", job=name, reason=str(error))
             newest = None
+        except FencedError as error:
+            raise UnavailableError("this node's lease has ended", kind="lease", job=name) from error
         if name in self._collectors:
-            return
+            return  # somebody else here was quicker; what its collector had under way it publishes again
 
         current = coordination.generation(coordination.current())
 
@@ -320,8 +322,7 @@ class Cluster:
 
     async def is_recorded(self, name: str) -> bool:
         """Whether the coordinator knows of snapshots of the job. Raises UnavailableError."""
-        key = self.state.keys.newest(name)
-        return key in (await self.state.store.read(key)).items
+        return await self.newest_recorded(name) is not None
 
     async def take_report(
         self, name: str, report: NodeReport, *, known_orders: int, hold_s: float

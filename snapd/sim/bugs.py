@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from snapd.core.cluster import GroupTable
 from snapd.core.collector import Collector
@@ -107,15 +108,9 @@ class BuggyCollector(Collector):
             return whole[-1] if whole else None
         return newest
 
-    def _kept(
-        self,
-        holders: object,
-        whole: list[SnapshotId],
-        complete: SnapshotId | None,
-        target: SnapshotId | None,
-        protected: SnapshotId | None,
-    ) -> set[SnapshotId]:
-        kept = super()._kept(holders, whole, complete, target, protected)  # type: ignore[arg-type]
+    def _kept(self, *facts: Any) -> set[SnapshotId]:
+        kept = super()._kept(*facts)
+        complete, protected = facts[2], facts[4]
         if Bug.DROP_PROTECTED in self.bugs and protected is not None and protected != complete:
             kept.discard(protected)
         if Bug.DROP_NEWEST_COMPLETE in self.bugs and complete is not None:

@@ -243,9 +243,11 @@ class SimDaemon:
 
     async def _begin_collecting(self) -> None:
         try:
-            newest = await self.coordination.read_newest()
+            newest = await self.coordination.take_over_newest()
         except RemoteProtocolError as error:
             raise InternalError("the record of the newest snapshots cannot be read") from error
+        except FencedError as error:
+            raise UnavailableError("this node's lease has ended", kind="lease") from error
         if self.collector is None:
             self.collector = SimCollector(self, newest.record if newest else Record())
             self.sim.note(self.node, "collects the job")

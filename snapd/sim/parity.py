@@ -155,7 +155,7 @@ class SimParity:
         return self._done
 
     def held_rows(self) -> tuple[HeldRows, ...]:
-        held = {row_id for row_id, _ in self._disk.fragments}
+        held = self._disk.fragments
         return tuple(
             HeldRows(
                 plan.map.id,
@@ -163,7 +163,12 @@ class SimParity:
                 plan.map.epoch,
                 plan.map.nodes,
                 plan.map.code,
-                frozenset(row.id for row in plan.rows if row.id in held),
+                frozenset(
+                    (row.id, number)
+                    for row in plan.rows
+                    for number in range(len(row.parity_nodes))
+                    if (row.id, number) in held
+                ),
                 frozenset(chunk.rank for row in plan.rows for chunk in row.chunks),
             )
             for plan in self.plans()

@@ -227,3 +227,34 @@ def test_the_store_takes_no_record_of_a_collector_whose_lease_has_ended() -> Non
             await asyncio.gather(running, return_exceptions=True)
 
     virtually(work())
+
+
+def test_what_a_collector_before_in_the_same_daemon_has_under_way_comes_too_late() -> None:
+    """Found by the simulation (seed 1524): it was recorded after the next one had read."""
+
+    async def work() -> None:
+        async with scene() as (stores, cluster):
+            daemon = cluster.start(member("a"))
+            await settled([daemon], "a")
+            job = ClusterCoordination(daemon.state, "job")
+            running = asyncio.ensure_future(job.run())
+            await job.claim_collector()
+            assert await job.take_over_newest() is None
+            first, second = (Newest(SnapshotId(1, n), SnapshotId(1, n), 1, 1) for n in (1, 2))
+            written: list[Newest] = []
+            job.publish_newest(first, written.append)
+            await pass_time(1)
+            stores.clients[0].cut(True)
+            job.publish_newest(second, written.append)
+            await pass_time(0.5)
+            stores.clients[0].cut(False)
+            assert await job.take_over_newest() == first, "by the next one"
+            await pass_time(5)
+            assert written == [first] and await job.read_newest() == first
+            job.publish_newest(second, written.append)
+            await pass_time(1)
+            assert written == [first, second] and await job.read_newest() == second
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    virtually(work())

@@ -245,7 +245,7 @@ def coded(scene: Scene, *, epochs: dict[int, bool]) -> None:
         for epoch, is_whole in epochs.items():
             order = nodes if epoch == 1 else ("b", "c", "a")
             chunks = {n: chunks_of(n, [r for owner, r in records if owner == n]) for n in order}
-            ids = {row.id for row in plan_rows(code, order, chunks) if name in row.parity_nodes}
+            ids = {(row.id, 0) for row in plan_rows(code, order, chunks) if name in row.parity_nodes}
             rows.append(
                 HeldRows(
                     snap(1), 0, epoch, order, code, frozenset(ids if is_whole else ()), frozenset({0, 1, 2})
