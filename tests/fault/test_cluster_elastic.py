@@ -25,14 +25,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def train(daemons: Sequence[ClusterDaemon], kind: str, folder: Path) -> tuple[list[dict[str, Any]], str]:
+def train(
+    daemons: Sequence[ClusterDaemon], kind: str, folder: Path, level: str = "protected"
+) -> tuple[list[dict[str, Any]], str]:
     """A rank on each node, each under a torchrun of its own; what they said when they had restored, and all output."""
     for path in folder.glob("said-*"):
         path.unlink()
     port, agents = free_port(), []
     for number, daemon in enumerate(daemons):
         environment = {
-            **os.environ, **daemon.trainer_env(), "OMP_NUM_THREADS": "1", "ELASTIC_LEVEL": "protected",
+            **os.environ, **daemon.trainer_env(), "OMP_NUM_THREADS": "1", "ELASTIC_LEVEL": level,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
         command = [
@@ -65,3 +67,25 @@ def test_three_nodes_two_after_a_loss_and_three_again(tmp_path: Path) -> None:
         lost.start()
         said, output = train(nodes.daemons, "fsdp", tmp_path)
         assert [one["step"] for one in said] == [4, 4, 4], output
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_cluster_and_a_smaller_one_from_the_tier(tmp_path: Path) -> None:
+    (tmp_path / "tier").mkdir()
+    tier = {"SNAPD_TIER_SHARED": str(tmp_path / "tier"), "SNAPD_TIER_EVERY_STEPS": "1"}
+    with cluster(3, "2+1", is_tls=False, is_etcd=False, is_namespaced=False) as nodes:
+        for daemon in nodes.daemons:
+            daemon.settings.update(tier)
+        nodes.start()
+        nodes.wait_settled()
+        said, output = train(nodes.daemons, "fsdp", tmp_path, "durable")
+        assert [one["step"] for one in said] == [0, 0, 0], output
+    with cluster(
+        2, "1+1", is_tls=False, is_etcd=False, is_namespaced=False
+    ) as nodes:  # nothing of the first is left
+        for daemon in nodes.daemons:
+            daemon.settings.update(tier)
+        nodes.start()
+        nodes.wait_settled()
+        said, output = train(nodes.daemons, "fsdp", tmp_path, "durable")
+        assert [one["step"] for one in said] == [2, 2], output
