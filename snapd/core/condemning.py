@@ -12,7 +12,8 @@ The protocol, and why no clock can break it:
   more, and starts over. The same holds for manifests of an attempt that nobody works at.
 - A snapshot that retention drops gets a void record above its revisions first, which voids them all at once, also
   for a request that was on its way all the time and lands later.
-- Nothing that a commit record names is deleted unless the record is deleted before it.
+- Nothing that a commit record names is deleted unless the record is deleted before it, and nothing that the manifest
+  of an attempt names unless the attempt is voided.
 - Of what is deleted, commit records go first, then shard manifests, intents, packs.
 
 Rounds and times to live are there to spare work and to let readers finish, not for safety. Only void records end by
@@ -369,6 +370,11 @@ def to_delete(judgement: Judgement, sight: Sight, rules: CollectRules) -> Deleti
         if record.void is None and record.key not in due:
             for key in _named_by(record, sight):
                 due.pop(key, None)
+    for item in judgement.garbage.values():
+        # Whoever comes now may still commit over this manifest: its attempt is voided first.
+        if item.order is Order.SHARD and item.void is not None and item.key not in due:
+            for pack in sight.shards[item.key].packs or ():
+                due.pop(sight.keys.pack(pack), None)
     keys = tuple(sorted(due.values(), key=lambda item: (item.order, item.key)))
     voids = {item.void: None for item in keys if item.void is not None}
     stays = sight.all_keys().difference(due)
