@@ -70,6 +70,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         job = self.node.job_for(opening.job)
         if job.flusher is not None:
             await job.flusher.before_opening()
+        if self.node.tier_restores is not None:
+            await self.node.tier_restores.before_opening(job)
         try:
             session = await open_session(
                 self.node.context, job, peer, opening, stored_chunk_bytes=await self._stored_chunk_bytes(job)

@@ -16,7 +16,8 @@ from snapd.core.tier_choice import Ask, TierFacts, how_to_ask, unreachable
 from snapd.errors import ConflictError, SnapdError
 from snapd.runtime.job import Job
 from snapd.runtime.peers import WorldAsk
-from snapd.runtime.tier_restoring import BRIEF_S, TierRestores, is_store_away
+from snapd.runtime.tier_access import is_store_away
+from snapd.runtime.tier_restoring import BRIEF_S, TierRestores
 from snapd.tier.reading import Candidate, Opened
 
 GOOD_MAX = 4  # the newest may turn out bad when it is read

@@ -8,40 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.manifest import ShardRecord
-from snapd.core.restore import Decision, Outcome, Verdict
-from snapd.core.tier_choice import Ask, TierFacts, chosen_from_tier, how_to_ask, merged, unreachable
+from snapd.core.restore import Decision, Outcome, Repair, Verdict
+from snapd.core.tier_choice import (
+    TRUST_S,
+    Ask,
+    TierFacts,
+    chosen_from_tier,
+    how_to_ask,
+    merged,
+    unreachable,
+)
+from snapd.core.words import listed
 from snapd.errors import (
-    AuthError,
-    CapacityError,
-    ConfigError,
     ConflictError,
-    NotFoundError,
     NotRestorable,
     SnapdError,
     UnavailableError,
 )
 from snapd.runtime.job import Job
+from snapd.runtime.tier_access import TierAccess, is_store_away
 from snapd.runtime.tier_bringing import Lacking, Progress, bring_stored
 from snapd.store.base import Store
 from snapd.tier.reading import Candidate, Opened, TierReader
-from snapd.tier.streaming import ReadPool
 
-THREADS = 4
+GENERATION_MAX = 1 << 62
 BRIEF_S = 3.0  # for an answer that is not needed
-PAUSE_FIRST_S = 0.5
-PAUSE_MAX_S = 10.0
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,57 +52,15 @@ class Wish:
     is_elastic: bool
 
 
-class TierRestores:
-    """`url`: of the tier, as configured. `open_store`: makes a store; asks nothing of it. `wait_s`: how long a restore
-    waits for a tier that may have a newer snapshot.
-    """
+class TierRestores(TierAccess):
+    """`wait_s`: how long a restore waits for a tier that may have a newer snapshot."""
 
     def __init__(self, url: str, open_store: Callable[[], Store], *, wait_s: float) -> None:
-        self.url = url
-        self._open_store = open_store
+        super().__init__(url, open_store)
         self._wait_s = wait_s
-        self._opening = threading.Lock()
-        self._store: Store | None = None
-        self._is_closing = False
-        self.pool = ReadPool()
-        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="snapd-restore")
         self._served: dict[
             str, dict[int, float]
         ] = {}  # job -> generation -> when a trainer of it was last served
-
-    # the store
-
-    @property
-    def store(self) -> Store | None:
-        """None: nothing was asked yet."""
-        return self._store
-
-    def _opened(self) -> Store:
-        with self._opening:
-            if self._store is None:
-                if self._is_closing:
-                    raise UnavailableError("the daemon is stopping", kind="stopping")
-                self._store = self._open_store()
-            return self._store
-
-    async def ask(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run something blocking; UnavailableError (kind `stopping`) after `close`."""
-        try:
-            future = self.threads.submit(function, *args, **kwargs)
-        except RuntimeError as error:
-            raise UnavailableError("the daemon is stopping", kind="stopping") from error
-        return await asyncio.wrap_future(future)
-
-    async def reader(self, job: str) -> TierReader:
-        return TierReader(await self.ask(self._opened), job, self.pool)
-
-    def close(self) -> None:
-        """Let go of the store, and join the threads. Blocking."""
-        self._is_closing = True
-        if self._store is not None:
-            self._store.close()
-        self.threads.shutdown(wait=True, cancel_futures=True)
-        self.pool.close()
 
     # what is known
 
@@ -126,11 +81,21 @@ class TierRestores:
             idle_s=now_s - max(older) if older else None,
         )
 
+    async def before_opening(self, job: Job) -> None:
+        """A generation is about to be given out. If no trainer was served here lately the job may have been elsewhere:
+        the number is to be above what it has left in the tier. Waits a little; see `check_generation`.
+        """
+        idle_s = self.facts(job, GENERATION_MAX).idle_s
+        if idle_s is None or idle_s > TRUST_S:
+            newest = await self.newest(job)
+            if newest is not None:
+                job.coordination.start_above(newest.generation)
+
     async def newest(self, job: Job) -> SnapshotId | None:
         """The newest snapshot that the tier has of the job, good or bad; None also when it does not answer at once."""
         with contextlib.suppress(SnapdError, TimeoutError):
             async with asyncio.timeout(BRIEF_S):
-                found = await self._candidates(job.name)
+                found = await self.candidates(job.name)
                 return found[0].id if found else None
         return None
 
@@ -139,15 +104,34 @@ class TierRestores:
         with contextlib.suppress(SnapdError, TimeoutError):
             async with asyncio.timeout(BRIEF_S):
                 reader = await self.reader(job.name)
-                for candidate in await self._candidates(job.name):
+                for candidate in await self.candidates(job.name):
                     opened = await self.ask(reader.open, candidate, [0])
                     if isinstance(opened, Opened):
                         return opened.shards[0].chunk_bytes
         return 0
 
-    async def _candidates(self, job: str) -> list[Candidate]:
-        reader = await self.reader(job)
-        return await self.ask(reader.candidates)
+    async def repair(
+        self, job: Job, snapshot: SnapshotId, rank: int, bad: Sequence[tuple[int, str]]
+    ) -> Repair:
+        """On one machine: chunks that are bad in memory come anew from the tier, if it has the snapshot. Implements
+        `job.Repairing`.
+        """
+        told = listed([f"chunk {index}: {what}" for index, what in bad], shown=4, separator="; ")
+        job.context.log.error(
+            "shard.bad",
+            job=job.name,
+            generation=snapshot.generation,
+            step=snapshot.step,
+            rank=rank,
+            chunks=len(bad),
+            reason=told,
+        )
+        try:
+            await bring_from_tier(self, job, snapshot, rank)
+        except SnapdError as error:  # a restore asks the tier again, and waits for it
+            return Repair(False, is_proved=True, why=error.message)
+        job.ledger.unhold(snapshot)
+        return Repair(True)
 
     # a round
 
@@ -171,26 +155,6 @@ class TierRestores:
             return memory if is_enough else unreachable(memory, (), self.url, error.message)
         self.check_generation(job, candidates, wish.generation)
         return await _Choosing(self, job, wish, memory).run(candidates)
-
-    async def listed(self, job: str, wait_s: float) -> list[Candidate]:
-        """What the tier has, newest first, asked for again and again. Raises the last error."""
-        clock = asyncio.get_running_loop()
-        deadline_s, pause_s = clock.time() + wait_s, PAUSE_FIRST_S
-        error: SnapdError = UnavailableError("no answer in time", kind="store_slow")
-        while True:
-            try:
-                async with asyncio.timeout(max(0.1, deadline_s - clock.time())):
-                    return await self._candidates(job)
-            except TimeoutError:
-                raise error from None
-            except SnapdError as failure:
-                if not is_store_away(failure) or failure.kind == "stopping":
-                    raise
-                error = failure
-            if clock.time() + pause_s >= deadline_s:
-                raise error
-            await asyncio.sleep(pause_s)
-            pause_s = min(PAUSE_MAX_S, 2 * pause_s)
 
     def check_generation(self, job: Job, candidates: Sequence[Candidate], generation: int) -> None:
         """Raise ConflictError (kind `tier_generation`) if a generation was given out while the tier could not be asked,
@@ -350,12 +314,3 @@ def _forgive(job: Job, snapshot: SnapshotId) -> None:
         facts.problem = ""
         job.index.set_problem(snapshot, "")
         job.forget_announced()
-
-
-def is_store_away(error: SnapdError) -> bool:
-    """Whether the error says that the store cannot be asked, or refuses: nothing is proved by it."""
-    if isinstance(error, NotFoundError):
-        return error.kind == "bucket"
-    if isinstance(error, ConflictError | CapacityError):
-        return error.kind == "store_full"
-    return isinstance(error, UnavailableError | AuthError | ConfigError)
