@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from snapd.core.committing import Place
 from snapd.core.ids import SnapshotId
 from snapd.core.stored import ShardEntry, StoredShard, StoredSnapshot
-from snapd.core.tier_keys import TierKeys
-from snapd.errors import ConflictError, NotFoundError
+from snapd.core.tier_keys import TierKeys, snapshot_text
+from snapd.errors import ConflictError, IntegrityError, NotFoundError
 from snapd.store.base import Created, Store
 from snapd.tier.envelope import NBYTES_MAX, Kind
 from snapd.tier.intents import WriterIntent, condemned_error
@@ -58,12 +59,15 @@ class CommitMeans:
 
 @dataclass(slots=True)
 class Committer:
-    """Of one snapshot, for one attempt."""
+    """Of one snapshot, for one attempt. `revision`: of its manifests and of the commit record: 0, or the next one after
+    those that a collector gave up.
+    """
 
     means: CommitMeans
     snapshot: SnapshotId
     world_size: int
     write_id: str
+    revision: int = 0
     _noted: dict[int, _Noted] = field(default_factory=dict)
 
     # shards
@@ -72,11 +76,15 @@ class Committer:
         """The ranks whose manifests are there. One listing."""
         keys = self.means.keys
         found = (keys.shard_of(info.key) for info in self.means.store.list(keys.shards_of(self.snapshot)))
-        return {each[1] for each in found if each is not None and each[0] == self.snapshot and each[2] == 0}
+        mine = (self.snapshot, self.revision)
+        return {each[1] for each in found if each is not None and (each[0], each[2]) == mine}
+
+    def shard_key(self, rank: int) -> str:
+        return self.means.keys.shard(self.snapshot, rank, self.revision)
 
     def existing(self, rank: int) -> StoredShard | None:
         """The rank's manifest, if it is there. Raises IntegrityError for a broken one."""
-        key = self.means.keys.shard(self.snapshot, rank)
+        key = self.shard_key(rank)
         try:
             data = self.means.store.read(key, max_nbytes=NBYTES_MAX[Kind.SHARD])
         except NotFoundError as error:
@@ -91,7 +99,7 @@ class Committer:
         Raises:
             ConflictError: kind `tier_conflict`: the manifest of another shard is there.
         """
-        store, key = self.means.store, self.means.keys.shard(shard.id, shard.rank)
+        store, key = self.means.store, self.shard_key(shard.rank)
         data = encode_shard(shard)
         self.means.point("daemon.flush.manifest.before")
         created = store.create(key, data)
@@ -112,27 +120,35 @@ class Committer:
     # the snapshot
 
     def committed(self) -> StoredSnapshot | None:
-        """The commit record, if it is there, whoever wrote it: it names the shards that we know, or it is an error."""
-        try:
-            record = read_record(self.means.store, self.means.keys, self.snapshot, 0)
-        except NotFoundError as error:
-            if error.kind != "object":
-                raise
-            return None
-        self._check_names_ours(record)
-        return record
+        """The commit record, if it is there, whoever wrote it, as whichever revision: it names the shards that we know,
+        or it is an error.
+
+        Raises:
+            UnavailableError: kind `tier_condemned`: a collector has given this attempt up: another may be made.
+            IntegrityError: kind `tier_void`: retention has dropped the snapshot.
+        """
+        store, keys = self.means.store, self.means.keys
+        is_given_up = False
+        for revision in revisions_of(store, keys, self.snapshot):
+            try:
+                record = read_record(store, keys, self.snapshot, revision)
+            except NotFoundError as error:
+                if error.kind != "object":
+                    raise
+            except IntegrityError as error:
+                if error.kind != "tier_void" or error.context.get("is_dropped"):
+                    raise
+                is_given_up = is_given_up or revision >= self.revision
+            else:
+                self._check_names_ours(record)
+                return record
+        if is_given_up:
+            raise condemned_error("this attempt", keys.snapshot(self.snapshot, self.revision))
+        return None
 
     def _check_names_ours(self, record: StoredSnapshot) -> None:
         for rank, noted in self._noted.items():
-            named = record.shards[rank] if rank < record.world_size else None
-            if named is None or named.shard_digest != noted.entry.shard_digest:
-                raise ConflictError(
-                    f"the tier has another snapshot {self.snapshot} of this job: rank {rank} is"
-                    f" {named.shard_digest.hex() if named else 'not in its world'} there (written by"
-                    f" {record.write_id}), {noted.entry.shard_digest.hex()} here (written by {self.write_id})",
-                    kind="tier_conflict",
-                    hint="two jobs of one name write to one tier: give one of them another name or prefix",
-                )
+            check_named(record, rank, noted.entry.shard_digest, self.write_id)
 
     def try_commit(self, intent: WriterIntent) -> Progress:
         """Commit if the manifests of all ranks are there.
@@ -158,7 +174,8 @@ class Committer:
         record = self._record()
         self._check_condemned(condemned, record)
         self.means.point("daemon.flush.commit.before")
-        key, deadline_s = self.means.keys.snapshot(self.snapshot), min(DEADLINE_S, self.means.round_s / 2)
+        key = self.means.keys.snapshot(self.snapshot, self.revision)
+        deadline_s = min(DEADLINE_S, self.means.round_s / 2)
         created = self.means.store.create(key, encode_snapshot(record), deadline_s=deadline_s)
         self.means.point("daemon.flush.commit.after")
         if created is Created.OURS:
@@ -189,7 +206,7 @@ class Committer:
             job=self.means.keys.job,
             id=self.snapshot,
             world_size=self.world_size,
-            revision=0,
+            revision=self.revision,
             parent=parents.pop(),
             write_id=self.write_id,
             shards=tuple(each.entry for each in noted),
@@ -203,6 +220,44 @@ class Committer:
         doomed = next((key for key in needed if key in condemned), None)
         if doomed is not None:
             raise condemned_error("something that this snapshot needs", doomed)
+
+
+def revisions_of(store: Store, keys: TierKeys, snapshot: SnapshotId) -> list[int]:
+    """Of what lies at the keys of the snapshot's commit records, the highest first. One listing."""
+    found = (keys.snapshot_of(info.key) for info in store.list(f"{keys.snapshots}{snapshot_text(snapshot)}."))
+    return sorted((each[1] for each in found if each is not None), reverse=True)
+
+
+def places_of(store: Store, keys: TierKeys, snapshot: SnapshotId) -> dict[int, Place]:
+    """What lies there."""
+    places: dict[int, Place] = {}
+    for revision in revisions_of(store, keys, snapshot):
+        try:
+            read_record(store, keys, snapshot, revision)
+        except NotFoundError as error:
+            if error.kind != "object":
+                raise
+        except IntegrityError as error:
+            if error.kind != "tier_void":
+                raise
+            places[revision] = Place.DROPPED if error.context.get("is_dropped") else Place.VOID
+        else:
+            places[revision] = Place.RECORD
+    return places
+
+
+def check_named(record: StoredSnapshot, rank: int, digest: bytes, write_id: str) -> None:
+    """Raise ConflictError (kind `tier_conflict`) unless the commit record names the rank's shard of that digest."""
+    named = record.shards[rank] if rank < record.world_size else None
+    if named is not None and named.shard_digest == digest:
+        return
+    there = named.shard_digest.hex() if named is not None else "not in its world"
+    raise ConflictError(
+        f"the tier has another snapshot {record.id} of this job: rank {rank} is {there} there (written by"
+        f" {record.write_id}), {digest.hex()} here (written by {write_id})",
+        kind="tier_conflict",
+        hint="two jobs of one name write to one tier: give one of them another name or prefix",
+    )
 
 
 def check_same_shard(key: str, there: StoredShard, digest: bytes, write_id: str) -> None:

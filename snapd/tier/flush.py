@@ -11,13 +11,21 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from snapd.core.committing import attempt_of, check_base
 from snapd.core.ids import SnapshotId
 from snapd.core.stored import Intent, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import UnavailableError
 from snapd.store.base import Store
-from snapd.tier.committing import CommitMeans, Committer, check_same_shard
-from snapd.tier.intents import WriterIntent
+from snapd.tier.committing import (
+    CommitMeans,
+    Committer,
+    check_named,
+    check_same_shard,
+    places_of,
+    revisions_of,
+)
+from snapd.tier.intents import WriterIntent, condemned_error
 from snapd.tier.known_chunks import KnownChunks, add_base, committed_snapshots, newest_good
 from snapd.tier.manifests import shard_from_record
 from snapd.tier.writing import PackWriter, ShardBytes, Stopped, WriteCounts, WriteMeans, plan_packs
@@ -134,16 +142,21 @@ class TierWriter:
         stage.text = "looks at what the tier has"
         if len(self._carried) > CARRIED_PER_CHUNK_MAX * sum(len(shard.record.chunks) for shard in shards):
             self.give_up()  # it is mostly of older snapshots by now: a collector may have it
-        committer = Committer(self._commit_means(), snapshot, world_size, self.write_id)
-        known = self._known(snapshot, [shard.record.rank for shard in shards])
+        attempt = attempt_of(places_of(self._means.store, self.keys, snapshot))
+        committer = Committer(
+            self._commit_means(), snapshot, world_size, self.write_id, attempt.revision or 0
+        )
+        if attempt.revision is None:
+            return self._there_already(committer, shards, own_done)
+        known = self._known(snapshot, attempt.revision, [shard.record.rank for shard in shards])
         point("daemon.flush.intent.after")
         resumed = self._resumed(committer, shards)
         left = [shard for shard in shards if shard.record.rank not in resumed]
         writer, reused_nbytes = self._write(committer, left, known, stop, stage)
         own_done()
         progress = committer.try_commit(self._intent)
-        wait_s = WAIT_FIRST_S
         stage.waits_since_s = self._means.write.monotonic_s()
+        wait_s = WAIT_FIRST_S
         while progress.committed is None:
             stage.is_waiting = True
             stage.text = f"waits for the shards of ranks {', '.join(map(str, progress.missing[:8]))}"
@@ -156,6 +169,21 @@ class TierWriter:
         self._begin_anew()
         return Flushed(progress.committed, progress.is_ours, writer.counts, reused_nbytes, len(resumed))
 
+    def _there_already(
+        self, committer: Committer, shards: Sequence[ShardBytes], own_done: Callable[[], None]
+    ) -> Flushed:
+        """It was committed before we came, by another node or before a restart; or it was dropped (IntegrityError)."""
+        own_done()
+        record = committer.committed()
+        if record is None:
+            raise condemned_error("the commit record", self.keys.snapshot(committer.snapshot))
+        for shard in shards:
+            check_named(record, shard.record.rank, shard.record.digest, self.write_id)
+        if self._intent.is_published:
+            self._intent.remove()
+        self._begin_anew()
+        return Flushed(record, False, WriteCounts(), sum(s.record.nbytes for s in shards), len(shards))
+
     def _commit_means(self) -> CommitMeans:
         means = self._means
         return CommitMeans(
@@ -167,19 +195,23 @@ class TierWriter:
             round_s=means.round_s,
         )
 
-    def _known(self, snapshot: SnapshotId, ranks: Sequence[int]) -> KnownChunks:
-        """Publish the intent, and gather what may be used again; nothing that a collector is about to delete."""
-        means = self._means
+    def _known(self, snapshot: SnapshotId, revision: int, ranks: Sequence[int]) -> KnownChunks:
+        """Publish the intent, and gather what may be used again; nothing that a collector is about to delete. The
+        order is the protocol's: intent, condemned lists, then what is built upon.
+        """
+        store, keys = self._means.store, self.keys
         if self._intent.is_published:
             self._intent.check()  # given up meanwhile? Putting it again would hide that
-        base = newest_good(means.store, self.keys, committed_snapshots(means.store, self.keys))
-        self._intent.publish(snapshot, [base.id] if base is not None else [])
+        base = newest_good(store, keys, committed_snapshots(store, keys))
+        self._intent.publish(snapshot, [base.id] if base is not None else [], revision)
         condemned = self._intent.check()
         known = KnownChunks()
         known.add(self._carried)
-        if base is not None and self.keys.snapshot(base.id, base.revision) not in condemned:
-            add_base(means.store, known, base, ranks)
-        packs = (self.keys.pack_name(key) for key in condemned)
+        if base is not None:
+            there = [keys.snapshot(base.id, number) for number in revisions_of(store, keys, base.id)]
+            if not check_base(base.id, there, condemned):
+                add_base(store, known, base, ranks)
+        packs = (keys.pack_name(key) for key in condemned)
         known.without_packs({pack for pack in packs if pack is not None})
         return known
 
@@ -191,8 +223,7 @@ class TierWriter:
             rank = shard.record.rank
             found = committer.existing(rank) if rank in there else None
             if found is not None:
-                key = self.keys.shard(shard.record.id, rank)
-                check_same_shard(key, found, shard.record.digest, self.write_id)
+                check_same_shard(committer.shard_key(rank), found, shard.record.digest, self.write_id)
                 resumed.add(rank)
         return resumed
 

@@ -66,9 +66,11 @@ class WriterIntent:
     def key(self) -> str:
         return self._keys.intent(self.intent.write_id)
 
-    def publish(self, snapshot: SnapshotId, bases: Sequence[SnapshotId]) -> None:
-        """Say that `snapshot` is being written, on packs of `bases`."""
-        self.intent = replace(self.intent, id=snapshot, bases=tuple(bases), beat=self.intent.beat + 1)
+    def publish(self, snapshot: SnapshotId, bases: Sequence[SnapshotId], revision: int = 0) -> None:
+        """Say that `snapshot` is being written, as that revision, on packs of `bases`."""
+        self.intent = replace(
+            self.intent, id=snapshot, bases=tuple(bases), revision=revision, beat=self.intent.beat + 1
+        )
         self._put()
 
     def beat(self) -> None:
