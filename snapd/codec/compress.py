@@ -59,12 +59,34 @@ class EncodedChunk:
         return len(self.buffer)
 
 
+class _Compressors:
+    """zstd's contexts for bytes as they are, and for byte planes.
+
+    In planes there is little to find but how often each byte comes: a search for repetitions costs half of the time and
+    gains nothing (docs/adr/0015-how-chunks-are-compressed.md). At level 1 it is cut down to long runs.
+    """
+
+    def __init__(self, level: int) -> None:
+        self.plain: Any = zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True)
+        self.planes: Any = self.plain
+        if level == 1:
+            fast = zstandard.ZstdCompressionParameters.from_level(
+                1,
+                strategy=zstandard.STRATEGY_FAST,
+                min_match=7,
+                hash_log=7,
+                write_checksum=False,
+                write_content_size=True,
+            )
+            self.planes = zstandard.ZstdCompressor(compression_params=fast)
+
+
 class _Scratch(threading.local):
     """Of one thread."""
 
     def __init__(self) -> None:
         self.planes = bytearray()
-        self.compressor: Any = None
+        self.compressors: _Compressors | None = None
         self.decompressor: Any = None
 
     def room(self, nbytes: int) -> memoryview:
@@ -104,21 +126,33 @@ class ChunkEncoder:
         """Which width (1: no planes) makes a sample smallest, and to what share of its size."""
         sample = _sample(raw)
         widths = (element_nbytes, 1) if element_nbytes in SHUFFLED_WIDTHS else (1,)
-        sizes = {width: len(self._pack(sample, width)) for width in widths}
+        sizes = {width: self._sample_nbytes(sample, width) for width in widths}
         best = min(widths, key=sizes.__getitem__)
         return best, sizes[best] / len(sample)
 
-    def _pack(self, raw: memoryview, width: int) -> bytes:
-        scratch = self._scratch
-        if scratch.compressor is None:
-            scratch.compressor = zstandard.ZstdCompressor(
-                level=self._level, write_checksum=False, write_content_size=True
-            )
+    def _sample_nbytes(self, sample: memoryview, width: int) -> int:
+        """What it shrinks to. Plane by plane: in a whole chunk each fills blocks of its own, with codes of their own."""
         if width == 1:
-            return bytes(scratch.compressor.compress(raw))
-        planes = scratch.room(len(raw))
+            return len(self._pack(sample, 1))
+        planes = memoryview(bytearray(len(sample)))
+        shuffle_bytes(sample, planes, width)
+        compress = self._compressors.planes.compress
+        step = max(1, len(sample) // width)
+        return sum(len(compress(planes[at : at + step])) for at in range(0, len(sample), step))
+
+    def _pack(self, raw: memoryview, width: int) -> bytes:
+        if width == 1:
+            return bytes(self._compressors.plain.compress(raw))
+        planes = self._scratch.room(len(raw))
         shuffle_bytes(raw, planes, width)
-        return bytes(scratch.compressor.compress(planes))
+        return bytes(self._compressors.planes.compress(planes))
+
+    @property
+    def _compressors(self) -> _Compressors:
+        """Of this thread."""
+        if self._scratch.compressors is None:
+            self._scratch.compressors = _Compressors(self._level)
+        return self._scratch.compressors
 
 
 def _sample(raw: memoryview) -> memoryview:
