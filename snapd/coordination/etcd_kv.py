@@ -43,6 +43,7 @@ _TRY_ANOTHER = {
     grpc.StatusCode.CANCELLED,
 }
 _TARGET_VERSION, _RESULT_EQUAL, _EVENT_DELETE = 0, 0, 1  # numbers of etcd's rpc.proto and kv.proto
+_IS_STALE = "auth store is old"  # the token is older than the last change of users or roles
 Answer = TypeVar("Answer")
 
 
@@ -239,9 +240,12 @@ class EtcdKeyValue:
         try:
             return await call(server, rest)
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED or not self._access.user:
+            is_stale = error.code() is grpc.StatusCode.UNAUTHENTICATED or _IS_STALE in (error.details() or "")
+            if not is_stale or not self._access.user:
                 raise
-        self._metadata = None  # tokens end after some minutes, and with a server's restart
+        self._metadata = (
+            None  # tokens end after some minutes, with a server's restart, when users are changed
+        )
         rest["metadata"] = await self._credentials(server)
         return await call(server, rest)
 

@@ -30,7 +30,7 @@ class EtcdServer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.data = folder / "data"
-        self._client_port, self._peer_port = _free_ports(2)
+        self._client_port, self._peer_port = free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -114,7 +114,7 @@ class EtcdServer:
         raise AssertionError("etcd did not start: " + (self._folder / "etcd.log").read_text()[-2000:])
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
