@@ -131,7 +131,7 @@ class ChunkEncoder:
         return best, sizes[best] / len(sample)
 
     def _sample_nbytes(self, sample: memoryview, width: int) -> int:
-        """What it shrinks to. Plane by plane: in a whole chunk each fills blocks of its own, with codes of their own."""
+        """What it shrinks to. Plane by plane: in a whole chunk each fills blocks, and so has codes, of its own."""
         if width == 1:
             return len(self._pack(sample, 1))
         planes = memoryview(bytearray(len(sample)))
