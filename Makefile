@@ -13,6 +13,7 @@ SIM_OPTIONS ?=
 BENCH_OPTIONS ?=
 SOAK_CLUSTER_OPTIONS ?=
 BENCH_CLUSTER_OPTIONS ?=
+BENCH_GPU_OPTIONS ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -22,7 +23,7 @@ TEST_FOLDERS := $(wildcard tests/unit tests/property tests/sim tests/conformance
 RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test sim check format proto proto-check soak soak-cluster bench bench-cluster gpu-check native-test native-sanitize clean
+.PHONY: help venv demo test sim check format proto proto-check soak soak-cluster bench bench-cluster gpu-check bench-gpu native-test native-sanitize clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -92,9 +93,14 @@ bench: $(STAMP)
 bench-cluster: $(STAMP)
 	$(RUN) bench/cluster.py --out bench-out/cluster.json $(BENCH_CLUSTER_OPTIONS)
 
-## gpu-check        what needs a CUDA device
+## gpu-check        what needs a CUDA device: streams, fences, graphs, kills and resumes of nine ways to train
 gpu-check: $(STAMP)
 	$(RUN) -m snapd_client.gpu_check
+	$(RUN) bench/gpu_resume.py
+
+## bench-gpu        what snapshots cost on a CUDA device, beside plain copies into pinned memory
+bench-gpu: $(STAMP)
+	$(RUN) bench/gpu.py $(BENCH_GPU_OPTIONS)
 
 ## native-test      the C++ tests
 native-test: $(STAMP)

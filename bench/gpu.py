@@ -4,9 +4,10 @@
     python bench/gpu.py --kind bf16 --batch 4
 
 Floor: every tensor of the state with `copy_(..., non_blocking=True)` into (restore: from) pinned memory of torch's own.
-Host: how long the call of `snap.step` keeps the training thread. Stream: what it adds to the training stream (clones of
-the early part, samples). Fence: how long the stream waits before the update, beyond the work that was queued.
-Step time: blocks of steps in alternating pairs, without snapshots and with one at every step, or at every fifth.
+Host: how long the call of `snap.step` keeps the training thread. Stream: what it adds to the training stream (the early
+part and the samples are gathered there). Fence: how long the stream waits before the update, beyond the work that was
+queued. Step time: blocks of steps in alternating pairs, without snapshots and with one at every step, or every fifth.
+SNAPD_CAPTURE_HASH_THREADS reaches the daemon.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--snapshots", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--block", type=int, default=10, help="steps in one half of a pair")
+    parser.add_argument("--every", default="1,5", help="steps between snapshots, separated by commas")
+    parser.add_argument("--slots", type=int, default=0, help="as of Snapshotter")
     parser.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -46,7 +49,6 @@ class Trial:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
         from gpu_worlds import World
-        from snapd_client import Snapshotter
         from workload import now
 
         self.torch, self.now, self.args = torch, now, args
@@ -61,9 +63,15 @@ class Trial:
             for name, tensor in self.world.tensors().items()
         }
         began = now()
-        self.snap = Snapshotter(self.world.state(), job="gpu", strict=True, wait_max_s=20.0)
+        self.snap = self.open()
         self.open_s = now() - began
         self.snap.restore()
+
+    def open(self) -> Any:
+        from snapd_client import Snapshotter
+
+        state, slots = self.world.state(), self.args.slots
+        return Snapshotter(state, job="gpu", strict=True, wait_max_s=20.0, slots=slots)
 
     def event(self) -> Any:
         event = self.torch.cuda.Event(enable_timing=True)
@@ -90,10 +98,9 @@ class Trial:
         """One snapshot of a device that has nothing else to do, then a step that overlaps with it, then a calm one."""
         torch, now, snap = self.torch, self.now, self.snap
         torch.cuda.synchronize()
-        before, began = self.event(), now()
+        began = now()
         snap.step(self.number)
         host = now() - began
-        after = self.event()
         loss = self.world.compute(self.number)
         at_fence, fence_began = self.event(), now()
         snap.fence()
@@ -108,12 +115,24 @@ class Trial:
         windows = snap.health()["commit_window_s"]
         return {
             "host": host,
-            "stream": before.elapsed_time(after) / 1e3,
             "fence_host": fence_host,
             "fence_stream": at_fence.elapsed_time(behind_fence) / 1e3,
             "commit": windows[-1],
             "captured": captured,
         }
+
+    def stream_cost(self) -> float:
+        """What `snap.step` adds to the training stream, while that is busy, so that the host does not show."""
+        torch = self.torch
+        torch.cuda.synchronize()
+        torch.cuda._sleep(100_000_000)  # some 50 ms
+        before = self.event()
+        self.snap.step(self.number)
+        after = self.event()
+        self.train()
+        self.snap.wait("captured", timeout=60)
+        torch.cuda.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
 
     def block(self, every: int) -> dict[str, float]:
         """Seconds per step of one block, on the training stream and on the host's clock; and skipped snapshots."""
@@ -148,7 +167,6 @@ class Trial:
     def restore(self) -> dict[str, float]:
         """A new world, whose optimizer has no state yet, as after a restart: opening the session, and the restore."""
         from gpu_worlds import World
-        from snapd_client import Snapshotter
 
         self.train()
         self.snap.step(self.number, wait="captured")
@@ -157,7 +175,7 @@ class Trial:
         self.world = World(self.args.kind, self.args.size, batch=self.args.batch, seed=2)
         self.torch.cuda.synchronize()
         began = self.now()
-        self.snap = Snapshotter(self.world.state(), job="gpu", strict=True, wait_max_s=20.0)
+        self.snap = self.open()
         opened = self.now()
         self.snap.restore()
         self.torch.cuda.synchronize()
@@ -168,7 +186,7 @@ class Trial:
 
 
 def worker(args: argparse.Namespace) -> None:
-    from workload import anonymous_bytes, cpu_seconds, thread_cpu_seconds
+    from workload import anonymous_bytes, cpu_seconds
 
     trial = Trial(args)
     torch = trial.torch
@@ -186,12 +204,12 @@ def worker(args: argparse.Namespace) -> None:
     torch.cuda.reset_peak_memory_stats()
     result["floor"] = [trial.floor() for _ in range(FLOOR_TURNS + 1)][1:]
     result["floor_back"] = [trial.floor(to_device=True) for _ in range(FLOOR_TURNS + 1)][1:]
-    cpu = thread_cpu_seconds("snapd-"), cpu_seconds(args.worker)
+    cpu = cpu_seconds(args.worker)
     result["turns"] = [trial.snapshot() for _ in range(args.snapshots)]
-    result["client_cpu_s"] = (thread_cpu_seconds("snapd-") - cpu[0]) / args.snapshots
-    result["daemon_cpu_s"] = (cpu_seconds(args.worker) - cpu[1]) / args.snapshots
+    result["daemon_cpu_s"] = (cpu_seconds(args.worker) - cpu) / args.snapshots
+    result["stream"] = [trial.stream_cost() for _ in range(10)]
     result["memory"] = {"plain": trial.plain_bytes, "now": torch.cuda.memory_allocated()}
-    result["every"] = {every: trial.pairs(every) for every in (1, 5)}
+    result["every"] = {every: trial.pairs(int(every)) for every in args.every.split(",")}
     health = trial.snap.health()
     result["health"] = {key: value for key, value in health.items() if not isinstance(value, list)}
     before = anonymous_bytes()
@@ -203,6 +221,7 @@ def worker(args: argparse.Namespace) -> None:
 
 def show(report: Report, result: dict[str, Any]) -> None:
     nbytes, turns = result["nbytes"], result["turns"]
+    print("bench/gpu.py", *(f"{key}={value}" for key, value in report.settings.items() if key != "worker"))
     floor, back = statistics.median(result["floor"]), statistics.median(result["floor_back"])
     print(
         f"{result['device']}, torch {result['torch']}; {result['parameters'] / 1e6:.0f} M parameters, "
@@ -220,7 +239,6 @@ def show(report: Report, result: dict[str, Any]) -> None:
 
     for name, text in (
         ("host", "snap.step on the host"),
-        ("stream", "snap.step on the stream"),
         ("fence_host", "fence on the host"),
         ("fence_stream", "fence on the stream"),
         ("commit", "window until the commit word"),
@@ -229,6 +247,7 @@ def show(report: Report, result: dict[str, Any]) -> None:
         values = column(name)
         ratio = statistics.median(values) / floor
         print(f"{text:<38} {spread(scaled(values, 1e3), 2)} ms  {ratio:.3f} floor")
+    print(f"{'snap.step on the stream':<38} {spread(scaled(result['stream'], 1e3), 3)} ms")
     first = result["first"]
     print(
         f"first snapshot: host {first['host'] * 1e3:.1f} ms, captured after {first['captured'] * 1e3:.1f} ms"
@@ -242,8 +261,7 @@ def show(report: Report, result: dict[str, Any]) -> None:
         f"skipped {health['skipped']}, discarded {health['discarded']}, failures {health['failures']}"
     )
     print(f"device memory: {(memory['now'] - memory['plain']) / 1e6:.1f} MB more than without snapd")
-    client_ms, daemon_ms = result["client_cpu_s"] * 1e3, result["daemon_cpu_s"] * 1e3
-    print(f"CPU per snapshot: client threads {client_ms:.1f} ms, daemon {daemon_ms:.0f} ms")
+    print(f"CPU per snapshot: daemon {result['daemon_cpu_s'] * 1e3:.0f} ms")
     restores = result["restores"]
     values = [turn["restore"] for turn in restores]
     print(
@@ -281,14 +299,10 @@ def main() -> int:
         return 2
     report = Report("gpu", vars(args))
     with daemon() as node:
-        options = ["--kind", args.kind, "--size", args.size, "--batch", str(args.batch)]
-        options += [
-            "--snapshots",
-            str(args.snapshots),
-            "--pairs",
-            str(args.pairs),
-            "--block",
-            str(args.block),
+        options = [
+            text
+            for name in ("kind", "size", "batch", "snapshots", "pairs", "block", "every", "slots")
+            for text in (f"--{name}", str(getattr(args, name)))
         ]
         env = node.env() | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
         results = run_worker([__file__, *options, "--worker", str(node.pid)], env=env)

@@ -103,6 +103,8 @@ def worker(args: argparse.Namespace) -> None:
         "tensors": len(world.tensors()),
     }
     Path(os.environ["SNAPD_GPU_RESULT"]).write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 # --- who starts it ------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class Sources:
     small: Gather
     small_memory: torch.Tensor
     early: list[torch.Tensor]
-    early_memory: torch.Tensor | None
+    early_staged: tuple[Gather, torch.Tensor] | None  # None: too large to have memory between captures
     held: list[torch.Tensor]
 
 
@@ -176,9 +176,7 @@ class DevicePlan:
         early_nbytes = 0
         for device, one in self._devices.items():
             sources = self._sources[device]
-            early_memory = sources.early_memory
-            if early_memory is None:
-                early_memory = torch.zeros(one.early.nbytes, dtype=torch.uint8, device=device)
+            gather, early_memory = sources.early_staged or _stage_early(one, sources.early)
             early = self._early_copies(one, early_memory, runs)
             lazy = self._lazy_copies(one, sources, runs)
             early_nbytes += sum(copy.nbytes for copy in early)
@@ -186,7 +184,6 @@ class DevicePlan:
                 lazy[0].group if lazy else 0
             )  # early bytes leave before all others: nobody is fenced by them
             copies = [copy._replace(group=first) for copy in early] + lazy
-            gather = Gather(one.early.views(early_memory), sources.early)
             work = DeviceWork(device, [gather], [sources.small], copies)
             if (sample := self._sample(one, sources, stage.api, sampling)) is not None:
                 samples.append(sample)
@@ -224,13 +221,13 @@ class DevicePlan:
         large = [source(part) for part in one.large]
         small = [source(part) for part in one.small.parts]
         memory = torch.zeros(one.small.nbytes, dtype=torch.uint8, device=one.device)
-        is_kept = one.early.nbytes <= STAGED_BYTES_MAX
+        early = [source(part) for part in one.early.parts]
         return Sources(
             [(tensor.data_ptr(), part) for tensor, part in zip(large, one.large, strict=True)],
             Gather(one.small.views(memory), small),
             memory,
-            [source(part) for part in one.early.parts],
-            torch.zeros(one.early.nbytes, dtype=torch.uint8, device=one.device) if is_kept else None,
+            early,
+            _stage_early(one, early) if one.early.nbytes <= STAGED_BYTES_MAX else None,
             [*small, *large],
         )
 
@@ -246,6 +243,12 @@ class DevicePlan:
             windows = choose_windows(parts, self._chunk_bytes, move, is_full=sampling.is_full)
             sampler = self._samplers[one.device] = Sampler(windows, sources.held, one.device, api, move)
         return sampler.take()
+
+
+def _stage_early(one: OneDevice, sources: list[torch.Tensor]) -> tuple[Gather, torch.Tensor]:
+    """Memory for the early part of one device, and what brings it there."""
+    memory = torch.zeros(one.early.nbytes, dtype=torch.uint8, device=one.device)
+    return Gather(one.early.views(memory), sources), memory
 
 
 def first_buffers(layout: Layout, walk: Walk) -> dict[int, int]:

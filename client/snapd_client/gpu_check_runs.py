@@ -159,9 +159,10 @@ def check_graph(report: Report) -> None:
     kept = trial.copies()
     snap.wait("captured")
     fenced = snap.health()
+    snap.fence()
     graph.replay()
-    snap.step(6)
     torch.cuda.synchronize()
+    snap.step(6)
     graph.replay()  # not fenced, and nothing says so but the samples
     torch.cuda.synchronize()
     snap.close()
