@@ -211,8 +211,11 @@ class TierWriter:
             there = [keys.snapshot(base.id, number) for number in revisions_of(store, keys, base.id)]
             if not check_base(base.id, there, condemned):
                 add_base(store, known, base, ranks)
-        packs = (keys.pack_name(key) for key in condemned)
-        known.without_packs({pack for pack in packs if pack is not None})
+        # one that was lost by other means than a collector must not be built upon either
+        there = {keys.pack_name(info.key) for info in store.list(keys.packs)}
+        known.without_packs(
+            {pack for pack in known.packs if pack not in there or keys.pack(pack) in condemned}
+        )
         return known
 
     def _resumed(self, committer: Committer, shards: Sequence[ShardBytes]) -> set[int]:

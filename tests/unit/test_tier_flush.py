@@ -247,6 +247,15 @@ def test_condemned_packs_are_not_used_again(store: DirectoryStore, writers: Writ
     assert KEYS.pack_name(old) not in done.snapshot.packs
 
 
+def test_chunks_of_a_pack_that_was_lost_are_written_again(store: DirectoryStore, writers: Writers) -> None:
+    flush(writers.make(store), [shard(contents_of(1))])
+    (old,) = (info.key for info in store.list(KEYS.packs))
+    store.delete([old])
+    done = flush(writers.make(store), [shard(contents_of(2), step=2)])
+    assert done.reused_nbytes == 0
+    assert KEYS.pack_name(old) not in done.snapshot.packs
+
+
 def test_a_writer_whose_intent_is_condemned_starts_over(store: DirectoryStore, writers: Writers) -> None:
     writer = writers.make(store)
     given_up = writer.write_id
