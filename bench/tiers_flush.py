@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from report import Report, spread
-from snapd_proto import admin_pb2, format_pb2
+from snapd_proto import admin_pb2, format_pb2, trainer_pb2
 
 from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import FakeTrainer
@@ -153,7 +153,10 @@ def one_mode(mode: str, nbytes: int, rounds: int, tmp: str | None) -> dict[str, 
             daemon.start()
             assert daemon.process is not None
             trainer = BigTrainer(daemon.runtime)
-            trainer.open(job="a", state_bytes_estimate=nbytes, chunk_bytes=CHUNK_NBYTES, slots=2)
+            trainer.open(job="a", state_bytes_estimate=PIECE_NBYTES, chunk_bytes=CHUNK_NBYTES, slots=2)
+            reserve = trainer_pb2.ReserveRequest(session_id=trainer.session.session_id, state_bytes=nbytes)
+            trainer.call("Reserve", reserve, timeout_s=300.0)
+            trainer.fetch()
             for step in range(1, rounds + 2):  # the first does not count: the store is opened, pages are met
                 trainer.capture(step, 0, count)
                 request = admin_pb2.GetSnapshotRequest(job="a", has_step=True, step=step)

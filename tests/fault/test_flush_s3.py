@@ -1,0 +1,117 @@
+"""A whole daemon flushes to a real S3 server: killed at its points, the server killed, hung, credentials refused."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapd.core.ids import SnapshotId
+from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.fake_trainer import FakeTrainer
+from tests.support.flush_scene import BY_STEPS, TierDaemon, capture_steps, intents, read_tier
+from tests.support.seaweed import BUCKET, READ_ONLY_KEY, READ_ONLY_SECRET, Seaweed, running
+
+STATE = 6 << 16
+PATIENT = {"SNAPD_TIER_DEADLINE": "3s", "SNAPD_TIER_STALL": "1s", "SNAPD_TIER_CONNECT": "1s"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    with running(tmp_path_factory.mktemp("weed")) as made:
+        yield made
+
+
+class Scene(TierDaemon):
+    """A daemon whose tier is a prefix of the bucket."""
+
+    def __init__(self, daemon: DaemonProcess, server: Seaweed, prefix: str) -> None:
+        super().__init__(daemon, Path())
+        self.store = server.store(prefix)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def scene(server: Seaweed, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    prefix = request.node.name.replace("[", "-").replace("]", "")
+    settings = {
+        **BY_STEPS,
+        **PATIENT,
+        "SNAPD_TIER_SHARED": f"s3://{BUCKET}/{prefix}",
+        "SNAPD_TIER_ENDPOINT": server.endpoint,
+    }
+    with daemon_folders(**settings) as daemon:
+        made = Scene(daemon, server, prefix)
+        yield made
+        made.store.close()
+
+
+def opened(scene: Scene) -> FakeTrainer:
+    trainer = scene.daemon.trainer()
+    trainer.open(job="a", state_bytes_estimate=STATE)
+    return trainer
+
+
+def test_snapshots_go_to_the_bucket(scene: Scene) -> None:
+    scene.daemon.start()
+    trainer = opened(scene)
+    for step in range(1, 5):
+        trainer.capture(step, 1)
+    scene.wait_durable(4)
+    assert read_tier(scene.store, "a")[SnapshotId(1, 4)] == [trainer.chunks(4, 1, 6)]
+    wait_for(lambda: intents(scene.store, "a") == [], "the intents are removed")
+    assert list(scene.store.unfinished()) == []
+
+
+@pytest.mark.parametrize("point", ["daemon.flush.pack.before", "daemon.flush.commit.after"])
+def test_a_kill_at_a_named_point(scene: Scene, point: str) -> None:
+    scene.daemon.start(SNAPD_FAULT_POINTS=f"{point}=kill")
+    trainer = opened(scene)
+    trainer.capture(2, 1)
+    process = scene.daemon.process
+    assert process is not None
+    wait_for(lambda: process.poll() is not None, "the daemon is killed")
+    assert process.returncode == -signal.SIGKILL
+    scene.daemon.start(SNAPD_FAULT_POINTS="")
+    trainer.reconnect()
+    scene.wait_durable(2)
+    assert read_tier(scene.store, "a") == {SnapshotId(1, 2): [trainer.chunks(2, 1, 6)]}
+
+
+def test_a_server_that_hangs_pauses_the_level_only(scene: Scene, server: Seaweed) -> None:
+    scene.daemon.start()
+    trainer = opened(scene)
+    capture_steps(trainer, 1, 2)
+    scene.wait_durable(2)
+    server.hang()
+    try:
+        capture_steps(trainer, 3, 8)  # training goes on
+        wait_for(lambda: scene.flush().pause in ("store_slow", "store_unreachable"), "a pause")
+    finally:
+        server.go_on()
+    scene.wait_durable(7)
+    assert max(read_tier(scene.store, "a")) >= SnapshotId(1, 7)
+
+
+def test_a_server_that_is_killed_and_comes_back(scene: Scene, server: Seaweed) -> None:
+    scene.daemon.start()
+    trainer = opened(scene)
+    capture_steps(trainer, 1, 2)
+    scene.wait_durable(2)
+    server.kill()
+    try:
+        capture_steps(trainer, 3, 8)
+        scene.wait_pause("store_unreachable")
+    finally:
+        server.start()
+    scene.wait_durable(7)
+    assert max(read_tier(scene.store, "a")) >= SnapshotId(1, 7)
+
+
+def test_credentials_that_may_not_write(scene: Scene) -> None:
+    scene.daemon.start(AWS_ACCESS_KEY_ID=READ_ONLY_KEY, AWS_SECRET_ACCESS_KEY=READ_ONLY_SECRET)
+    trainer = opened(scene)
+    capture_steps(trainer, 1, 4)
+    scene.wait_pause("store_denied")
+    assert scene.daemon.stop() == 0
