@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from snapd.core.flushing import FlushChoice, FlushSituation, choose_flush
+from snapd.core.flushing import PAUSE_GENERATION, FlushChoice, FlushSituation, choose_flush
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.reports import FlushNews
@@ -130,7 +130,22 @@ class JobFlusher:
     def is_behind(self) -> bool:
         """Whether the newest complete snapshot may still become durable, and is not."""
         newest = self.newest
-        return newest is not None and not self.is_durable(newest) and not self._own_choice(None, "").pause
+        if newest is None or self.is_durable(newest) or newest in self._void:
+            return False
+        return self._own_choice(None, "").pause != PAUSE_GENERATION
+
+    async def wait_newest_durable(self) -> None:
+        """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""
+        job, generation = self.job, self.job.coordination.current()
+        if self.is_behind() and self.newest is not None:
+            job.context.log.info("job.kept", job=job.name, reason="its newest snapshot is not durable yet")
+            self.request(self.newest)
+
+        def is_over() -> bool:
+            return job.is_removed or not self.is_behind() or job.coordination.current() > generation
+
+        while not await job.changes.wait_until(is_over, LOOK_S):
+            pass
 
     async def before_opening(self) -> None:
         """A generation is about to be given out: it must be above all that the tier has. Waits a little; when the tier

@@ -91,6 +91,9 @@ class FlushPart(Protocol):
     def request(self, snapshot: SnapshotId) -> None:
         """Have it, or a newer one, become durable now."""
 
+    async def wait_newest_durable(self) -> None:
+        """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""
+
     async def before_opening(self) -> None:
         """A generation is about to be given out: it must be above all that the tier has. Waits a little."""
 

@@ -450,5 +450,17 @@ class Node:
     def _remove_if_final(self, job: Job, world_size: int) -> None:
         if job.world is not None:  # the collector hears of it, and has the job removed on all nodes
             job.world.changed()
-        elif len(job.final_ranks) == world_size and not any(True for _ in job.live_sessions()):
+        elif self._is_final(job, world_size) and job.flusher is not None:
+            self.context.spawn(self._remove_once_durable(job, world_size), f"end {job.name}")
+        elif self._is_final(job, world_size):
+            self._remove(job)
+
+    def _is_final(self, job: Job, world_size: int) -> bool:
+        return len(job.final_ranks) == world_size and not any(True for _ in job.live_sessions())
+
+    async def _remove_once_durable(self, job: Job, world_size: int) -> None:
+        """What the job ended with goes to the shared tier first; memory keeps it as long as the tier is away."""
+        assert job.flusher is not None
+        await job.flusher.wait_newest_durable()
+        if self._is_final(job, world_size) and self.jobs.get(job.name) is job:
             self._remove(job)

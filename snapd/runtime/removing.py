@@ -104,6 +104,9 @@ class Removals:
     async def end(self, name: str, generation: int) -> None:
         """All ranks have closed the job for good: written once the coordinator answers."""
         coordination = self._cluster.coordination(name)
+        job = self._jobs.jobs.get(name)
+        if job is not None and job.flusher is not None:
+            await job.flusher.wait_newest_durable()
         while coordination.is_collector and coordination.removed_through < generation:
             try:
                 await coordination.remove_through(generation)

@@ -197,3 +197,19 @@ def test_only_what_changed_is_written_and_nothing_is_left_over() -> None:
             assert newest["reused_nbytes"] >= 1 << 16
         assert orphans(scene.store, "a") == set()
         assert newest["requests"] > 0 and newest["requests_per_gb"] > 0
+
+
+def test_a_job_that_ends_leaves_memory_when_its_last_snapshot_is_durable() -> None:
+    with tier_daemon(**ON_DEMAND) as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 3)
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        trainer.close(final=True)
+        trainer.disconnect()
+        wait_for(lambda: scene.daemon.events("job.kept"), "the job is kept")
+        assert [job.job for job in scene.daemon.status().jobs] == ["a"]
+        aside.rename(scene.root)
+        wait_for(lambda: not scene.daemon.status().jobs, "the job is released")
+        assert scene.snapshots() == {SnapshotId(1, 3): [trainer.chunks(3, 1, 6)]}
