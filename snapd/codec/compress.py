@@ -6,7 +6,7 @@ decides which way is taken; what does not shrink is not touched and not copied. 
 a frame has bits that change nothing in what comes out, and a damaged one is not given to the decompressor at all.
 
 All work on bytes releases the GIL. Encoders and decoders may be used by several threads; what they keep (a context and
-scratch of the largest chunk so far) is one for each thread.
+scratch of the largest chunk so far, SCRATCH_BYTES_MAX at most) is one for each thread.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Buffer = bytes | bytearray | memoryview
 LEVEL = 1
 SHUFFLED_WIDTHS = (2, 4, 8)
 WINDOW_BYTES_MAX = 64 * MIB  # as large as the largest chunk
+SCRATCH_BYTES_MAX = 8 * MIB  # kept by each thread; for larger chunks it is made anew each time
 FRAME_CHECK_BYTES = 8  # XXH3-64 of the frame, canonical
 SAMPLE_PIECES = 8
 SAMPLE_PIECE_BYTES = 8 * KIB
@@ -91,6 +92,8 @@ class _Scratch(threading.local):
 
     def room(self, nbytes: int) -> memoryview:
         """Scratch of `nbytes`; valid until the next call in this thread."""
+        if nbytes > SCRATCH_BYTES_MAX:
+            return memoryview(bytearray(nbytes))
         if len(self.planes) < nbytes:
             self.planes = bytearray(nbytes)
         return memoryview(self.planes)[:nbytes]
