@@ -18,6 +18,10 @@ from snapd.core.restore import Decision, Outcome, Verdict
 from snapd.core.rows import Row
 from snapd.core.words import SHOWN, listed
 
+# Why a shard that was there is not: its node is lost, or has dropped it since.
+GONE = "no node has its shard any more"
+ALL_GONE = "it was complete; no node has anything of it any more"
+
 
 @dataclass(frozen=True, slots=True)
 class HeldRows:
@@ -246,7 +250,7 @@ def _nothing(verdicts: list[Verdict], step: int | None) -> Decision:
 
 def _was_complete(verdicts: Iterable[Verdict]) -> bool:
     """Shards were lost, not only never captured: to begin anew has to be asked for."""
-    return any("lost" in verdict.reason for verdict in verdicts)
+    return any(GONE in verdict.reason or ALL_GONE in verdict.reason for verdict in verdicts)
 
 
 def _facts(inventories: Iterable[Inventory], row_sets: Iterable[RowSet] = ()) -> dict[SnapshotId, _Facts]:
@@ -266,7 +270,7 @@ def _sources(
 ) -> tuple[tuple[Source, ...], str]:
     """(a source for each rank, "") or ((), what is lacking)."""
     if facts is None:
-        return (), "it was complete; its nodes are lost"
+        return (), ALL_GONE
     sources: list[Source] = []
     lacking: list[str] = []
     row_sets = [row_set for row_set in situation.row_sets if row_set.id == snapshot]
@@ -282,9 +286,7 @@ def _sources(
         elif is_stored:
             sources.append(Source(rank, ()))
         else:
-            missing = (
-                "its node is lost" if was_complete or row_sets else "it was captured nowhere that answers"
-            )
+            missing = GONE if was_complete or row_sets else "it was captured nowhere that answers"
             lacking.append(f"rank {rank}: {missing}{why}")
     return tuple(sources), listed(lacking, separator="; ")
 

@@ -150,7 +150,7 @@ def test_parity_that_never_came_is_not_counted() -> None:
             if needs:
                 rank = nodes.index(lost)
                 assert (
-                    f"rank {rank}: its node is lost, and row {number} of group 0 has only 1 of 2 chunks"
+                    f"rank {rank}: no node has its shard any more, and row {number} of group 0 has only 1 of 2 chunks"
                     f" and 0 of 1 parity fragments; lost: {lost}" in choice.decision.reason
                 )
 
@@ -162,7 +162,7 @@ def test_three_lost_of_two_plus_two_are_named() -> None:
     decision = choose(left, row_sets=[row_set(code, nodes, rows)], world_size=4).decision
     assert decision.outcome is Outcome.UNUSABLE
     assert decision.chosen is None
-    assert "rank 0: its node is lost" in decision.reason
+    assert "rank 0: no node has its shard any more" in decision.reason
     assert "lost: n0, n1, n2" in decision.reason
 
 
@@ -250,7 +250,7 @@ def test_what_was_captured_by_some_ranks_only_and_never_complete_is_absent() -> 
 def test_a_complete_one_whose_nodes_are_all_lost_is_not_absent() -> None:
     decision = choose([inventory("a")], newest_known=S2).decision
     assert decision.outcome is Outcome.UNUSABLE
-    assert "it was complete; its nodes are lost" in decision.reason
+    assert "it was complete; no node has anything of it any more" in decision.reason
 
 
 def test_a_bad_snapshot_is_passed_over_and_the_reason_says_so() -> None:

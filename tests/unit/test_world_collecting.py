@@ -214,7 +214,7 @@ async def test_a_member_in_doubt_counts_as_one_that_may_come_back(scene: Scene) 
     scene.around.doubtful = set()  # given up
     plan = await scene.host.plan(ask(number=1))
     assert plan.decision.outcome is Outcome.UNUSABLE
-    assert "rank 2: its node is lost" in plan.decision.reason
+    assert "rank 2: no node has its shard any more" in plan.decision.reason
 
 
 @scenario

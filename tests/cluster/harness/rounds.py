@@ -275,7 +275,7 @@ class Rounds:
         lost = [job.hosts.index(self.cluster.daemons.index(daemon)) for daemon in victims]
         for line in said:
             if "NotRestorable" not in line or not any(
-                f"rank {rank}: its node is lost" in line for rank in lost
+                f"rank {rank}: no node has its shard any more" in line for rank in lost
             ):
                 raise Wrong(f"the loss of ranks {lost} is not what was said: {line}")
         return said
