@@ -11,8 +11,11 @@ from snapd.cli.certs import app as certs_app
 from snapd.cli.config import app as config_app
 from snapd.cli.doctor import doctor
 from snapd.cli.drain import drain
+from snapd.cli.export import export
+from snapd.cli.gc import gc
 from snapd.cli.ls import ls
 from snapd.cli.outcome import reports_errors
+from snapd.cli.pin import pin, unpin
 from snapd.cli.plan import plan
 from snapd.cli.restore import restore
 from snapd.cli.rm import rm
@@ -50,7 +53,7 @@ def _snapd(
     """Keep the state of training jobs safe in memory that outlives the trainer."""
 
 
-for _command in (serve, status, top, ls, show, verify, restore, rm, drain, plan, doctor):
+for _command in (serve, status, top, ls, show, verify, restore, export, rm, drain, pin, unpin, gc, plan, doctor):
     app.command(_command.__name__)(reports_errors(_command))
 app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")
