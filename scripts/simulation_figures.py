@@ -158,8 +158,10 @@ def situation_of(nodes: list[Member], table: GroupTable, count: int, *, lost: st
         ).rows
         covered = frozenset(ranks[node] for node in group.nodes)
         for node in group.nodes:
-            ids = frozenset(row.id for row in rows if node in row.parity_nodes)
-            held_rows = HeldRows(row_map.id, group.number, 1, group.nodes, group.code, ids, covered)
+            parity = frozenset(
+                (row.id, row.parity_nodes.index(node)) for row in rows if node in row.parity_nodes
+            )
+            held_rows = HeldRows(row_map.id, group.number, 1, group.nodes, group.code, parity, covered)
             held = (Held(row_map.id, ranks[node], count, 1),)
             if node != lost:
                 inventories.append(Inventory(node=node, held=held, rows=(held_rows,)))
