@@ -154,7 +154,11 @@ def one_mode(mode: str, nbytes: int, rounds: int, tmp: str | None) -> dict[str, 
             assert daemon.process is not None
             trainer = BigTrainer(daemon.runtime)
             trainer.open(job="a", state_bytes_estimate=PIECE_NBYTES, chunk_bytes=CHUNK_NBYTES, slots=2)
-            reserve = trainer_pb2.ReserveRequest(session_id=trainer.session.session_id, state_bytes=nbytes)
+            # a single snapshot may take the room of both slots
+            state_bytes = nbytes if rounds else nbytes // 2 + CHUNK_NBYTES
+            reserve = trainer_pb2.ReserveRequest(
+                session_id=trainer.session.session_id, state_bytes=state_bytes
+            )
             trainer.call("Reserve", reserve, timeout_s=300.0)
             trainer.fetch()
             for step in range(1, rounds + 2):  # the first does not count: the store is opened, pages are met
@@ -224,7 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: one flush of each mode, in half the memory")
     parser.add_argument("--nbytes", type=int, default=1 << 30)
     parser.add_argument("--tmp", default=None)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
