@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapd.core.condemning import CollectRules
+from snapd.core.retention import KeepRules
 from snapd.errors import ConfigError
 from snapd.settings import setting
 from snapd.store.base import Store
@@ -193,6 +195,21 @@ def store_options(config: TierConfig) -> StoreOptions:
         stall_s=config.stall,
         deadline_s=config.deadline,
         single_writer=config.single_writer == "yes",
+    )
+
+
+def collect_rules(config: TierConfig) -> CollectRules:
+    """What a collector keeps, and how long its rounds are."""
+    return CollectRules(
+        keep=KeepRules(
+            last=config.keep_last,
+            every_steps=config.keep_every,
+            hourly=config.keep_hourly,
+            daily=config.keep_daily,
+        ),
+        round_s=config.gc_every,
+        intent_ttl_s=config.intent_ttl,
+        void_ttl_s=24 * max(config.gc_every, config.intent_ttl),
     )
 
 

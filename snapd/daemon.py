@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from snapd import __version__
 from snapd.config import Config, Paths, node_settings, paths
 from snapd.config_cluster import plan_cluster
-from snapd.config_tiers import TierConfig, check_tier, store_of
+from snapd.config_tiers import TierConfig, check_tier, collect_rules, store_of
 from snapd.core.flushing import FlushRules
 from snapd.errors import ConfigError, ConflictError, IntegrityError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
@@ -198,6 +198,7 @@ def _tier(config: TierConfig, node: Node) -> NodeTier | None:
         intent_ttl_s=config.intent_ttl,
         gc_every_s=config.gc_every,
         grace_s=config.grace,
+        collect=collect_rules(config),
     )
     name = node.cluster.name if node.cluster is not None else os.uname().nodename
     writer = f"{name[:200]}/{node.instance}"

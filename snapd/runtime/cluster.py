@@ -233,18 +233,19 @@ class Cluster:
     def collector(self, name: str) -> CollectorHost:
         """Raise UnavailableError (kind `no_collector`): the job is collected elsewhere."""
         host = self._collectors.get(name)
-        if host is None or not self._is_collector(name):
+        if host is None or not self.is_collector(name):
             raise UnavailableError(
                 "this node does not collect the job now", kind="no_collector", hint="ask again", job=name
             )
         return host
 
-    def _is_collector(self, name: str) -> bool:
+    def is_collector(self, name: str) -> bool:
+        """Whether this node is the job's collector now."""
         coordination = self._coordinations.get(name)
         return coordination is not None and coordination.is_collector
 
     def _let_go_of_collectors(self) -> None:
-        for name in [name for name in self._collectors if not self._is_collector(name)]:
+        for name in [name for name in self._collectors if not self.is_collector(name)]:
             self._collectors.pop(name).close()
             self._parts.log.info("collector.let_go", job=name)
 
@@ -329,7 +330,7 @@ class Cluster:
     ) -> ReportAnswer:
         """A peer's report. It is told where to go when the job is collected elsewhere."""
         host = self._collectors.get(name)
-        if host is None or not self._is_collector(name):
+        if host is None or not self.is_collector(name):
             coordination = self._coordinations.get(name)
             return ReportAnswer(False, coordination.collector if coordination else "", Orders())
         return ReportAnswer(

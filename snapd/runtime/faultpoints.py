@@ -67,7 +67,18 @@ FLUSH_POINTS = (
     "daemon.flush.commit.after",
     "daemon.flush.done.after",
 )
-POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS, *FLUSH_POINTS)
+# passed only where this node collects what is garbage in the tier
+COLLECT_POINTS = (
+    "daemon.gc.look.after",
+    "daemon.gc.void.after",
+    "daemon.gc.record.before",
+    "daemon.gc.manifest.before",
+    "daemon.gc.pack.before",
+    "daemon.gc.list.before",
+    "daemon.gc.list.after",
+    "daemon.gc.rewrite.before",
+)
+POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS, *FLUSH_POINTS, *COLLECT_POINTS)
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 

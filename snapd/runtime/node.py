@@ -26,6 +26,7 @@ from snapd.errors import (
     SnapdError,
 )
 from snapd.memory.index import Index
+from snapd.obs.collect_metrics import CollectMetrics
 from snapd.runtime import service
 from snapd.runtime.cluster import Cluster
 from snapd.runtime.context import Context
@@ -38,6 +39,7 @@ from snapd.runtime.recovery import take_up
 from snapd.runtime.repairing import Repairs
 from snapd.runtime.restoring import distrust
 from snapd.runtime.session import Session
+from snapd.runtime.tier_collecting import TierCollecting
 from snapd.runtime.tier_restoring import TierRestores
 from snapd.runtime.tiers import NodeTier
 from snapd.runtime.world_restoring import WorldRestores
@@ -59,6 +61,7 @@ class Node:
         self.cluster: Cluster | None = None
         self.restores: WorldRestores | None = None
         self.repairs: Repairs | None = None
+        self.collect_metrics: CollectMetrics | None = None
         self.tier: NodeTier | None = None  # set before `start`, where one is configured
         self.flushers: dict[str, JobFlusher] = {}
         self.tier_restores: TierRestores | None = None  # likewise
@@ -136,6 +139,14 @@ class Node:
         job.repairs = job.repairs or self.tier_restores
         job.on_removed.append(lambda: self._leave_tier(flusher))
         self.context.spawn(flusher.run(), f"flush {job.name}")
+        self.collect_metrics = self.collect_metrics or CollectMetrics(self.context.metrics.registry)
+        collecting = TierCollecting(
+            job,
+            self.tier,
+            self.collect_metrics,
+            lambda: self.cluster is None or self.cluster.is_collector(job.name),
+        )
+        self.context.spawn(collecting.run(), f"gc {job.name}")
 
     def _leave_tier(self, flusher: JobFlusher) -> None:
         if self.flushers.get(flusher.job.name) is flusher:

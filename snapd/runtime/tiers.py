@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from snapd.codec.compress import Mode
+from snapd.core.condemning import CollectRules
 from snapd.core.flushing import FlushRules
 from snapd.core.ids import SnapshotId
 from snapd.core.tier_keys import TierKeys
@@ -58,6 +59,7 @@ class TierSettings:
     intent_ttl_s: float
     gc_every_s: float
     grace_s: float
+    collect: CollectRules
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,8 +150,13 @@ def packs_there(store: Store) -> frozenset[str]:
 
 def standing(store: Store) -> Iterator[tuple[SnapshotId, StoredSnapshot]]:
     """Snapshots that a reader finds: of each the highest record, unless a void one above it says that it is gone."""
+    return standing_among(store.under(KEYS.snapshots))
+
+
+def standing_among(items: tuple[Item, ...]) -> Iterator[tuple[SnapshotId, StoredSnapshot]]:
+    """As `standing`; `items`: what lies at the keys of commit records."""
     decided: set[SnapshotId] = set()
-    for item in sorted(store.under(KEYS.snapshots), key=lambda each: _revision(each.key), reverse=True):
+    for item in sorted(items, key=lambda each: _revision(each.key), reverse=True):
         named = KEYS.snapshot_of(item.key)
         assert named is not None
         if named[0] in decided:
@@ -171,6 +176,10 @@ def _revision(key: str) -> int:
 
 def missing_of(store: Store, record: StoredSnapshot) -> list[str]:
     """What the record names that is not there."""
-    named = [*(entry.key for entry in record.shards), *map(KEYS.pack, record.packs)]
     there = {item.key for item in store.items}
-    return [key for key in named if key not in there]
+    return [key for key in named_by(record) if key not in there]
+
+
+def named_by(record: StoredSnapshot) -> list[str]:
+    """Keys of what a commit record names."""
+    return [*(entry.key for entry in record.shards), *map(KEYS.pack, record.packs)]
