@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from snapd.errors import ConfigError
 from snapd.store.base import Created, Probe, Store
 
 PROBE = "probe/"
 
 
-def probe_conditional(store: Store, token: str) -> tuple[bool, list[str]]:
-    """(a second creation of a key is refused and changes nothing, problems in words)."""
+def probe_conditional(
+    store: Store, token: str, create: Callable[[str, bytes], Created] | None = None
+) -> tuple[bool, list[str]]:
+    """(a second creation of a key is refused and changes nothing, problems in words).
+
+    `create`: as the store itself does it, where `store.create` looks before it asks.
+    """
+    create = create or store.create
     key = f"{PROBE}{token}"
     first, second = f"{token} first".encode(), f"{token} second".encode()
     try:
-        if store.create(key, first) is not Created.OURS:
+        if create(key, first) is not Created.OURS:
             return False, [f"{store.description} says that a key which nobody else can know is taken"]
-        refused = store.create(key, second) is Created.ANOTHERS
+        refused = create(key, second) is Created.ANOTHERS
         is_unchanged = store.read(key, max_nbytes=4096) == first
     finally:
         store.delete([key])

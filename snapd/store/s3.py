@@ -73,7 +73,11 @@ class S3Store:
 
     def _probed_conditions(self) -> tuple[bool, list[str]]:
         try:
-            return probe_conditional(self, self._surroundings.random_token())
+            return probe_conditional(
+                self,
+                self._surroundings.random_token(),
+                lambda key, data: self._created(key, data, self._patience(None)),
+            )
         except ConfigError as error:
             if error.kind != "store":
                 raise
@@ -120,10 +124,13 @@ class S3Store:
 
     def create(self, key: str, data: Buffer, *, deadline_s: float | None = None) -> Created:
         patience = self._patience(deadline_s)
-        if not self._knows_conditions and self._options.single_writer:
+        if self._options.single_writer:  # the store may not look; nobody else writes between this and that
             found = self._compared(key, data, patience)
             if found is not None:
                 return found
+        return self._created(key, data, patience)
+
+    def _created(self, key: str, data: Buffer, patience: Patience) -> Created:
         while True:
             try:
                 self._put(key, data, patience, is_conditional=self._knows_conditions)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 Answer = TypeVar("Answer", covariant=True)
 _PAUSE_FIRST_S = 0.1
 _PAUSE_MAX_S = 5.0
-_THROTTLED_FIRST_S = 0.5
+_THROTTLED_FIRST_S = 0.25
 _DAMAGED_TRIES = 3
 _SHORTEST_S = 0.125
 _CONNECTIONS_BESIDE = 8  # of callers in threads of their own
