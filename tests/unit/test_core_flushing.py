@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from snapd.core.flushing import FlushRules, FlushSituation, choose_flush, counted_from_step
+from snapd.core.flushing import (
+    FlushRules,
+    FlushSituation,
+    choose_flush,
+    choose_for_world,
+    counted_from_step,
+)
 from snapd.core.ids import SnapshotId
+from snapd.core.reports import FlushNews
 
 S = SnapshotId
 BY_STEPS = FlushRules(every_steps=100)
@@ -117,3 +124,45 @@ def test_steps_are_counted_from(
     durable: SnapshotId | None, generation: int, first_step: int, counted_from: int
 ) -> None:
     assert counted_from_step(durable, generation, first_step) == counted_from
+
+
+N = FlushNews
+WHOLE = [S(1, 100), S(1, 150), S(1, 200)]
+
+
+@pytest.mark.parametrize(
+    ("whole", "current", "news", "named", "durable"),
+    [
+        ([], None, [N(wish=S(1, 1))], None, None),
+        (WHOLE, None, [N(), N()], None, None),
+        (
+            WHOLE,
+            None,
+            [N(), N(wish=S(1, 150))],
+            S(1, 200),
+            None,
+        ),  # the newest stands for the one that was wished
+        (WHOLE, S(1, 100), [N(wish=S(1, 200)), N()], S(1, 100), None),  # what is under way is finished
+        (WHOLE, S(1, 100), [N(stuck="away"), N()], S(1, 200), None),
+        (WHOLE, S(1, 200), [N(stuck="away"), N()], S(1, 200), None),
+        (WHOLE, S(1, 100), [N(durable=S(1, 100)), N()], None, S(1, 100)),
+        (
+            WHOLE,
+            S(1, 100),
+            [N(durable=S(1, 100)), N(wish=S(1, 100))],
+            None,
+            S(1, 100),
+        ),  # it has not heard yet
+        (WHOLE, S(1, 100), [N(durable=S(1, 100)), N(wish=S(1, 200))], S(1, 200), S(1, 100)),
+        (WHOLE, S(1, 50), [N(), N()], None, None),  # a node that held some of it is lost
+        (WHOLE, None, [N(durable=S(1, 200), wish=S(1, 200))], None, S(1, 200)),
+    ],
+)
+def test_the_snapshot_that_all_nodes_flush(
+    whole: list[SnapshotId],
+    current: SnapshotId | None,
+    news: list[FlushNews],
+    named: SnapshotId | None,
+    durable: SnapshotId | None,
+) -> None:
+    assert choose_for_world(whole, current, news) == (named, durable)
