@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_BUG = 70
+TIER_CLOSE_S = 3.0
 SOCKET_PATH_MAX = 107
 
 
@@ -103,6 +104,7 @@ async def serve(
     """Run until a signal or a fatal error; the arena stays as it is. Returns the exit code."""
     stop = asyncio.Event()
     failures: list[BaseException] = []
+    loop, is_hanging = asyncio.get_running_loop(), False
 
     def fatal(error: BaseException) -> None:
         failures.append(error)
@@ -149,16 +151,20 @@ async def serve(
                 await clustering.stop()
             node.stop()
             if node.tier is not None:
-                await asyncio.get_running_loop().run_in_executor(None, node.tier.close)
+                is_hanging = not await loop.run_in_executor(None, node.tier.close, TIER_CLOSE_S)
             if node.tier_restores is not None:
-                await asyncio.get_running_loop().run_in_executor(None, node.tier_restores.close)
+                await loop.run_in_executor(None, node.tier_restores.close)
     refused = next((error for error in failures if isinstance(error, (ConfigError, ConflictError))), None)
     if refused is not None:
         raise refused  # its name is taken, its host has a daemon already, ...: one line, not a bug of ours
     for error in failures:
         log.error("daemon.failed", exception=error, reason=str(error))
     log.info("daemon.stopped", pid=os.getpid())
-    return EXIT_BUG if failures else EXIT_OK
+    code = EXIT_BUG if failures else EXIT_OK
+    if is_hanging:  # nothing in the arena, and nothing in the tier, needs the thread that waits for a store
+        log.warning("daemon.killed", reason="a request to the shared tier hangs")
+        os._exit(code)
+    return code
 
 
 async def _join_cluster(config: Config, node: Node) -> Clustering | None:

@@ -214,14 +214,26 @@ class NodeTier:
         )
         return count
 
-    def close(self) -> None:
-        """Let go of the store, so that nobody waits for it any more, and join the threads. Blocking."""
+    def close(self, wait_s: float) -> bool:
+        """Let go of the store, so that nobody waits for it any more, and join the threads. Blocking, for at most
+        `wait_s`; False: some still hang in a request that cannot be called off.
+        """
         self.is_closing = True
         store = self._store
         if store is not None:
             store.close()
-        for threads in (self._flushing, self._asking, self._packing):
-            threads.shutdown(wait=True, cancel_futures=True)
+        pools = (self._flushing, self._asking, self._packing)
+        for threads in pools:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+        def join() -> None:
+            for threads in pools:
+                threads.shutdown(wait=True)
+
+        joining = threading.Thread(target=join, name="snapd-tier-end")
+        joining.start()
+        joining.join(wait_s)
+        return not joining.is_alive()
 
 
 def keep_low() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +116,21 @@ def test_credentials_that_may_not_write(scene: Scene) -> None:
     capture_steps(trainer, 1, 4)
     scene.wait_pause("store_denied")
     assert scene.daemon.stop() == 0
+
+
+def test_a_server_that_hangs_does_not_keep_the_daemon_from_ending(scene: Scene, server: Seaweed) -> None:
+    patient = {"SNAPD_TIER_DEADLINE": "120s", "SNAPD_TIER_STALL": "60s", "SNAPD_TIER_GRACE": "1s"}
+    scene.daemon.start(**patient)
+    trainer = opened(scene)
+    capture_steps(trainer, 1, 2)
+    scene.wait_durable(2)
+    server.hang()
+    try:
+        capture_steps(trainer, 3, 4)
+        began_s = time.monotonic()
+        assert scene.daemon.stop() == 0
+        assert time.monotonic() - began_s < 15
+    finally:
+        server.go_on()
+    left = scene.daemon.events("levels.finished")[-1]["not_durable_jobs"]
+    assert left == ["a"]
