@@ -25,7 +25,7 @@ from .control import ControlThread
 from .ending import CLOSE_TIMEOUT_S, close_session, unwatch, wait_settled, watch
 from .errors import ConfigError, SnapdError, UnavailableError
 from .health import Health
-from .levels import ask_last, check_level, wait_level
+from .levels import ask_last, check_level, durable_step, wait_level
 from .restore import Asked
 from .restore import Context as RestoreContext
 from .restore import restore as restore_state
@@ -353,6 +353,7 @@ class Snapshotter:
         if page is not None:
             facts["captured_step"] = page.load("captured_step_plus_one") - 1
             facts["complete_step"] = page.load("complete_step_plus_one") - 1
+        facts["durable_step"] = durable_step(self._session)
         facts["replicas"] = self._capturer.replicas()
         if facts["replicas"] == DIFFER and not self._replica_difference:
             with contextlib.suppress(SnapdError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from snapd_proto import trainer_pb2 as pb
 
-from .errors import ConfigError, UnavailableError
+from .errors import ConfigError, SnapdError, UnavailableError
 from .session import Session
 
 LEVELS = {"captured": pb.LEVEL_CAPTURED, "protected": pb.LEVEL_PROTECTED, "durable": pb.LEVEL_DURABLE}
 _LEVEL_NAMES = {number: name for name, number in LEVELS.items()}
+_HEALTH_TIMEOUT_S = 1.0
 _CALL_SPARE_S = 10.0  # for the call itself, beside the wait
 
 
@@ -45,3 +46,19 @@ def ask_last(session: Session, level: str) -> pb.LastReply:
     request = pb.LastRequest(session_id=session.session_id, level=LEVELS[level])
     reply: pb.LastReply = session.call(lambda stub, **options: stub.Last(request, **options))
     return reply
+
+
+def durable_step(session: Session) -> int | None:
+    """The newest step that is durable, or has the farthest level that is configured; None also while the daemon does
+    not say.
+    """
+    if not session.is_connected:
+        return None
+    request = pb.LastRequest(session_id=session.session_id, level=pb.LEVEL_DURABLE)
+    try:
+        reply: pb.LastReply = session.call(
+            lambda stub, **options: stub.Last(request, **options), timeout_s=_HEALTH_TIMEOUT_S
+        )
+    except SnapdError:
+        return None
+    return reply.step if reply.found else None
