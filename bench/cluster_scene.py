@@ -33,7 +33,7 @@ CHUNK_BYTES = 4 * MIB
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PULLER = Path(__file__).with_name("cluster_puller.py")
 WAIT_S = 120.0
-LOOK_S = 0.05
+LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,10 @@ def parity_bytes(made: Cluster, job: str) -> tuple[int, int]:
     return used, backed
 
 
-def world_of(made: Cluster, job: str, state_bytes: int) -> LightWorld:
-    """One rank beside each daemon, `state_bytes` in all."""
-    world = LightWorld(made.daemons, job, state_bytes=state_bytes // len(made.daemons))
+def world_of(made: Cluster, job: str, state_bytes: int, chunk_bytes: int = 0) -> LightWorld:
+    """One rank beside each daemon, `state_bytes` in all; `chunk_bytes`: 0 for what the daemons choose."""
+    each = state_bytes // len(made.daemons)
+    world = LightWorld(made.daemons, job, state_bytes=each, chunk_bytes=chunk_bytes)
     world.open()
     return world
 

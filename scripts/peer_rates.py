@@ -28,7 +28,7 @@ from snapd_proto import peer_pb2_grpc
 
 from snapd.core.cluster import Token
 from snapd.peer.asking import Asking
-from snapd.peer.base import ChunkName, FragmentName, Name
+from snapd.peer.base import Arrival, ChunkName, FragmentName, Name, Pushed
 from snapd.peer.certificates import make_ca, make_node
 from snapd.peer.grpc_peer import CallContext, TransferService, dial_grpc, server_credentials
 from snapd.peer.identity import Identity, admit_token
@@ -69,8 +69,8 @@ class Store:
         yield chunk_of(self._memory, name.index), bytes(16)
 
     @contextmanager
-    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> Iterator[memoryview]:
-        yield chunk_of(self._memory, name.number)[:nbytes]
+    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> Iterator[Arrival]:
+        yield Arrival(chunk_of(self._memory, name.number)[:nbytes])
 
     def holds(self, names: Sequence[FragmentName]) -> list[bool]:
         return [False] * len(names)
@@ -192,7 +192,7 @@ class Peer:
         else:
             for index in range(count):
                 name = FragmentName("j", b"r" * 32, index % CHUNK_COUNT)
-                self._links.to("b").push(name, chunk_of(self._view, index), bytes(16), timeout_s=60)
+                self._links.to("b").push([Pushed(name, chunk_of(self._view, index), bytes(16))], timeout_s=60)
 
     def _run_raw(self, direction: str, count: int) -> None:
         self._socket.sendall(direction[:1].encode() + count.to_bytes(4, "big"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from snapd.errors import LocalProtocolError, RemoteProtocolError, SnapdError
-from snapd.peer.base import HOLDS_MAX, FragmentName, Name
+from snapd.errors import AuthError, FencedError, LocalProtocolError, RemoteProtocolError, SnapdError
+from snapd.peer.base import HOLDS_MAX, FragmentName, Name, Pushed
 from snapd.peer.deadline import Deadline
 from snapd.peer.dialogue import FrameStream, hello_of
 from snapd.peer.framing import (
@@ -112,12 +112,39 @@ class PeerConnection:
         return digests
 
     def push(
-        self, name: FragmentName, data: memoryview, digest: bytes, deadline: Deadline, pacer: Pacer | None
-    ) -> None:
+        self, pushed: Sequence[Pushed], deadline: Deadline, pacer: Pacer | None
+    ) -> list[SnapdError | None]:
         """See `PeerLink.push`; OSError where the stream breaks."""
-        if pacer is not None:
-            pacer.wait_take(len(data), deadline)
-        self._ask(FrameKind.PUSH, FrameKind.STORED, pack_push(name, digest), data, deadline)
+        refusals: list[SnapdError | None] = []
+        first = self._number
+        try:
+            for sent, one in enumerate(pushed):
+                if sent - len(refusals) >= self._asking.limits.requests_ahead:
+                    refusals.append(self._receive_stored(first + len(refusals), deadline))
+                if pacer is not None:
+                    pacer.wait_take(len(one.data), deadline)
+                meta = pack_push(one.name, one.digest)
+                self._frames.send(FrameKind.PUSH, self._take_number(), deadline, meta=meta, body=one.data)
+            while len(refusals) < len(pushed):
+                refusals.append(self._receive_stored(first + len(refusals), deadline))
+        except (OSError, RemoteProtocolError):
+            self.is_usable = False
+            raise
+        finally:
+            self._count()
+        for refusal in refusals:
+            if isinstance(refusal, AuthError | FencedError):
+                raise refusal  # of us, not of the fragment
+        return refusals
+
+    def _receive_stored(self, number: int, deadline: Deadline) -> SnapdError | None:
+        """None, or the peer's refusal."""
+        header = self._frames.receive_header(deadline, FrameKind.STORED, FrameKind.ERROR)
+        meta = self._frames.receive_meta(header, deadline)
+        if header.number != number & 0xFFFFFFFF:
+            raise bad_frame("an answer to another request")
+        self.answered_count += 1
+        return parse_error(meta, self._node) if header.kind is FrameKind.ERROR else None
 
     def holds(self, names: Sequence[FragmentName], deadline: Deadline) -> list[bool]:
         """See `PeerLink.holds`; OSError where the stream breaks."""

@@ -5,10 +5,12 @@ Everything here blocks and runs on threads of its own, never on the event loop; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from snapd.errors import SnapdError
 
 HOLDS_MAX = 1024  # names of one question
 
@@ -36,6 +38,15 @@ class FragmentName:
 Name = ChunkName | FragmentName
 
 
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """Room for a fragment that a peer pushes."""
+
+    view: memoryview
+    wait: Callable[[], None] = lambda: None
+    """Once its context was left without an error: returns when it is recorded, or raises why not. To be called once."""
+
+
 class BulkStore(Protocol):
     """What a node offers to its peers. Called on the transport's threads."""
 
@@ -46,9 +57,9 @@ class BulkStore(Protocol):
             NotFoundError: kind `chunk` or `fragment`.
         """
 
-    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> AbstractContextManager[memoryview]:
-        """Room for a parity fragment. Left without an error, the bytes are checked against `digest` and recorded;
-        with one, the room is free again.
+    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> AbstractContextManager[Arrival]:
+        """Room for a parity fragment. Left without an error, the bytes are checked against `digest` and will be
+        recorded, together with what arrives meanwhile: `Arrival.wait`. Left with one, the room is free again.
 
         Raises:
             CapacityError: no room for parity. IntegrityError: kind `digest`: other bytes arrived.
@@ -63,6 +74,15 @@ class BulkStore(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pushed:
+    """A parity fragment to be stored at a peer."""
+
+    name: FragmentName
+    data: memoryview
+    digest: bytes
+
+
 class PeerLink(Protocol):
     """One peer, as a client. Thread-safe; reconnects by itself; every call has a deadline."""
 
@@ -75,12 +95,14 @@ class PeerLink(Protocol):
             answer, or too late. RemoteProtocolError: it sends what it must not (another size, ...).
         """
 
-    def push(self, name: FragmentName, data: memoryview, digest: bytes, *, timeout_s: float) -> None:
-        """Store a parity fragment at the peer; returns when it has it, checked and recorded.
+    def push(self, pushed: Sequence[Pushed], *, timeout_s: float) -> list[SnapdError | None]:
+        """Store parity fragments at the peer, pipelined; returns when it has them, checked and recorded. For each that
+        it refuses the reason: CapacityError (it has no room), UnavailableError (kind `not_planned`: it has not got the
+        row's map yet), IntegrityError.
 
         Raises:
-            CapacityError: it has no room. UnavailableError (kind `not_planned`: it has not got the row's map yet),
-            IntegrityError, RemoteProtocolError.
+            UnavailableError (also DeadlineExceeded): it does not answer, or too late. RemoteProtocolError, AuthError,
+            FencedError.
         """
 
     def holds(self, names: Sequence[FragmentName], *, timeout_s: float) -> list[bool]:

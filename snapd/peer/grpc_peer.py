@@ -157,6 +157,9 @@ class _Pieces:
             self.received_bytes += count
             self._rest, view = self._rest[count:], view[count:]
 
+    def has_more(self) -> bool:
+        return len(self._rest) > 0
+
     def _put(self, piece: bytes, deadline: Deadline) -> None:
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from snapd.errors import AuthError, DeadlineExceeded, FencedError, SnapdError, UnavailableError
 from snapd.peer.asking import Asking, PeerConnection
-from snapd.peer.base import FragmentName, Links, Name, PeerLink
+from snapd.peer.base import FragmentName, Links, Name, PeerLink, Pushed
 from snapd.peer.deadline import Deadline
 from snapd.peer.identity import Identity
 from snapd.peer.rate import Pacer
@@ -101,8 +101,8 @@ class _Link:
     def fetch(self, wanted: Sequence[tuple[Name, memoryview]], *, timeout_s: float) -> list[bytes]:
         return self._pool.run(lambda c, d: c.fetch(wanted, d, self._pacer), timeout_s)
 
-    def push(self, name: FragmentName, data: memoryview, digest: bytes, *, timeout_s: float) -> None:
-        self._pool.run(lambda c, d: c.push(name, data, digest, d, self._pacer), timeout_s)
+    def push(self, pushed: Sequence[Pushed], *, timeout_s: float) -> list[SnapdError | None]:
+        return self._pool.run(lambda c, d: c.push(pushed, d, self._pacer), timeout_s)
 
     def holds(self, names: Sequence[FragmentName], *, timeout_s: float) -> list[bool]:
         return self._pool.run(lambda c, d: c.holds(names, d), timeout_s)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from snapd.errors import InternalError, RemoteProtocolError, SnapdError
-from snapd.peer.base import BulkStore
+from snapd.peer.base import Arrival, BulkStore
 from snapd.peer.deadline import Deadline
 from snapd.peer.dialogue import FrameStream, hello_of
 from snapd.peer.framing import (
@@ -74,15 +75,21 @@ class _Conversation:
         self._stream, self._serving = stream, serving
         self._frames = FrameStream(stream, serving.limits)
         self._counted = (0, 0)
+        self._owed: list[tuple[int, Arrival]] = []  # pushes that are being recorded, and not yet answered
 
     def run(self) -> None:
         hello = self._greet()
         try:
             while True:
-                self._serve_request(hello)
+                if len(self._owed) >= self._serving.limits.requests_ahead or not self._stream.has_more():
+                    self._answer_owed()
                 self._count(hello.node)
+                self._serve_request(hello)
         finally:
             self._count(hello.node)
+            for _, arrival in self._owed:
+                with contextlib.suppress(SnapdError):
+                    arrival.wait()
 
     def _deadline(self, seconds: float) -> Deadline:
         return Deadline(self._serving.clock, seconds)
@@ -112,8 +119,11 @@ class _Conversation:
             # Again, because an epoch may have begun since the greeting.
             self._serving.admit(hello, self._stream.names)
         except SnapdError as error:
+            self._answer_owed()
             self._answer_error(header.number, error, deadline)
             raise
+        if header.kind is not FrameKind.PUSH:
+            self._answer_owed()
         if header.kind is FrameKind.FETCH:
             self._answer_fetch(header, meta)
         elif header.kind is FrameKind.PUSH:
@@ -142,17 +152,31 @@ class _Conversation:
         name, digest = parse_push(meta)
         is_received = False
         try:
-            with self._serving.store.write(name, header.body_bytes, digest) as view:
-                if len(view) != header.body_bytes:
-                    raise InternalError("room of another size", nbytes=len(view), asked=header.body_bytes)
-                self._stream.receive_into(view, deadline)
+            with self._serving.store.write(name, header.body_bytes, digest) as arrival:
+                nbytes = len(arrival.view)
+                if nbytes != header.body_bytes:
+                    raise InternalError("room of another size", nbytes=nbytes, asked=header.body_bytes)
+                self._stream.receive_into(arrival.view, deadline)
                 is_received = True
         except SnapdError as error:
             if not is_received:
                 self._frames.discard(header.body_bytes, deadline)
+            self._answer_owed()
             self._answer_error(header.number, error, deadline)
             return
-        self._frames.send(FrameKind.STORED, header.number, self._deadline(self._serving.limits.stall_s))
+        self._owed.append((header.number, arrival))
+
+    def _answer_owed(self) -> None:
+        """In the order in which they came: what was pushed is recorded."""
+        while self._owed:
+            number, arrival = self._owed.pop(0)
+            deadline = self._deadline(self._serving.limits.stall_s)
+            try:
+                arrival.wait()
+            except SnapdError as error:
+                self._answer_error(number, error, deadline)
+            else:
+                self._frames.send(FrameKind.STORED, number, deadline)
 
     def _answer_holds(self, header: FrameHeader, deadline: Deadline) -> None:
         body = bytearray(header.body_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 from typing import Protocol
 
@@ -34,6 +35,9 @@ class ByteStream(Protocol):
     def receive_into(self, view: memoryview, deadline: Deadline) -> None:
         """Fill the view."""
 
+    def has_more(self) -> bool:
+        """Whether something has arrived already, or the end; False when that is not known."""
+
     def interrupt(self) -> None:
         """End the waits of the thread that uses it, which then finds the stream broken."""
 
@@ -45,6 +49,8 @@ class SocketStream:
 
     def __init__(self, connection: socket.socket, peer: str, names: tuple[str, ...] | None) -> None:
         self._socket = connection
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self.peer, self.names = peer, names
         self.sent_bytes = self.received_bytes = 0
 
@@ -65,6 +71,9 @@ class SocketStream:
                 raise ConnectionResetError("closed by the peer")
             self.received_bytes += count
             view = view[count:]
+
+    def has_more(self) -> bool:
+        return bool(self._poll.poll(0))
 
     def close(self) -> None:
         end_socket(self._socket)

@@ -20,6 +20,10 @@ class TlsStream(SocketStream):
         with _translated(self.peer):
             super().send(parts, deadline)
 
+    def has_more(self) -> bool:
+        assert isinstance(self._socket, ssl.SSLSocket)
+        return self._socket.pending() > 0 or super().has_more()
+
     def receive_into(self, view: memoryview, deadline: Deadline) -> None:
         with _translated(self.peer):
             super().receive_into(view, deadline)

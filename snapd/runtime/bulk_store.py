@@ -11,8 +11,9 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import xxhash
 
@@ -22,12 +23,13 @@ from snapd.core.manifest import ShardRecord
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
 from snapd.memory.parity import Filled, Reservation
 from snapd.memory.segments import SegmentSet
-from snapd.peer.base import HOLDS_MAX, ChunkName, FragmentName, Name
+from snapd.peer.base import HOLDS_MAX, Arrival, ChunkName, FragmentName, Name
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
-from snapd.runtime.loop_caller import GroupCaller, LoopCaller
+from snapd.runtime.loop_caller import GroupCaller, LoopCaller, Ticket
 
 LEASE_IDLE_S = 0.05
+GATHER_S = 0.002  # what peers push within so long is one transaction
 
 FindJob = Callable[[str], Job | None]
 LeaseKey = tuple[str, SnapshotId, int]
@@ -54,7 +56,7 @@ class NodeBulkStore:
         self._find_job = find_job
         self._loop = loop
         self._caller = LoopCaller(loop)
-        self._commits = GroupCaller(loop, _commit_arrived)
+        self._commits = GroupCaller(loop, _commit_arrived, gather_s=GATHER_S)
         self._lock = threading.Lock()
         self._leases: dict[LeaseKey, _Lease] = {}
 
@@ -65,17 +67,18 @@ class NodeBulkStore:
         return self._chunk(name) if isinstance(name, ChunkName) else self._fragment(name)
 
     @contextmanager
-    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> Iterator[memoryview]:
+    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> Iterator[Arrival]:
         """See `BulkStore.write`."""
         job = self._job(name.job)
-        reservation = job.parity.reserve(name.row_id, name.number, nbytes)
-        try:
-            yield reservation.view
+        with ExitStack() as undo:
+            reservation = job.parity.reserve(name.row_id, name.number, nbytes)
+            undo.callback(job.parity.cancel, reservation)  # nothing after a commit
+            arrival = Arrival(reservation.view)
+            yield arrival
             if xxhash.xxh3_128_digest(reservation.view) != digest:
                 raise IntegrityError("other bytes arrived than were announced", kind="digest", job=name.job)
-            self._commits.call((job, (reservation, digest)))
-        finally:
-            job.parity.cancel(reservation)
+            commit = self._commits.begin((job, (reservation, digest)))
+            arrival.wait = partial(_wait, commit, undo.pop_all())
 
     def holds(self, names: Sequence[FragmentName]) -> list[bool]:
         """See `BulkStore.holds`."""
@@ -183,6 +186,12 @@ class NodeBulkStore:
         if job is None:
             raise NotFoundError("no such job on this node", kind="fragment", job=name[:64])
         return job
+
+
+def _wait(commit: Ticket, undo: ExitStack) -> None:
+    """Until a fragment is recorded; if it is not, its frame is free again."""
+    with undo:
+        commit.wait()
 
 
 def commit_fragment(job: Job, reservation: Reservation, digest: bytes) -> None:

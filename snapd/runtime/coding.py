@@ -19,7 +19,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.rows import Row, RowChunk
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
 from snapd.memory.parity import Filled, Reservation
-from snapd.peer.base import ChunkName, FragmentName, Links, Name
+from snapd.peer.base import ChunkName, FragmentName, Links, Name, Pushed
 from snapd.runtime.bulk_store import commit_fragments, discard_fragment
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
@@ -105,7 +105,7 @@ def code_batch(bench: Bench, tasks: Sequence[RowTask], piece_bytes: int) -> Batc
     count = sum(pieces_per_row(task.row) - (0 in task.lacking) for task in tasks)
     with ExitStack() as undo:
         pieces = undo.enter_context(bench.buffers.lend(count, piece_bytes, bench.stop))
-        own = OwnFragments(bench, undo)
+        own, pushes = OwnFragments(bench, undo), Pushes(bench)
         views = {
             task.row.number: [pieces.pop()[: chunk.nbytes] for chunk in task.row.chunks] for task in tasks
         }
@@ -119,7 +119,8 @@ def code_batch(bench: Bench, tasks: Sequence[RowTask], piece_bytes: int) -> Batc
         for task in tasks:
             if task.row.number not in failed:
                 bench.check()
-                _code(bench, task, views[task.row.number], parity[task.row.number], own, result)
+                _code(bench, task, views[task.row.number], parity[task.row.number], own, pushes, result)
+        pushes.send(result)
         own.commit(result)
     return result
 
@@ -205,9 +206,10 @@ def _code(
     chunks: list[memoryview],
     fragments: list[memoryview],
     own: OwnFragments,
+    pushes: Pushes,
     result: BatchResult,
 ) -> None:
-    """Encode a row, our own fragment straight into its frame, and push the others to where they belong."""
+    """Encode a row, our own fragment straight into its frame, and note the others for where they belong."""
     row, ours = task.row, None
     if 0 in task.lacking:
         try:
@@ -224,13 +226,7 @@ def _code(
     result.rows_coded += 1
     result.encoded_bytes += sum(chunk.nbytes for chunk in chunks)
     for number in sorted(task.lacking - {0}):
-        bench.check()
-        try:
-            _push(bench, row, number, fragments[number], result)
-        except SnapdError as error:
-            result.failures.append(Failure(row, row.parity_nodes[number], error))
-        else:
-            result.placed.append((row.number, number))
+        pushes.add(row, number, fragments[number])
 
 
 class OwnFragments:
@@ -271,13 +267,43 @@ class OwnFragments:
                 result.failures.append(Failure(row, "", problem))
 
 
-def _push(bench: Bench, row: Row, number: int, view: memoryview, result: BatchResult) -> None:
-    name = FragmentName(bench.job.name, row.id, number)
-    digest = xxhash.xxh3_128_digest(view)
-    point("daemon.protect.push.before")
-    bench.links.to(row.parity_nodes[number]).push(name, view, digest, timeout_s=timeout_s(view.nbytes))
-    point("daemon.protect.push.after")
-    result.pushed_bytes += view.nbytes
+class Pushes:
+    """The fragments of a batch that belong to others: all of one peer in one call, so that neither end waits for the
+    other at each.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._by_node: dict[str, list[tuple[Row, Pushed]]] = defaultdict(list)
+
+    def add(self, row: Row, number: int, view: memoryview) -> None:
+        name = FragmentName(self._bench.job.name, row.id, number)
+        pushed = Pushed(name, view, xxhash.xxh3_128_digest(view))
+        self._by_node[row.parity_nodes[number]].append((row, pushed))
+
+    def send(self, result: BatchResult) -> None:
+        """All that were added."""
+        for node, entries in sorted(self._by_node.items()):
+            self._bench.check()
+            refusals = self._send_to(node, [pushed for _, pushed in entries])
+            for (row, pushed), refusal in zip(entries, refusals, strict=True):
+                if refusal is not None:
+                    result.failures.append(Failure(row, node, refusal))
+                else:
+                    result.placed.append((row.number, pushed.name.number))
+                    result.pushed_bytes += pushed.data.nbytes
+
+    def _send_to(self, node: str, pushed: Sequence[Pushed]) -> Sequence[SnapdError | None]:
+        for _ in pushed:
+            point("daemon.protect.push.before")
+        nbytes = sum(one.data.nbytes for one in pushed)
+        try:
+            refusals = self._bench.links.to(node).push(pushed, timeout_s=timeout_s(nbytes))
+        except SnapdError as error:
+            return [error] * len(pushed)
+        for _ in pushed:
+            point("daemon.protect.push.after")
+        return refusals
 
 
 def check_fragments(bench: Bench, keys: Sequence[tuple[bytes, int]]) -> None:

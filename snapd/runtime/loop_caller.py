@@ -53,42 +53,64 @@ class LoopCaller:
             self._loop.call_soon_threadsafe(lambda: function(*args, **kwargs))
 
 
+class Ticket:
+    """For what was given to a `GroupCaller`."""
+
+    def __init__(self) -> None:
+        self.seen_to: Future[SnapdError | None] = Future()
+
+    def wait(self) -> None:
+        """Until it was seen to; raise its error.
+
+        Raises:
+            UnavailableError: kind `stopping`: as `LoopCaller.call`; it was not seen to and never will be.
+        """
+        try:
+            error = self.seen_to.result(CALL_TIMEOUT_S)
+        except FutureTimeout:
+            if self.seen_to.cancel():
+                raise UnavailableError("the daemon's loop does not come round", kind="stopping") from None
+            error = self.seen_to.result()  # it is being seen to right now
+        if error is not None:
+            raise error
+
+
 class GroupCaller(Generic[T]):
-    """As `LoopCaller`, for what costs less together: `function` gets all that threads have given since the loop last
-    came round, and returns None or an error for each. It raises no SnapdError.
+    """As `LoopCaller`, for what costs less together: `function` gets all that threads have given since the first of
+    them woke the loop, `gather_s` ago or more, and returns None or an error for each. It raises no SnapdError.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, function: Callable[[Sequence[T]], Sequence[SnapdError | None]]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        function: Callable[[Sequence[T]], Sequence[SnapdError | None]],
+        *,
+        gather_s: float = 0.0,
     ) -> None:
-        self._loop, self._function = loop, function
+        self._loop, self._function, self._gather_s = loop, function, gather_s
         self._lock = threading.Lock()
         self._given: list[tuple[T, Future[SnapdError | None]]] = []
 
     def call(self, given: T) -> None:
-        """Wait until `function` has seen to it; raise its error.
+        """Give it, and wait: `Ticket.wait`."""
+        self.begin(given).wait()
 
-        Raises:
-            UnavailableError: kind `stopping`: as `LoopCaller.call`; `function` has not seen it and never will.
-        """
-        seen_to: Future[SnapdError | None] = Future()
+    def begin(self, given: T) -> Ticket:
+        """Give it; the ticket says what came of it."""
+        ticket = Ticket()
         with self._lock:
             is_first = not self._given
-            self._given.append((given, seen_to))
+            self._given.append((given, ticket.seen_to))
         if is_first:
             self._wake()
-        try:
-            error = seen_to.result(CALL_TIMEOUT_S)
-        except FutureTimeout:
-            if seen_to.cancel():
-                raise UnavailableError("the daemon's loop does not come round", kind="stopping") from None
-            error = seen_to.result()  # it is being seen to right now
-        if error is not None:
-            raise error
+        return ticket
 
     def _wake(self) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._run)
+            if self._gather_s:
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._gather_s, self._run)
+            else:
+                self._loop.call_soon_threadsafe(self._run)
         except RuntimeError:
             with self._lock:
                 given, self._given = self._given, []

@@ -20,6 +20,7 @@ from snapd.errors import UnavailableError
 from snapd.units import MIB
 
 BUFFER_BYTES_DEFAULT = 128 * MIB
+BATCH_BYTES = 16 * MIB  # what one thread takes at once: more would leave the cache before it is coded
 THREADS_DEFAULT = 2
 BRING_THREADS_DEFAULT = (
     4  # for recovery: nobody trains while a restore waits, so these are threads like any other
@@ -127,8 +128,8 @@ class Pipeline:
     def rows_per_batch(
         self, pieces_per_row: int, piece_bytes: int, *, rows_max: int = 32, threads: int = 0
     ) -> int:
-        """How many rows one thread takes at once, so that all threads together stay below the bound."""
-        share = self.buffers.bytes_max // (threads or self.threads)
+        """How many rows one thread takes at once: some `BATCH_BYTES`, and all threads together stay below the bound."""
+        share = min(BATCH_BYTES, self.buffers.bytes_max // (threads or self.threads))
         return max(1, min(rows_max, share // max(1, pieces_per_row * piece_bytes)))
 
     @contextmanager

@@ -25,12 +25,12 @@ from snapd.errors import (
     UnavailableError,
 )
 from snapd.peer import framing
-from snapd.peer.base import HOLDS_MAX, FragmentName, Name
+from snapd.peer.base import HOLDS_MAX, FragmentName, Name, Pushed
 from snapd.peer.framing import FrameKind, pack_frame, pack_hello
 from snapd.peer.identity import Identity
 from snapd.peer.serving import Serving, serve_stream
 from snapd.peer.stream import ByteStream
-from tests.support.peer_scene import KINDS, LIMITS, Scene, chunk, digest_of, fragment, room
+from tests.support.peer_scene import KINDS, LIMITS, Scene, chunk, digest_of, fragment, push, room
 
 
 @pytest.fixture(params=KINDS)
@@ -114,7 +114,7 @@ def test_chunks_and_fragments_are_fetched(scene: Scene) -> None:
 def test_fragments_are_pushed(scene: Scene) -> None:
     for number, nbytes in enumerate((0, 1, 70_000, 5 << 20)):
         data = os.urandom(nbytes)
-        scene.links.to("b").push(fragment(number), memoryview(data), digest_of(data), timeout_s=5)
+        push(scene.links.to("b"), fragment(number), memoryview(data), digest_of(data), timeout_s=5)
         assert scene.server.store.items[fragment(number)] == data
     assert scene.server.store.open_writes == 0
 
@@ -132,7 +132,7 @@ def test_what_a_peer_holds_is_asked_in_batches(scene: Scene) -> None:
         link.holds([fragment(1)], timeout_s=5)
     assert caught.value.kind == "not_planned"
     with pytest.raises(UnavailableError, match="not_planned"):
-        link.push(fragment(1), memoryview(b"x"), digest_of(b"x"), timeout_s=5)
+        push(link, fragment(1), memoryview(b"x"), digest_of(b"x"), timeout_s=5)
 
 
 def test_many_threads_at_once(scene: Scene) -> None:
@@ -147,7 +147,7 @@ def test_many_threads_at_once(scene: Scene) -> None:
                 assert fetched(scene, list(data), [len(d) for d in data.values()], 20) == list(data.values())
                 mine = os.urandom(100_000)
                 name = fragment(turn, bytes([number]) * 16)
-                scene.links.to("b").push(name, memoryview(mine), digest_of(mine), timeout_s=20)
+                push(scene.links.to("b"), name, memoryview(mine), digest_of(mine), timeout_s=20)
                 assert scene.server.store.items[name] == mine
         except (AssertionError, SnapdError) as error:
             errors.append(error)
@@ -184,10 +184,10 @@ def test_another_size_is_refused(scene: Scene) -> None:
 def test_pushed_bytes_that_are_not_their_digest_are_refused(scene: Scene) -> None:
     link = scene.links.to("b")
     with pytest.raises(IntegrityError) as caught:
-        link.push(fragment(0), memoryview(b"abc"), digest_of(b"abd"), timeout_s=5)
+        push(link, fragment(0), memoryview(b"abc"), digest_of(b"abd"), timeout_s=5)
     assert caught.value.kind == "digest"
     assert fragment(0) not in scene.server.store.items
-    link.push(fragment(0), memoryview(b"abc"), digest_of(b"abc"), timeout_s=5)
+    push(link, fragment(0), memoryview(b"abc"), digest_of(b"abc"), timeout_s=5)
 
 
 def test_no_room_is_said_and_the_link_goes_on(scene: Scene) -> None:
@@ -195,8 +195,8 @@ def test_no_room_is_said_and_the_link_goes_on(scene: Scene) -> None:
     link = scene.links.to("b")
     big = bytes(3 << 20)
     with pytest.raises(CapacityError, match="no room for parity"):
-        link.push(fragment(0), memoryview(big), digest_of(big), timeout_s=5)
-    link.push(fragment(0), memoryview(b"abc"), digest_of(b"abc"), timeout_s=5)
+        push(link, fragment(0), memoryview(big), digest_of(big), timeout_s=5)
+    push(link, fragment(0), memoryview(b"abc"), digest_of(b"abc"), timeout_s=5)
 
 
 def test_an_answer_of_another_size_is_a_protocol_error(scene: Scene) -> None:
@@ -371,7 +371,7 @@ def test_the_rate_is_kept_to_and_can_be_changed(scene: Scene) -> None:
     link = scene.links.paced.to("b")
     began = time.monotonic()
     link.fetch(wanted, timeout_s=10)
-    link.push(fragment(0), memoryview(bytes(100_000)), digest_of(bytes(100_000)), timeout_s=10)
+    push(link, fragment(0), memoryview(bytes(100_000)), digest_of(bytes(100_000)), timeout_s=10)
     took = time.monotonic() - began
     assert 0.9 < took < 8  # 2.1 MB less burst and last transfer
     scene.pacer.set_rate(1000, 1000)
@@ -450,7 +450,7 @@ def test_bytes_are_counted_at_both_ends(scene: Scene) -> None:
     scene.server.store.put(chunk(0), bytes(1_000_000))
     fetched(scene, [chunk(0)], [1_000_000])
     data = bytes(500_000)
-    scene.links.to("b").push(fragment(0), memoryview(data), digest_of(data), timeout_s=5)
+    push(scene.links.to("b"), fragment(0), memoryview(data), digest_of(data), timeout_s=5)
     at_a = scene.asking.meter.by_node()["b"]
     assert 1_000_000 < at_a.received_bytes < 1_001_000
     assert 500_000 < at_a.sent_bytes < 501_000
@@ -463,7 +463,7 @@ def test_closed_links_say_so(scene: Scene) -> None:
     link = scene.links.to("b")
     scene.links.close()
     with pytest.raises(UnavailableError) as caught:
-        link.push(fragment(0), memoryview(b""), digest_of(b""), timeout_s=5)
+        push(link, fragment(0), memoryview(b""), digest_of(b""), timeout_s=5)
     assert caught.value.kind == "closed"
     with pytest.raises(UnavailableError):
         scene.links.to("b")
@@ -485,3 +485,14 @@ def test_names_of_fragments_may_be_long(scene: Scene) -> None:
     scene.server.store.put(name, b"x")
     assert fetched(scene, [name], [1]) == [b"x"]
     assert scene.links.to("b").holds([name], timeout_s=5) == [True]
+
+
+def test_many_fragments_go_in_one_call_and_each_gets_its_own_answer(scene: Scene) -> None:
+    data, wrong = [bytes([number]) * (1000 + number) for number in range(40)], {7, 31}
+    said = [digest_of(b"other" if number in wrong else part) for number, part in enumerate(data)]
+    pushed = [Pushed(fragment(i), memoryview(part), said[i]) for i, part in enumerate(data)]
+    refusals = scene.links.to("b").push(pushed, timeout_s=10)
+    assert [i for i, refusal in enumerate(refusals) if isinstance(refusal, IntegrityError)] == sorted(wrong)
+    assert sum(refusal is None for refusal in refusals) == 38
+    stored = [scene.server.store.items.get(fragment(i)) for i in range(40)]
+    assert stored == [None if i in wrong else part for i, part in enumerate(data)]

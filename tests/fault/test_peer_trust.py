@@ -19,7 +19,7 @@ from snapd.peer.certificates import make_ca
 from snapd.peer.identity import Identity
 from snapd.peer.links import PeerLinks
 from snapd.peer.trust import Trust, TrustFiles, load
-from tests.support.peer_scene import LIMITS, Authority, Scene, chunk, digest_of, fragment, room
+from tests.support.peer_scene import LIMITS, Authority, Scene, chunk, digest_of, fragment, push, room
 
 DAY = datetime.timedelta(days=1)
 CONTENT = b"123456"
@@ -113,7 +113,7 @@ def test_a_certificate_of_another_name_is_refused(scene: Scene, tmp_path: Path) 
     bad = intruder(scene, trust, node="a").to("b")  # calls itself a, and is c
     for _ in range(3):
         with pytest.raises(AuthError) as caught:
-            bad.push(fragment(0), memoryview(b"x"), digest_of(b"x"), timeout_s=5)
+            push(bad, fragment(0), memoryview(b"x"), digest_of(b"x"), timeout_s=5)
         assert caught.value.kind == "peer_name"
         assert is_fine(good)
         time.sleep(0.06)
@@ -132,7 +132,7 @@ def test_a_server_that_is_not_trusted_gets_nothing(scene: Scene, tmp_path: Path)
     scene.server.trust = Trust("b", authority.files("b"), clock=time.monotonic, log_once=scene.log.once)
     scene.server.start()
     with pytest.raises(AuthError) as caught:
-        scene.links.to("b").push(fragment(0), memoryview(b"x"), digest_of(b"x"), timeout_s=5)
+        push(scene.links.to("b"), fragment(0), memoryview(b"x"), digest_of(b"x"), timeout_s=5)
     assert caught.value.kind == "certificate"
     assert scene.server.store.items.keys() == {chunk(0)}
 

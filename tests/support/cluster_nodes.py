@@ -29,14 +29,14 @@ from snapd.core.cluster import Code, Group
 from snapd.core.ids import Place, SnapshotId
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.core.protection import PlacedRecord, RowMap
-from snapd.errors import DeadlineExceeded, NotFoundError, UnavailableError
+from snapd.errors import DeadlineExceeded, NotFoundError, SnapdError, UnavailableError
 from snapd.memory.folders import ArenaFolder
 from snapd.memory.hashing import hash_digests
 from snapd.memory.index import Index
 from snapd.obs.log import EventLog
 from snapd.obs.metrics import Metrics
 from snapd.obs.protection_metrics import ProtectionMetrics
-from snapd.peer.base import FragmentName, Name, PeerLink
+from snapd.peer.base import FragmentName, Name, PeerLink, Pushed
 from snapd.runtime.arena_writing import ArenaWriter
 from snapd.runtime.bulk_store import NodeBulkStore
 from snapd.runtime.context import Context, Environment, NodeSettings
@@ -153,11 +153,19 @@ class LoopbackLink:
             digests.append(digest)
         return digests
 
-    def push(self, name: FragmentName, data: memoryview, digest: bytes, *, timeout_s: float) -> None:
-        node = self.network.check(self.asker, self.peer, "push", name)
-        with node.store.write(name, data.nbytes, digest) as view:
-            view[:] = data
-            self._count(self.asker, self.peer, data.nbytes)
+    def push(self, pushed: Sequence[Pushed], *, timeout_s: float) -> list[SnapdError | None]:
+        return [self._push(one) for one in pushed]
+
+    def _push(self, one: Pushed) -> SnapdError | None:
+        node = self.network.check(self.asker, self.peer, "push", one.name)
+        try:
+            with node.store.write(one.name, one.data.nbytes, one.digest) as arrival:
+                arrival.view[:] = one.data
+                self._count(self.asker, self.peer, one.data.nbytes)
+            arrival.wait()
+        except SnapdError as error:
+            return error
+        return None
 
     def holds(self, names: Sequence[FragmentName], *, timeout_s: float) -> list[bool]:
         return self.network.check(self.asker, self.peer, "holds").store.holds(names)

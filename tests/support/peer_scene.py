@@ -18,7 +18,7 @@ from snapd_proto import peer_pb2_grpc
 from snapd.core.cluster import Token
 from snapd.errors import CapacityError, IntegrityError, NotFoundError, UnavailableError
 from snapd.peer.asking import Asking
-from snapd.peer.base import ChunkName, FragmentName, Name
+from snapd.peer.base import Arrival, ChunkName, FragmentName, Name, PeerLink, Pushed
 from snapd.peer.certificates import Issued, make_ca, make_node
 from snapd.peer.deadline import Deadline
 from snapd.peer.grpc_peer import CallContext, TransferService, dial_grpc, server_credentials
@@ -41,6 +41,13 @@ def digest_of(data: bytes | memoryview) -> bytes:
 
 def chunk(index: int, job: str = "job") -> ChunkName:
     return ChunkName(job, 3, 40, 1, index)
+
+
+def push(link: PeerLink, name: FragmentName, data: memoryview, digest: bytes, *, timeout_s: float) -> None:
+    """One fragment; raises what it is refused with."""
+    (refusal,) = link.push([Pushed(name, data, digest)], timeout_s=timeout_s)
+    if refusal is not None:
+        raise refusal
 
 
 def fragment(number: int, row: bytes = b"r" * 32) -> FragmentName:
@@ -75,7 +82,7 @@ class MemoryStore:
         yield memoryview(self.items[name]), self.digests[name]
 
     @contextmanager
-    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> Iterator[memoryview]:
+    def write(self, name: FragmentName, nbytes: int, digest: bytes) -> Iterator[Arrival]:
         self._check_planned(name)
         if nbytes > self.capacity_bytes:
             raise CapacityError("no room for parity", nbytes=nbytes)
@@ -83,7 +90,7 @@ class MemoryStore:
             self.open_writes += 1
         data = bytearray(nbytes)
         try:
-            yield memoryview(data)
+            yield Arrival(memoryview(data))
             if digest_of(data) != digest:
                 raise IntegrityError("other bytes arrived", kind="digest")
             self.put(name, bytes(data))

@@ -82,12 +82,13 @@ class LightWorld:
         *,
         chunk_count: int = 12,
         state_bytes: int = 0,
+        chunk_bytes: int = 0,
         step_s: float = STEP_S,
     ) -> None:
-        """`state_bytes` per rank, in chunks of the size that the daemons choose; 0: `chunk_count` of them."""
+        """`state_bytes` per rank (0: `chunk_count` chunks), in chunks of `chunk_bytes` (0: as the daemons choose)."""
         self.job, self.step_s = job, step_s
         self.chunk_count, self.state_bytes = chunk_count, state_bytes
-        self.chunk_bytes = CHUNK_BYTES
+        self.asked_chunk_bytes, self.chunk_bytes = chunk_bytes, chunk_bytes or CHUNK_BYTES
         self.ranks = [LightRank(daemon, rank) for rank, daemon in enumerate(daemons)]
         self.steps: list[Step] = []
         self.generation = 0
@@ -112,6 +113,7 @@ class LightWorld:
                 world_size=len(self.ranks),
                 incarnation=incarnation,
                 state_bytes=self.state_bytes or self.chunk_count * CHUNK_BYTES,
+                chunk_bytes=self.asked_chunk_bytes,
             )
         answers = [rank.answer() for rank in self.ranks]
         assert len({tuple(answer) for answer in answers}) == 1, f"ranks of one start differ: {answers}"

@@ -25,7 +25,7 @@ class LightTrainer(FakeTrainer):
     """One rank, alone on its node."""
 
     def open_alone(
-        self, job: str, rank: int, world_size: int, incarnation: str, state_bytes: int
+        self, job: str, rank: int, world_size: int, incarnation: str, state_bytes: int, chunk_bytes: int
     ) -> list[int]:
         """Returns generation and chunk size."""
         generation = self.open(
@@ -36,6 +36,7 @@ class LightTrainer(FakeTrainer):
             local_rank=0,
             local_world_size=1,
             state_bytes_estimate=state_bytes,
+            chunk_bytes=chunk_bytes,
         )
         assert self.page is not None
         return [generation, self.page.chunk_bytes]
