@@ -218,6 +218,15 @@ def test_a_collector_that_takes_over_goes_on_with_a_widened_interval() -> None:
     assert interval_after(successor) == Interval(configured=3)
 
 
+def test_of_two_agreed_intervals_the_newer_one_counts() -> None:
+    record = Record(Told(snap(1)), 2, Interval(1, 2, 64))
+    assert record.with_interval(0, Interval()) is record
+    assert record.with_interval(2, Interval(1, 4, 32)) is record
+    assert record.with_interval(1, Interval(1, 4, 128)) is record
+    assert record.with_interval(2, Interval(1, 4, 80)) == Record(Told(snap(1)), 2, Interval(1, 4, 80))
+    assert record.with_interval(3, Interval(5)).generation == 3
+
+
 def test_a_collector_that_takes_over_widens_nothing_for_what_was_skipped_before() -> None:
     _, nodes = collector(), world()
     for node in nodes:

@@ -89,6 +89,17 @@ async def test_what_is_protected_is_told_once_it_is_recorded(scene: Scene) -> No
 
 
 @scenario
+async def test_a_widened_interval_is_recorded_for_the_next_collector(scene: Scene) -> None:
+    await scene.tell(1, newest_step_seen=40)
+    await scene.tell(1, newest_step_seen=40, aborts=1)
+    widened = scene.host.orders.interval
+    assert widened.factor == 2 and (scene.recorded[-1].generation, scene.recorded[-1].interval) == (1, widened)
+    scene.host.close()
+    scene.begin(before=scene.recorded[-1])
+    assert (await scene.tell(1, newest_step_seen=41, aborts=1)).interval == widened
+
+
+@scenario
 async def test_a_new_collector_has_nothing_dropped_before_all_who_live_have_reported(scene: Scene) -> None:
     for rank, node in enumerate(scene.nodes[:2]):
         shards = [held(step, rank, world_size=3) for step in (1, 2, 3)]
