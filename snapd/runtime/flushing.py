@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from snapd.core.flushing import PAUSE_GENERATION, FlushChoice, FlushSituation, choose_flush
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.reports import FlushNews
 from snapd.errors import IntegrityError, InternalError, NotFoundError, SnapdError
+from snapd.runtime.flush_report import FlushReport, count_report, log_fields, report_of
 from snapd.runtime.job import Job
 from snapd.runtime.restoring import verify_soon
 from snapd.runtime.tiers import NodeTier, Trouble, retry_s
@@ -27,30 +28,6 @@ WATCH_S = 0.25
 STUCK_AFTER_S = 30.0  # waiting for other nodes' shards: a newer snapshot may take its place
 LOOK_S = 60.0
 OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the tier to say which generations it has
-
-
-@dataclass(frozen=True, slots=True)
-class FlushReport:
-    """The last flush that ended well. `requests`: to the store meanwhile, by kind (those of other jobs too)."""
-
-    snapshot: SnapshotId
-    nbytes: int
-    raw_nbytes: int
-    stored_nbytes: int
-    reused_nbytes: int
-    packs: int
-    seconds: float
-    requests: Mapping[str, int]
-
-    @property
-    def request_count(self) -> int:
-        return sum(self.requests.values())
-
-    @property
-    def requests_per_gb(self) -> float:
-        """For each 10^9 bytes of the node's part of the snapshot, whether they were written or there already."""
-        total = self.raw_nbytes + self.reused_nbytes
-        return self.request_count / (total / 1e9) if total else 0.0
 
 
 class JobFlusher:
@@ -435,46 +412,16 @@ class JobFlusher:
         return True
 
     def _done(self, facts: SnapshotFacts, flushed: Flushed, before: Mapping[str, int]) -> None:
-        job, metrics = self.job, self.tier.metrics
-        after = self.tier.count_requests()
+        job = self.job
         seconds = job.context.environment.monotonic_s() - self._began_s
-        counts = flushed.counts
-        self.last = FlushReport(
-            snapshot=facts.id,
-            nbytes=flushed.snapshot.nbytes,
-            raw_nbytes=counts.raw_nbytes,
-            stored_nbytes=counts.stored_nbytes,
-            reused_nbytes=flushed.reused_nbytes,
-            packs=counts.packs,
-            seconds=seconds,
-            requests={kind: n for kind, total in after.items() if (n := total - before.get(kind, 0))},
-        )
+        self.last = report_of(facts.id, flushed, before, self.tier.count_requests(), seconds)
         self._note_durable(facts.id)
         self.current = None
-        metrics.snapshots.inc()
-        metrics.committed.inc(int(flushed.is_ours))
-        metrics.raw_bytes.inc(counts.raw_nbytes)
-        metrics.stored_bytes.inc(counts.stored_nbytes)
-        metrics.reused_bytes.inc(flushed.reused_nbytes)
-        metrics.seconds.inc(max(0.0, seconds))
         self._failures = 0
         self._tell(None)
-        job.context.log.info(
-            "snapshot.durable",
-            job=job.name,
-            generation=facts.id.generation,
-            step=facts.id.step,
-            nbytes=flushed.snapshot.nbytes,
-            written_nbytes=counts.raw_nbytes,
-            stored_nbytes=counts.stored_nbytes,
-            reused_nbytes=flushed.reused_nbytes,
-            shards_resumed=flushed.shards_resumed,
-            is_ours=flushed.is_ours,
-            packs=counts.packs,
-            requests=self.last.request_count,
-            requests_per_gb=round(self.last.requests_per_gb, 1),
-            seconds=round(seconds, 3),
-        )
+        count_report(self.tier.metrics, self.last, is_ours=flushed.is_ours)
+        fields = log_fields(self.last)
+        job.context.log.info("snapshot.durable", job=job.name, is_ours=flushed.is_ours, **fields)
         job.changes.notify()
         if job.world is not None:
             job.world.changed()

@@ -30,7 +30,7 @@ from snapd.store.base import Store
 from snapd.store.probing import check_probe
 from snapd.tier.flush import FlushMeans
 from snapd.tier.known_chunks import committed_snapshots, newest_good
-from snapd.tier.writing import Compressing, WriteMeans
+from snapd.tier.writing import Compressing, Stopped, WriteMeans
 from snapd.units import MIB
 
 PACKERS = 2  # packs at once; each upload has `tier.concurrency` requests in flight
@@ -193,8 +193,21 @@ class NodeTier:
     async def _run(
         self, threads: ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
+        def guarded() -> R:
+            try:
+                return function(*args, **kwargs)
+            except (SnapdError, Stopped):
+                raise
+            except Exception as error:
+                self._log.error("tier.failed", exception=error, reason=str(error))
+                raise UnavailableError(
+                    f"an error that nobody expected: {type(error).__name__}: {error}",
+                    kind="tier_failed",
+                    hint="a bug of snapd: the daemon's log has it as tier.failed",
+                ) from error
+
         try:
-            future = threads.submit(function, *args, **kwargs)
+            future = threads.submit(guarded)
         except RuntimeError as error:
             raise UnavailableError("the daemon is stopping", kind="stopping") from error
         return await asyncio.wrap_future(future)

@@ -16,7 +16,7 @@ from tests.cluster.harness.cluster import cluster
 from tests.cluster.harness.daemon import ClusterDaemon
 from tests.cluster.harness.waiting import wait_for
 from tests.support.cluster_jobs import CHUNKS, FakeWorld
-from tests.support.flush_scene import BY_STEPS, intents, read_tier, unfinished
+from tests.support.flush_scene import BY_STEPS, ON_DEMAND, intents, read_tier, unfinished
 from tests.support.stores import directory_store
 
 WAIT_S = 40.0
@@ -116,4 +116,21 @@ def test_a_node_without_its_store_holds_up_nobody_and_catches_up(tier: Path) -> 
         world.capture(10)
         wait_durable(nodes.daemons, "apart", 8)
         assert max(read_tier(directory_store(tier), "apart")) >= SnapshotId(1, 8)
+        world.die()
+
+
+def test_a_node_that_is_told_to_stop_makes_the_world_s_newest_snapshot_durable(tier: Path) -> None:
+    settings = {**ON_DEMAND, "SNAPD_TIER_SHARED": str(tier)}
+    with cluster(3, "2+1", is_tls=False, is_etcd=False, is_namespaced=False, settings=settings) as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "notice")
+        for step in range(1, 4):
+            world.capture(step)
+        wait_for(lambda: nodes["n3"].job("notice").has_complete, "complete", WAIT_S)
+        store = directory_store(tier)
+        assert read_tier(store, "notice") == {}
+        assert nodes["n3"].stop(40.0) == 0
+        assert read_tier(store, "notice")[SnapshotId(1, 3)] == expected(world, 3)
+        assert nodes["n3"].events("levels.finished")[-1]["not_durable_jobs"] == []
         world.die()
