@@ -59,9 +59,9 @@ class TierConfig:
     concurrency: int = setting(
         4,
         "count",
-        "Requests in flight for one large object. More fills a long line; each costs 8 MiB of memory and more.",
+        "Requests in flight for large objects. More fills a long line; each costs 16 MiB of memory.",
         low=1,
-        high=16,
+        high=8,
     )
     grace: float = setting(
         20.0,

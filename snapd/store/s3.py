@@ -21,7 +21,7 @@ from snapd.store.probing import PROBE, probe_conditional
 from snapd.store.s3_errors import Refused
 from snapd.store.s3_reading import S3Reading
 from snapd.store.s3_requests import Patience, S3Requests
-from snapd.store.s3_upload import Body, S3Upload
+from snapd.store.s3_upload import Body, PartBuffers, S3Upload
 from snapd.store.surroundings import Surroundings, checked_key, checked_prefix, view_of
 
 _DELETED_AT_ONCE = 1000
@@ -42,6 +42,7 @@ class S3Store:
         self._requests = S3Requests(bucket, self._description, options, surroundings)
         self._pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="snapd-s3")
         self._in_flight = threading.BoundedSemaphore(options.concurrency)
+        self._buffers = PartBuffers()
         self._reading = S3Reading(self._requests, self._pool)
         self._knows_conditions = True
         self._deletes_many = True
@@ -180,6 +181,7 @@ class S3Store:
             nbytes=nbytes,
             pool=self._pool,
             in_flight=self._in_flight,
+            buffers=self._buffers,
             put_arguments=self._put_arguments,
             checksum=_CHECKSUM,
             is_conditional=self._knows_conditions,

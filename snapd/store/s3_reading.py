@@ -52,7 +52,7 @@ class S3Reading:
         for at in range(0, view.nbytes, PIECE_BYTES):
             piece = view[at : at + PIECE_BYTES]
             part = _Range(self._requests, key, full_key, offset + at, piece, patience, give_up)
-            pieces.append(self._pool.submit(part.fill))
+            pieces.append(self._requests.submit(self._pool, part.fill))
         try:
             wait(pieces, return_when=FIRST_EXCEPTION)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import boto3.session
@@ -27,15 +28,16 @@ _CONNECTIONS_BESIDE = 8  # of callers in threads of their own
 
 
 class Patience:
-    """How long a call may take, with all that it repeats."""
+    """How long a call may take, with all that it repeats. `give_up`: nobody waits for it any more."""
 
-    def __init__(self, monotonic_s: Callable[[], float], seconds: float) -> None:
+    def __init__(self, monotonic_s: Callable[[], float], seconds: float, give_up: threading.Event) -> None:
         self._monotonic_s = monotonic_s
         self._end_s = monotonic_s() + seconds
+        self._give_up = give_up
         self.seconds = seconds
 
     def left_s(self) -> float:
-        return self._end_s - self._monotonic_s()
+        return 0.0 if self._give_up.is_set() else self._end_s - self._monotonic_s()
 
 
 class Answering(Protocol[Answer]):
@@ -61,9 +63,16 @@ class S3Requests:
         self._session: Any = None
         self._clients: dict[float, Any] = {}
 
-    def patience(self, deadline_s: float | None) -> Patience:
+    def patience(self, deadline_s: float | None, give_up: threading.Event | None = None) -> Patience:
         seconds = self.options.deadline_s if deadline_s is None else deadline_s
-        return Patience(self.surroundings.monotonic_s, seconds)
+        return Patience(self.surroundings.monotonic_s, seconds, give_up or self._closing)
+
+    def submit(self, pool: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> Future[T]:
+        """To the pool, as long as the store is open."""
+        try:
+            return pool.submit(call, *arguments)
+        except RuntimeError:
+            raise self._closed() from None
 
     def ask(
         self, kind: str, doing: str, patience: Patience, request: Answering[T], *, tries_max: int = 1 << 30
@@ -122,6 +131,9 @@ class S3Requests:
                 client.close()
             self._clients.clear()
 
+    def _closed(self) -> UnavailableError:
+        return UnavailableError(f"{self.description} is being closed", kind="store_unreachable")
+
     # clients
 
     def _client(self, left_s: float) -> Any:
@@ -133,7 +145,7 @@ class S3Requests:
                 stall_s *= 2
         with self._lock:
             if self._closing.is_set():
-                raise UnavailableError(f"{self.description} is being closed", kind="store_unreachable")
+                raise self._closed()
             if stall_s not in self._clients:
                 self._clients[stall_s] = self._made(stall_s)
             return self._clients[stall_s]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import RawIOBase
@@ -29,6 +28,37 @@ def part_nbytes(number: int, nbytes: int | None) -> int:
         return PART_BYTES << ((number - 1) // _PARTS_OF_A_SIZE)
     needed = -(-nbytes // PARTS_MAX)
     return max(PART_BYTES, -(-needed // MIB) * MIB)
+
+
+class PartBuffers:
+    """Buffers of parts that were sent, for the next ones: making them costs more than filling them. All uploads of a
+    store share them, so that there are no more than uploads and parts in flight; without uploads there are none.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: list[bytearray] = []
+        self._uploads = 0
+
+    def enter(self) -> None:
+        with self._lock:
+            self._uploads += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._uploads -= 1
+            if self._uploads == 0:
+                self._spare.clear()
+
+    def take(self, nbytes: int) -> bytearray:
+        with self._lock:
+            found = self._spare.pop() if self._spare else b""
+        return found if isinstance(found, bytearray) and len(found) == nbytes else bytearray(nbytes)
+
+    def give(self, buffer: bytearray) -> None:
+        with self._lock:
+            if self._uploads:
+                self._spare.append(buffer)
 
 
 class Body(RawIOBase):
@@ -81,6 +111,7 @@ class S3Upload:
         nbytes: int | None,
         pool: ThreadPoolExecutor,
         in_flight: threading.BoundedSemaphore,
+        buffers: PartBuffers,
         put_arguments: dict[str, str],
         checksum: str,
         is_conditional: bool,
@@ -102,11 +133,13 @@ class S3Upload:
         }
         self._buffer: bytearray | None = None
         self._filled = 0
-        self._spare: deque[bytearray] = deque()
+        self._buffers = buffers
+        buffers.enter()
         self._parts: list[Future[dict[str, Any]]] = []
         self._upload_id = ""
         self._sent = 0
         self._is_over = False
+        self._give_up = threading.Event()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         for view in map(view_of, buffers):
@@ -139,6 +172,7 @@ class S3Upload:
         if self._is_over:
             return
         self._is_over = True
+        self._give_up.set()
         for future in self._parts:
             if future.cancel():
                 self._in_flight.release()
@@ -149,7 +183,7 @@ class S3Upload:
 
     def _let_go(self) -> None:
         self._buffer = None
-        self._spare.clear()
+        self._buffers.leave()
 
     # parts
 
@@ -157,8 +191,7 @@ class S3Upload:
         size = part_nbytes(len(self._parts) + 1, self._nbytes)
         if self._nbytes is not None:
             size = max(1, min(size, self._nbytes))
-        found = self._spare.pop() if self._spare else bytearray()
-        self._buffer = found if len(found) == size else bytearray(size)
+        self._buffer = self._buffers.take(size)
         self._filled = 0
         return self._buffer
 
@@ -172,7 +205,13 @@ class S3Upload:
         buffer, filled = self._buffer, self._filled
         self._buffer, self._filled = None, 0
         self._sent += filled
-        self._parts.append(self._pool.submit(self._part_sent, len(self._parts) + 1, buffer, filled))
+        number = len(self._parts) + 1
+        try:
+            sending = self._requests.submit(self._pool, self._part_sent, number, buffer, filled)
+        except UnavailableError:
+            self._in_flight.release()
+            raise
+        self._parts.append(sending)
 
     def _raise_failed(self) -> None:
         for future in self._parts:
@@ -184,7 +223,7 @@ class S3Upload:
         try:
             return self._send(number, memoryview(buffer)[:filled])
         finally:
-            self._spare.append(buffer)
+            self._buffers.give(buffer)
             self._in_flight.release()
 
     def _send(self, number: int, view: memoryview) -> dict[str, Any]:
@@ -205,7 +244,7 @@ class S3Upload:
 
         doing = f"cannot write part {number} of {self._key}"
         try:
-            part = self._requests.ask("part", doing, self._requests.patience(None), send)
+            part = self._requests.ask("part", doing, self._requests.patience(None, self._give_up), send)
         except NotFoundError as missing:
             raise self._vanished(doing, missing) from None
         self._requests.meter.add(sent_nbytes=view.nbytes)

@@ -330,6 +330,30 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(weed: Seaweed, store: S
     assert store.requests.retries > 0
 
 
+def test_an_upload_is_given_up_soon_while_the_server_hangs(weed: Seaweed, prefix: str) -> None:
+    store = weed.store(prefix, stall_s=1, deadline_s=60, concurrency=2)
+    begun = store.upload("p")
+    begun.write([bytes(PART_BYTES + 1)])
+    weed.hang()
+    try:
+        begun.write([bytes(PART_BYTES)])
+        started = time.monotonic()
+        begun.abort()
+        assert time.monotonic() - started < 12
+    finally:
+        weed.go_on()
+    for key, token, _ in list(store.unfinished()):  # what could not be aborted is found later
+        store.abort_unfinished(key, token)
+    store.close()
+    for call in (
+        lambda: store.create("a", b"x"),
+        lambda: store.read_into("a", 0, memoryview(bytearray(20 * MIB))),
+    ):
+        with pytest.raises(UnavailableError) as error:
+            call()
+        assert "closed" in str(error.value)
+
+
 # sizes
 
 
