@@ -1,7 +1,8 @@
 """`snapd verify --from URL`: what a tier holds, checked without a daemon.
 
 Without `--deep` only manifests are read and packs are looked for: each commit record, each shard manifest, and that
-every pack that they name is there and long enough. With `--deep` every chunk is read and hashed, once each.
+every pack that they name is there and long enough. With `--deep` every chunk is read and hashed, once each, and so are
+the packs' own headers and indexes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from snapd.core.ids import checked_job_name
 from snapd.core.stored import StoredChunk, StoredShard
 from snapd.errors import IntegrityError, NotFoundError
 from snapd.export.shard_view import contents_of_chunk, read_layout
+from snapd.tier.pack_index import index_problem
 from snapd.tier.reading import Broken, Opened, TierReader
 from snapd.tier.shard_bytes import BatchReader, StoredShardBytes, record_of
 from snapd.tier.streaming import Fault, Miss
@@ -51,10 +53,13 @@ class Verdict:
     problem: str = ""  # of its manifests
     note: str = ""
     bad: list[BadStored] = field(default_factory=list)
+    bad_indexes: list[str] = field(
+        default_factory=list
+    )  # packs whose chunks can be read, but only by manifests
 
     @property
     def is_good(self) -> bool:
-        return not self.problem and not self.bad
+        return not self.problem and not self.bad and not self.bad_indexes
 
 
 @dataclass
@@ -62,6 +67,7 @@ class _Checked:
     """Chunks that were read already, by where they lie: what is wrong with each, or nothing."""
 
     results: dict[tuple[str, int], str] = field(default_factory=dict)
+    indexes: dict[str, str] = field(default_factory=dict)  # the same of packs' own indexes, by name
 
 
 def verify_stored(
@@ -116,6 +122,7 @@ def _verify_job(
             with progress_bar(is_wanted=show_progress) as bar:
                 task = bar.add_task(f"verifying {reader.job} step {one.id.step}", total=one.record.nbytes)
                 _read_all(reader, one, verdict, checked, functools.partial(bar.advance, task))
+            _read_indexes(reader, one, verdict, checked)
         else:
             _look_for_packs(reader, one, verdict, packs)
     return verdicts
@@ -133,6 +140,19 @@ def _look_for_packs(reader: TierReader, opened: Opened, verdict: Verdict, packs:
             else:
                 continue
             verdict.bad.append(BadStored(rank=rank, chunk=index, what=what))
+
+
+def _read_indexes(reader: TierReader, opened: Opened, verdict: Verdict, checked: _Checked) -> None:
+    lying: dict[str, list[StoredChunk]] = {name: [] for name in opened.record.packs}
+    for shard in opened.shards.values():
+        for chunk in shard.chunks:
+            lying[chunk.pack].append(chunk)
+    fresh = [name for name in lying if name not in checked.indexes]
+    problems = reader.pool.map(
+        lambda name: index_problem(reader.store, reader.keys, name, lying[name]), fresh
+    )
+    checked.indexes.update(zip(fresh, problems, strict=True))
+    verdict.bad_indexes = [problem for name in lying if (problem := checked.indexes[name])]
 
 
 def _read_all(
@@ -199,10 +219,11 @@ def _lines(verdict: Verdict, *, is_deep: bool) -> list[str]:
     if verdict.problem:
         return [f"{head}unusable: {verdict.problem}"]
     how = f"{format_size(verdict.nbytes)} hashed" if is_deep else "manifests and sizes of packs"
-    result = "all good" if not verdict.bad else f"{len(verdict.bad)} bad chunk{'s' * (len(verdict.bad) > 1)}"
+    result = "all good" if verdict.is_good else f"{len(verdict.bad)} bad chunk{'s' * (len(verdict.bad) != 1)}"
     lines = [f"{head}{how}, {result}"]
     if verdict.note:
         lines.append(f"  passed over: {verdict.note}")
+    lines += [f"  {text}; its chunks are found by manifests alone" for text in verdict.bad_indexes]
     for bad in verdict.bad:
         names = ", ".join(bad.contents[:NAMES_SHOWN_MAX])
         more = f" and {len(bad.contents) - NAMES_SHOWN_MAX} more" * (len(bad.contents) > NAMES_SHOWN_MAX)
@@ -220,6 +241,7 @@ def _json(verdict: Verdict, *, is_deep: bool) -> dict[str, object]:
         "nbytes": verdict.nbytes,
         "problem": verdict.problem or None,
         "passed_over": verdict.note or None,
+        "bad_pack_indexes": verdict.bad_indexes,
         "bad_chunks": [
             {"rank": bad.rank, "chunk": bad.chunk, "what": bad.what, "contents": list(bad.contents)}
             for bad in verdict.bad
