@@ -23,7 +23,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,17 +252,25 @@ class Shard:
                 raise Bad(f"{self.key}: chunk {index}: {error}") from error
         return self.kept[1]
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        parts = []
+    def pieces(self, offset: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
+        """(chunk, first byte in it, byte behind the last) of a run of bytes."""
         end = offset + nbytes
         while offset < end:
             index, start = divmod(offset, self.chunk_bytes)
             stop = min(end - index * self.chunk_bytes, self.chunk_bytes)
             if index >= len(self.chunks) or stop > self.chunks[index].nbytes:
-                raise Bad(f"{self.key}: no chunk holds byte {end - 1} of the shard")
-            parts.append(self.chunk(index)[start:stop])
+                raise Bad(
+                    f"{self.key}: no chunk holds byte {index * self.chunk_bytes + stop - 1} of the shard"
+                )
+            yield index, start, stop
             offset = index * self.chunk_bytes + stop
-        return b"".join(parts)
+
+    def check_held(self, offset: int, nbytes: int) -> None:
+        for _ in self.pieces(offset, nbytes):
+            pass
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return b"".join(self.chunk(index)[start:stop] for index, start, stop in self.pieces(offset, nbytes))
 
 
 @dataclass
@@ -570,20 +578,31 @@ class ShardContents:
         ]
         self.by_name = {tensor.name: tensor for tensor in self.tensors if tensor.has_bytes}
 
-    def bytes_of(self, tensor: Tensor) -> tuple[bytes, int]:
-        """(elements in row-major order, bytes of an element)."""
+    def element_nbytes(self, tensor: Tensor) -> int:
+        """Bytes of an element; 0: the tensor is empty. What the layout says of the tensor is checked."""
         where = f"{self.shard.key}: tensor {tensor.name!r}"
         if 0 in tensor.shape or tensor.nbytes == 0:
-            return b"", 0
+            return 0
         if len(tensor.shape) != len(tensor.strides) or min(tensor.strides, default=0) < 0:
             raise Bad(f"{where}: shape {tensor.shape}, strides {tensor.strides}")
         elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
         size, rest = divmod(tensor.nbytes, elements)
         if rest or tensor.region >= len(self.regions):
             raise Bad(f"{where}: {tensor.nbytes} bytes for {elements} elements in region {tensor.region}")
-        return row_major(self._span(tensor, where), tensor.shape, tensor.strides, size), size
+        shard, offset = self._place(tensor, where)
+        shard.check_held(offset, tensor.nbytes)
+        return size
 
-    def _span(self, tensor: Tensor, where: str) -> bytes:
+    def bytes_of(self, tensor: Tensor) -> tuple[bytes, int]:
+        """(elements in row-major order, bytes of an element)."""
+        size = self.element_nbytes(tensor)
+        if not size:
+            return b"", 0
+        shard, offset = self._place(tensor, tensor.name)
+        return row_major(shard.read(offset, tensor.nbytes), tensor.shape, tensor.strides, size), size
+
+    def _place(self, tensor: Tensor, where: str) -> tuple[Shard, int]:
+        """The shard that holds the tensor's bytes, and where they begin."""
         region = self.regions[tensor.region]
         holder = region.number(5)
         if holder:
@@ -593,10 +612,10 @@ class ShardContents:
                 raise Bad(f"{where}: rank {holder - 1} should keep it and does not")
             if other.regions[theirs.region].number(5):
                 raise Bad(f"{where}: rank {holder - 1} should keep it, and leaves it to another")
-            return other._span(theirs, where)
+            return other._place(theirs, where)
         if tensor.region_offset + tensor.nbytes > region.number(2):
             raise Bad(f"{where}: ends behind its region")
-        return self.shard.read(region.number(1) + tensor.region_offset, tensor.nbytes)
+        return self.shard, region.number(1) + tensor.region_offset
 
     def write(self, folder: Path) -> int:
         """state.json and a file for each tensor; returns how many."""
@@ -672,7 +691,7 @@ def verify(tier: Tier, snapshot: Snapshot) -> list[str]:
             for contents in contents_of(snapshot).values():
                 for tensor in contents.tensors:
                     if tensor.has_bytes:
-                        contents.bytes_of(tensor)
+                        contents.element_nbytes(tensor)  # its bytes were read above
         except (Bad, UnicodeDecodeError, ValueError) as error:
             wrong.append(str(error))
     return wrong

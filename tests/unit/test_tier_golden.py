@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import xxhash
+from snapd_proto import format_pb2, tier_pb2
 
 from snapd.codec.compress import ChunkDecoder
 from snapd.core.stored import Encoding
@@ -147,6 +148,24 @@ def test_the_reader_knows_nothing_of_snapd() -> None:
     assert re.search(r"^\s*(import|from)\s+(snapd|google|numpy)", text, re.MULTILINE) is None
     imported = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
     assert imported - set(sys.stdlib_module_names) == {"xxhash", "zstandard"}
+
+
+def test_the_document_knows_every_field() -> None:
+    """Who adds a field says in docs/format.md what it means, then here."""
+    newest = {
+        name: max(descriptor.fields_by_number)
+        for file in (format_pb2, tier_pb2)
+        for name, descriptor in file.DESCRIPTOR.message_types_by_name.items()
+        if descriptor.fields_by_number
+    }
+    # Chunk and ShardRecord lie in memory only: a tier has StoredChunks and StoredShard.
+    assert newest == {
+        "Chunk": 7, "Component": 2, "Complex": 2, "Condemned": 5, "Distributed": 5, "EarlyValues": 4, "Intent": 9,
+        "Mapping": 4, "Named": 2, "Opaque": 3, "PackIndex": 7, "ParameterName": 4, "Pin": 5, "Quantisation": 3,
+        "Range": 3, "Region": 5, "ReplicaSet": 1, "Sequence": 4, "ShardEntry": 6, "ShardLayout": 14, "ShardRecord": 16,
+        "SnapshotName": 2, "StoredChunks": 8, "StoredShard": 16, "StoredSnapshot": 14, "Subclass": 3, "Tensor": 23,
+        "Value": 16, "VoidRecord": 7,
+    }  # fmt: skip
 
 
 def test_the_reader_lists_and_verifies() -> None:
