@@ -168,6 +168,12 @@ def test_the_document_knows_every_field() -> None:
     }  # fmt: skip
 
 
+def test_the_example_in_the_document_is_the_golden_pin() -> None:
+    [block] = re.findall(r"```\n(89 53.*?)```", (ROOT / "docs" / "format.md").read_text(), re.DOTALL)
+    shown = "".join(re.match(r"(?:[0-9a-f]{2} +)+", line)[0] for line in block.splitlines())  # type: ignore[index]
+    assert bytes.fromhex(shown) == OBJECTS[KEYS.pin("best")]
+
+
 def test_the_reader_lists_and_verifies() -> None:
     listed = run_reader("list", GOLDEN / "tier")
     assert listed.returncode == 0, listed.stderr
