@@ -23,7 +23,7 @@ TEST_FOLDERS := $(wildcard tests/unit tests/property tests/sim tests/conformance
 RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test sim check format proto proto-check soak soak-cluster bench bench-cluster gpu-check bench-gpu native-test native-sanitize clean
+.PHONY: help venv demo test sim sim-tiers soak-tiers chaos-tiers check format proto proto-check soak soak-cluster bench bench-cluster gpu-check bench-gpu native-test native-sanitize clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -84,6 +84,18 @@ soak-cluster: $(STAMP)
 	$(RUN) tests/soak_cluster/run.py --nodes 4 --code 2+2 --rounds 10 $(SOAK_CLUSTER_OPTIONS)
 	$(RUN) tests/soak_cluster/run.py --nodes 3 --code 2+1 --rounds 10 $(SOAK_CLUSTER_OPTIONS)
 	$(RUN) tests/soak_cluster/run.py --nodes 2 --code 1+1 --rounds 10 $(SOAK_CLUSTER_OPTIONS)
+
+## sim-tiers        every interleaving of writers and a collector in small tiers, long seeded runs, every planted bug found
+sim-tiers: $(STAMP)
+	$(RUN) -m snapd.sim.tiers $(SIM_OPTIONS)
+
+## soak-tiers       kill -9 of daemon, trainer and a real S3 server while snapshots become durable
+soak-tiers: $(STAMP)
+	$(RUN) tests/soak_tiers/run.py --points 5 --moments 100 $(SOAK_OPTIONS)
+
+## chaos-tiers      ckpt-chaos over a tier in a directory: a crash at every file event; and a planted bug that it must find
+chaos-tiers: $(STAMP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" tests/chaos/run.sh
 
 ## bench            snapd beside torch.save and DCP async
 bench: $(STAMP)

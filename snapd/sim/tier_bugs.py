@@ -23,7 +23,7 @@ class TierBug(enum.Enum):
     INTENT_LATE = "the writer publishes its intent after it has read the lists"
     LISTS_NOT_READ = "the writer does not read the condemned lists"
     BASE_READ_EARLY = "the writer reads its base before the condemned lists"
-    INTENT_REMOVED_EARLY = "the writer removes its intent before the commit"
+    INTENT_REMOVED_EARLY = "the writer removes its intent before its manifest is there"
     COMMIT_REPLACES = "the commit record is put, whatever lies there"
     COMMIT_EARLY = "the commit record comes before the shard manifests"
     PIN_NOT_CHECKED = "pinning does not look whether the snapshot is condemned"

@@ -35,6 +35,7 @@ from snapd.sim.tier_model import (
     sleep,
     standing,
 )
+from snapd.sim.tier_programs import record_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +179,10 @@ def _distorted(sight: Sight, bugs: frozenset[TierBug]) -> Sight:
         shards = {key: replace(seen, packs=frozenset()) for key, seen in sight.shards.items()}
         sight = replace(sight, shards=shards)
     if TierBug.NEWEST_NOT_KEPT in bugs:
-        newest = max((seen.snapshot for seen in sight.records), default=None)
-        sight = replace(sight, records=tuple(s for s in sight.records if s.snapshot != newest))
+        # It believes in a newer one that is not there.
+        newer = record_of(SnapshotId(9, 9), 0, f"{9:032x}", {})
+        seen = SeenRecord(KEYS.snapshot(newer.id), newer.id, 0, sight.now_s, record=newer)
+        sight = replace(sight, records=(*sight.records, seen))
     return sight
 
 

@@ -137,6 +137,8 @@ def writing(task: Writing, attempt: int) -> Program:
             KEYS.snapshot(task.target, plan.revision),
             record_of(task.target, plan.revision, write_id, {0: (KEYS.shard(task.target, 0), manifest)}),
         )
+    if TierBug.INTENT_REMOVED_EARLY in bugs:
+        yield delete(KEYS.intent(write_id))
     yield create(KEYS.shard(task.target, task.rank, plan.revision), manifest)
     if task.gives_up:
         return Become(ending, (KEYS.intent(write_id),))
@@ -158,8 +160,6 @@ def committing(task: Writing, attempt: int, intent: Intent, beat_s: float) -> Pr
         intent = replace(intent, beat=intent.beat + 1)
         yield put(key, intent)
         beat_s = now_s
-    if TierBug.INTENT_REMOVED_EARLY in bugs:
-        yield delete(key)
     lists: tuple[Item, ...] = ()
     if TierBug.LISTS_NOT_READ not in bugs:
         lists = yield listing(KEYS.condemned)
