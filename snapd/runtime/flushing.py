@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from snapd.core.flushing import PAUSE_GENERATION, FlushChoice, FlushSituation, choose_flush
+from snapd.core.flushing import FlushChoice
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.reports import FlushNews
-from snapd.errors import IntegrityError, InternalError, NotFoundError, SnapdError
+from snapd.errors import InternalError, NotFoundError, SnapdError
+from snapd.runtime.flush_choosing import STUCK_AFTER_S, FlushChooser
 from snapd.runtime.flush_report import FlushReport, count_report, log_fields, report_of
 from snapd.runtime.job import Job
 from snapd.runtime.restoring import verify_soon
@@ -25,7 +26,6 @@ from snapd.tier.flush import Flushed, Stage, TierWriter
 from snapd.tier.writing import ShardBytes, Stopped
 
 WATCH_S = 0.25
-STUCK_AFTER_S = 30.0  # waiting for other nodes' shards: a newer snapshot may take its place
 LOOK_S = 60.0
 OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the tier to say which generations it has
 
@@ -36,29 +36,19 @@ class JobFlusher:
     def __init__(self, job: Job, tier: NodeTier) -> None:
         self.job = job
         self.tier = tier
-        self.durable: SnapshotId | None = None
+        floor = job.index.tier_floors().get(tier.settings.url)
+        self._chooser = FlushChooser(job, tier.settings.rules, floor)
         self.trouble: Trouble | None = None
         self.last: FlushReport | None = None
-        self.current: SnapshotId | None = None
         self._stage = Stage()
         self._stop: threading.Event | None = None
         self._writer: TierWriter | None = None
-        self._floor: int | None = job.index.tier_floors().get(tier.settings.url)
         self._is_learnt = False
         self._learning = asyncio.Lock()
-        self._wanted: SnapshotId | None = None
-        self._is_ending = False
-        self._void: set[SnapshotId] = set()
         self._told_news = FlushNews()
-        self._named: SnapshotId | None = None
-        self._named_at_s = 0.0
-        self._first_steps: dict[int, int] = {}
         self._failures = 0
-        clock = job.context.environment
-        self._began_s = clock.monotonic_s()
-        self._durable_at_s = clock.wall_s()
-        if self._floor is not None:
-            job.coordination.start_above(self._floor)
+        if floor is not None:
+            job.coordination.start_above(floor)
         tier.metrics.behind_seconds.labels(job=job.name).set_function(self.behind_s)
         tier.metrics.paused.labels(job=job.name).set_function(lambda: float(self.trouble is not None))
         job.on_removed.append(self._let_go)
@@ -66,25 +56,26 @@ class JobFlusher:
     # what others ask
 
     @property
+    def durable(self) -> SnapshotId | None:
+        return self._chooser.durable
+
+    @property
+    def newest(self) -> SnapshotId | None:
+        """The newest snapshot that could become durable."""
+        return self._chooser.newest
+
+    @property
     def reason(self) -> str:
         """What is being done, or what it waits for, in words."""
         if self.trouble is not None:
             return f"paused: {self.trouble.reason}"
         if self._stop is not None:
-            return f"{self.current}: {self._stage.text}"
+            return f"{self._chooser.current}: {self._stage.text}"
         return self._choose().reason
-
-    @property
-    def newest(self) -> SnapshotId | None:
-        """The newest snapshot that could become durable."""
-        if self.job.world is not None:
-            return self.job.world.complete
-        newest = self.job.ledger.newest_complete()
-        return newest.id if newest is not None else None
 
     def behind_s(self) -> float:
         """Since the newest durable snapshot was captured."""
-        return max(0.0, self.job.context.environment.wall_s() - self._durable_at_s)
+        return self._chooser.behind_s()
 
     def progress(self) -> tuple[int, int]:
         """(bytes of chunks that are in packs, of so many) of the flush under way."""
@@ -92,24 +83,30 @@ class JobFlusher:
 
     def request(self, snapshot: SnapshotId) -> None:
         """Have it, or a newer one, become durable now."""
-        if self._wanted is None or snapshot > self._wanted:
-            self._wanted = snapshot
+        if self._chooser.want(snapshot):
             self.job.changes.notify()
 
     def finish(self) -> None:
         """This node goes away: have the newest become durable."""
-        self._is_ending = True
+        self._chooser.is_ending = True
         self.job.changes.notify()
 
     def is_durable(self, snapshot: SnapshotId) -> bool:
-        return self.durable is not None and self.durable >= snapshot
+        return self._chooser.is_durable(snapshot)
 
     def is_behind(self) -> bool:
         """Whether the newest complete snapshot may still become durable, and is not."""
-        newest = self.newest
-        if newest is None or self.is_durable(newest) or newest in self._void:
-            return False
-        return self._own_choice(None, "").pause != PAUSE_GENERATION
+        return self._chooser.is_behind()
+
+    def news(self) -> FlushNews:
+        """What the job's collector is told."""
+        self._told_news = self._chooser.news(self._stuck())
+        return self._told_news
+
+    def note_durable(self, snapshot: SnapshotId | None) -> None:
+        """The collector says so."""
+        if self._chooser.note_durable(snapshot):
+            self.job.changes.notify()
 
     async def wait_newest_durable(self) -> None:
         """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""
@@ -128,7 +125,7 @@ class JobFlusher:
         """A generation is about to be given out: it must be above all that the tier has. Waits a little; when the tier
         does not answer, the generation may turn out to be too low, and then it is not flushed.
         """
-        if self._floor is None:
+        if self._chooser.floor is None:
             with contextlib.suppress(SnapdError, TimeoutError):
                 async with asyncio.timeout(OPEN_WAIT_S):
                     await asyncio.shield(self.job.context.keep(self._learn()))
@@ -192,14 +189,14 @@ class JobFlusher:
                 return
             job, url = self.job, self.tier.settings.url
             view = await self.tier.ask(self.tier.view, job.name)
-            if self._floor is None:
+            if self._chooser.floor is None:
                 floor = await job.coordination.agree_tier_floor(url, view.highest_generation)
                 if job.is_removed:
                     return
                 job.index.set_tier_floor(url, floor)
-                self._floor = floor
+                self._chooser.floor = floor
                 job.context.log.info("tier.learnt", job=job.name, generation=floor)
-            self._note_durable(view.newest)
+            self._chooser.note_durable(view.newest)
             self._is_learnt = True
             self._failures = 0
             self._tell(None)
@@ -210,24 +207,25 @@ class JobFlusher:
         self._failures += 1
         self._tell_collector()
         self.tier.metrics.failures.labels(kind=error.kind).inc()
-        if isinstance(error, IntegrityError) and error.kind == "chunk_digest" and self.current is not None:
-            self._doubt(self.current, error)
-        elif error.kind == "tier_void" and self.current is not None:
-            self._void.add(self.current)
+        current = self._chooser.current
+        if error.kind == "chunk_digest" and current is not None:
+            self._doubt(current, error)
+        elif error.kind == "tier_void" and current is not None:
+            self._chooser.dropped.add(current)
         if error.kind == "tier_condemned" and self._failures == 1:
             self.job.context.log.info("flush.again", job=self.job.name, reason=error.message)
         else:
             self._tell(Trouble.of(error))
         until_s = self.job.context.environment.monotonic_s() + retry_s(self._failures)
-        was_ending = self._is_ending
+        was_ending = self._chooser.is_ending
 
         def is_over() -> bool:
-            return self.job.is_removed or self._is_ending != was_ending
+            return self.job.is_removed or self._chooser.is_ending != was_ending
 
         left_s = until_s - self.job.context.environment.monotonic_s()
         await self.job.changes.wait_until(is_over, max(0.0, left_s))
 
-    def _doubt(self, snapshot: SnapshotId, error: IntegrityError) -> None:
+    def _doubt(self, snapshot: SnapshotId, error: SnapdError) -> None:
         """Memory does not have what was recorded: look at all of the snapshot, mend it or condemn it."""
         facts = self.job.ledger.snapshots.get(snapshot)
         rank = error.context.get("rank")
@@ -239,76 +237,19 @@ class JobFlusher:
     # choosing
 
     def _choose(self) -> FlushChoice:
-        """What this node flushes now: its own choice on one machine, the collector's where worlds span nodes."""
-        if self.job.world is None:
-            current = self.current if self.current is not None and self._is_here(self.current) else None
-            return self._own_choice(current, self._stuck())
-        own, named = self._own_choice(None, ""), self.job.world.flush
-        if own.pause:
-            return own
-        if named is None or self.is_durable(named):
-            reason = (
-                own.reason if own.snapshot is None else "the job's collector has still to name the snapshot"
-            )
-            return FlushChoice(None, reason, due_s=own.due_s)
-        if not self._is_here(named):
-            return FlushChoice(None, f"nothing of {named} is here", due_s=own.due_s)
-        return FlushChoice(named, "being flushed by all nodes")
-
-    def _own_choice(self, current: SnapshotId | None, stuck: str) -> FlushChoice:
-        newest = self.newest
-        if newest is not None:
-            self._first_steps.setdefault(newest.generation, newest.step)
-            if newest in self._void:
-                reason = f"a collector has dropped {newest} from the tier; the next snapshot takes its place"
-                return FlushChoice(None, reason)
-        situation = FlushSituation(
-            newest=newest,
-            durable=self.durable,
-            current=current,
-            stuck=stuck,
-            first_step=self._first_steps.get(newest.generation, 0) if newest is not None else 0,
-            waited_s=self.job.context.environment.monotonic_s() - self._began_s,
-            floor=self._floor,
-            wanted=self._wanted,
-            is_ending=self._is_ending,
-        )
-        return choose_flush(self.tier.settings.rules, situation)
-
-    # the job's collector
-
-    def news(self) -> FlushNews:
-        """What the job's collector is told. Nothing counts as stuck before it had its time: another snapshot is named
-        then, and all nodes begin anew.
-        """
-        named = self.job.world.flush if self.job.world is not None else None
-        now_s = self.job.context.environment.monotonic_s()
-        if named != self._named:
-            self._named, self._named_at_s = named, now_s
-        stuck = self._stuck() if named is not None and now_s - self._named_at_s > STUCK_AFTER_S else ""
-        self._told_news = FlushNews(self.durable, self._own_choice(None, "").snapshot, stuck)
-        return self._told_news
-
-    def note_durable(self, snapshot: SnapshotId | None) -> None:
-        """The collector says so."""
-        if self._note_durable(snapshot):
-            self.job.changes.notify()
-
-    def _tell_collector(self) -> None:
-        """Where there is news for it."""
-        before = self._told_news
-        if self.job.world is not None and self.news() != before:
-            self.job.world.changed()
-
-    def _is_here(self, snapshot: SnapshotId) -> bool:
-        facts = self.job.ledger.snapshots.get(snapshot)
-        return facts is not None and facts.is_usable and snapshot not in self._void
+        return self._chooser.choose(self._stuck())
 
     def _stuck(self) -> str:
         if self._stop is None:
             return self.trouble.reason if self.trouble is not None and self._failures else ""
         waits_s = self.job.context.environment.monotonic_s() - self._stage.waits_since_s
         return self._stage.text if self._stage.is_waiting and waits_s > STUCK_AFTER_S else ""
+
+    def _tell_collector(self) -> None:
+        """Where there is news for it."""
+        before = self._told_news
+        if self.job.world is not None and self.news() != before:
+            self.job.world.changed()
 
     # flushing
 
@@ -320,9 +261,7 @@ class JobFlusher:
             raise NotFoundError(
                 f"snapshot {snapshot} has been dropped meanwhile", kind="snapshot", job=job.name
             )
-        if snapshot != self.current:
-            self._began_s = job.context.environment.monotonic_s()
-        self.current = snapshot
+        self._chooser.begin(snapshot)
         stop, stage = threading.Event(), Stage()
         self._stop, self._stage = stop, stage
         before = self.tier.count_requests()
@@ -401,22 +340,12 @@ class JobFlusher:
             )
             stop.set()
 
-    def _note_durable(self, snapshot: SnapshotId | None) -> bool:
-        """Whether that is news."""
-        if snapshot is None or self.is_durable(snapshot):
-            return False
-        self.durable = snapshot
-        facts = self.job.ledger.snapshots.get(snapshot)
-        if facts is not None and facts.shards:
-            self._durable_at_s = max(s.record.captured_wall_time_s for s in facts.shards.values())
-        return True
-
     def _done(self, facts: SnapshotFacts, flushed: Flushed, before: Mapping[str, int]) -> None:
         job = self.job
-        seconds = job.context.environment.monotonic_s() - self._began_s
+        seconds = job.context.environment.monotonic_s() - self._chooser.began_s
         self.last = report_of(facts.id, flushed, before, self.tier.count_requests(), seconds)
-        self._note_durable(facts.id)
-        self.current = None
+        self._chooser.note_durable(facts.id)
+        self._chooser.current = None
         self._failures = 0
         self._tell(None)
         count_report(self.tier.metrics, self.last, is_ours=flushed.is_ours)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from snapd.cli.ls import format_state
+from snapd.cli.output import rendered
+from snapd.cli.status import status_json, status_tables
 from snapd.core.ids import SnapshotId
 from snapd.core.tier_keys import TierKeys
 from tests.support.daemon_process import wait_for
@@ -197,6 +200,18 @@ def test_only_what_changed_is_written_and_nothing_is_left_over() -> None:
             assert newest["reused_nbytes"] >= 1 << 16
         assert orphans(scene.store, "a") == set()
         assert newest["requests"] > 0 and newest["requests_per_gb"] > 0
+        told = status_json(scene.daemon.status())
+        (job,) = told["jobs"]
+        flush = job["flush"]
+        assert flush["durable"] == {"generation": 1, "step": 4}
+        assert (flush["pause"], flush["last"]["step"], flush["last"]["packs"]) == (None, 4, 1)
+        assert sum(flush["last"]["requests"].values()) == newest["requests"]
+        assert told["tier"]["url"] == str(scene.root) and told["tier"]["requests"]["put"] > 0
+        shown = [(each.step, format_state(each)) for each in scene.daemon.snapshots("a")]
+        assert (4, "durable") in shown
+        text = "\n".join(map(rendered, status_tables(scene.daemon.status())))
+        assert "step 4 (generation 1)" in text and str(scene.root) in text
+        assert flush["reason"] == "the newest complete snapshot is durable"
 
 
 def test_a_job_that_ends_leaves_memory_when_its_last_snapshot_is_durable() -> None:
