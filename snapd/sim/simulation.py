@@ -81,6 +81,7 @@ class Simulation:
         self.noted_count = 0
         self.joined_s: dict[str, float] = {}
         self.store_was_replaced = False
+        self.heard = 0  # newest generation of those who were there when a table was written since then
         self._first_handed: tuple[SnapshotId | None, int, float] = (None, -1, 0.0)
         self._clock = clock
         self._numbers = itertools.count(1)
@@ -202,6 +203,7 @@ class Simulation:
         self.note(STORE, "is put back from a copy" if copy else "is wiped")
         self.store.put_back(copy)
         self.truth.recorded.clear()
+        self.heard = 0
 
     def is_forgotten(self, generation: int) -> bool:
         """Whether every daemon that knew of a generation is away, or was lost: it may be given out again. Away is also
@@ -209,15 +211,26 @@ class Simulation:
         """
         if not self.store_was_replaced:
             return False
-        return not any(
-            machine.is_serving
-            and machine.daemon is not None
-            and machine.daemon.state.away is None
-            and not self._is_cut_off(machine.name)
-            and self.keys.member(machine.name) in self.store.entries
-            and self.loop.now_s - self.joined_s.get(machine.name, 0.0) > HEARD_AFTER_S
-            and self.truth.known_generation(machine.disk.arena_id) >= generation
-            for machine in self.machines.values()
+        return generation > max(self.heard, self._known_by_members())
+
+    def hear(self) -> None:
+        """A table is written: whoever is there has said what he has seen, and may go."""
+        self.heard = max(self.heard, self._known_by_members())
+
+    def _known_by_members(self) -> int:
+        """The newest generation of all who are in touch with the store, and have been for a moment."""
+        return max(
+            (
+                self.truth.known_generation(machine.disk.arena_id)
+                for machine in self.machines.values()
+                if machine.is_serving
+                and machine.daemon is not None
+                and machine.daemon.state.away is None
+                and not self._is_cut_off(machine.name)
+                and self.keys.member(machine.name) in self.store.entries
+                and self.loop.now_s - self.joined_s.get(machine.name, 0.0) > HEARD_AFTER_S
+            ),
+            default=0,
         )
 
     def _is_cut_off(self, node: str) -> bool:

@@ -352,6 +352,8 @@ class Truth:
         """
         if write.value is not None and write.key == self.sim.keys.newest(JOB):
             self._is_recorded(write.value)
+        if write.key == self.sim.keys.groups:
+            self.sim.hear()
         if write.value is None or write.key != self.sim.keys.generations(JOB):
             return
         for row in generations_from_json(write.value).values():
