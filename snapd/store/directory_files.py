@@ -250,9 +250,13 @@ class Root:
             self._make_folder(path)
 
     def _make_folder(self, path: str) -> None:
-        if not os.path.isdir(path):
-            with suppress(FileExistsError):
-                os.mkdir(path, 0o700)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise ConfigError(
+                    f"{path} is no folder: a tier has no links and no other files", kind="store"
+                ) from None
 
     def sync_parents(self, key: str) -> None:
         """Sync the folders from the key's own up to the root: any of them may be new, whoever made it."""

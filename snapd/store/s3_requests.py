@@ -12,7 +12,7 @@ import boto3.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
-from snapd.errors import ConfigError, IntegrityError, SnapdError, UnavailableError
+from snapd.errors import AuthError, ConfigError, IntegrityError, SnapdError, UnavailableError
 from snapd.store.opening import StoreOptions
 from snapd.store.s3_errors import RAISED, Failure, answer_of, date_of, failure_of
 from snapd.store.surroundings import Meter, StoreClock, Surroundings
@@ -106,7 +106,10 @@ class S3Requests:
             return request(self._client(patience.left_s()))
         except RAISED as error:
             self.heard(answer_of(error))
-            return failure_of(error, what, self.surroundings.wall_s())
+            failure = failure_of(error, what, self.surroundings.wall_s())
+            if isinstance(failure.error, AuthError):
+                self._ask_chain_again()
+            return failure
 
     def _pause(self, failure: Failure, tries: int, patience: Patience) -> bool:
         """Wait before the next try, evenly between nothing and twice as long as before. False: no time is left."""
@@ -149,6 +152,12 @@ class S3Requests:
             if stall_s not in self._clients:
                 self._clients[stall_s] = self._made(stall_s)
             return self._clients[stall_s]
+
+    def _ask_chain_again(self) -> None:
+        """The next request looks for credentials anew: a person may have put others in place."""
+        with self._lock:
+            self._session = None
+            self._clients.clear()  # those in use end by themselves
 
     def _made(self, stall_s: float) -> Any:
         options = self.options

@@ -147,6 +147,18 @@ def test_links_lead_nowhere(store: DirectoryStore, root: Path, tmp_path: Path) -
     assert os.listdir(outside) == ["secret"]
 
 
+def test_what_is_being_written_does_not_go_through_a_link(root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    root.mkdir()
+    (root / ".tmp").symlink_to(outside)
+    store = directory_store(root)
+    with pytest.raises(ConfigError) as error:
+        store.create("a", b"x")
+    assert error.value.kind == "store"
+    assert os.listdir(outside) == []
+
+
 # ways to publish
 
 
