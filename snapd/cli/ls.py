@@ -77,8 +77,8 @@ def is_verified(summary: admin_pb2.SnapshotSummary) -> bool:
 
 
 def format_state(summary: admin_pb2.SnapshotSummary) -> str:
-    """Whether all ranks have it: "complete", or which ranks do; in a cluster also whether it is protected; "durable" once
-    it is in the shared tier; "unusable" once it is proved bad.
+    """Whether all ranks have it: "complete", or which ranks do; in a cluster also whether it is protected; "durable"
+    once it is in the shared tier; "unusable" once it is proved bad.
     """
     if summary.problem:
         return "unusable"

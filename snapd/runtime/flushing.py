@@ -44,6 +44,7 @@ class JobFlusher:
         self._stop: threading.Event | None = None
         self._writer: TierWriter | None = None
         self._is_learnt = False
+        self._is_hurried = False
         self._learning = asyncio.Lock()
         self._told_news = FlushNews()
         self._failures = 0
@@ -263,7 +264,7 @@ class JobFlusher:
             )
         self._chooser.begin(snapshot)
         stop, stage = threading.Event(), Stage()
-        self._stop, self._stage = stop, stage
+        self._stop, self._stage, self._is_hurried = stop, stage, False
         before = self.tier.count_requests()
         loop = asyncio.get_running_loop()
         is_held = True
@@ -329,11 +330,17 @@ class JobFlusher:
         if stop.is_set():
             return
         self._tell_collector()
-        if self.job.is_removed or (self._stage.is_waiting and self.is_durable(snapshot)):
+        if self.job.is_removed:
             stop.set()
             return
+        if self.durable == snapshot:  # another node has committed it: its record is looked for now, not later
+            if not self._is_hurried:
+                self._is_hurried = True
+                self._stage.look_now.set()
+            return
         choice = self._choose()
-        if choice.snapshot is not None and choice.snapshot != snapshot:
+        is_overtaken = choice.snapshot is not None and choice.snapshot != snapshot
+        if is_overtaken or self.is_durable(snapshot):
             self.tier.metrics.overtaken.inc()
             self.job.context.log.info(
                 "flush.overtaken", job=self.job.name, snapshot=str(snapshot), reason=choice.reason

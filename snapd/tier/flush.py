@@ -74,6 +74,7 @@ class Stage:
     text: str = "begins"
     is_waiting: bool = False  # our part is done, other nodes' are not
     waits_since_s: float = 0.0
+    look_now: threading.Event = field(default_factory=threading.Event)  # set by others: there is news
     nbytes_total: int = 0
     counts: WriteCounts = field(default_factory=WriteCounts)
 
@@ -160,7 +161,7 @@ class TierWriter:
         while progress.committed is None:
             stage.is_waiting = True
             stage.text = f"waits for the shards of ranks {', '.join(map(str, progress.missing[:8]))}"
-            self._wait(wait_s, stop)
+            self._wait(wait_s, stop, stage.look_now)
             wait_s = min(WAIT_MAX_S, 2 * wait_s)
             progress = committer.try_commit(self._intent)
         stage.text = "is committed"
@@ -212,9 +213,9 @@ class TierWriter:
             if not check_base(base.id, there, condemned):
                 add_base(store, known, base, ranks)
         # one that was lost by other means than a collector must not be built upon either
-        there = {keys.pack_name(info.key) for info in store.list(keys.packs)}
+        packs = {keys.pack_name(info.key) for info in store.list(keys.packs)}
         known.without_packs(
-            {pack for pack in known.packs if pack not in there or keys.pack(pack) in condemned}
+            {pack for pack in known.packs if pack not in packs or keys.pack(pack) in condemned}
         )
         return known
 
@@ -258,12 +259,13 @@ class TierWriter:
                 committer.write_shard(_stored(shards[shard], own, known))
         return writer, plan.reused_nbytes
 
-    def _wait(self, seconds: float, stop: threading.Event) -> None:
+    def _wait(self, seconds: float, stop: threading.Event, look_now: threading.Event) -> None:
         clock = self._means.write.monotonic_s
         until_s = clock() + seconds
-        while (left_s := until_s - clock()) > 0:
+        while (left_s := until_s - clock()) > 0 and not look_now.is_set():
             if stop.wait(min(left_s, WAIT_PIECE_S)):
                 raise Stopped
+        look_now.clear()
         self._intent.beat()
 
 
