@@ -270,7 +270,6 @@ def show(report: Report, result: dict[str, Any]) -> None:
         f"equal: {all(turn['is_equal'] for turn in restores)}; "
         f"host memory {result['restore_host_bytes'] / 1e6:+.0f} MB"
     )
-    report.claim("snap.step on the host", statistics.median(column("host")) / floor, 0.1, "floor")
     report.claim("window until the commit word", statistics.median(column("commit")) / floor, 1.5, "floor")
 
 

@@ -289,10 +289,11 @@ class Runs:
 
     def add(self, out: list[Copy], group: int, source: int, position: int, nbytes: int) -> None:
         """The copies of `nbytes` bytes from `source` to `position` in the shard."""
-        size = self._size
+        size, end = self._size, self._end
         while nbytes:
             chunk, offset = divmod(position, size)
-            count = min(nbytes, self._end[chunk] * size - position)
+            left = end[chunk] * size - position
+            count = nbytes if nbytes <= left else left
             if self._chunks is None or chunk in self._chunks:
                 out.append(Copy(group, self._addresses[chunk] + offset, source, count))
             position, source, nbytes = position + count, source + count, nbytes - count

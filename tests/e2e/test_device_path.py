@@ -96,6 +96,23 @@ def test_a_write_on_a_side_stream_is_never_committed(node: Node, monkeypatch: py
     assert health["last_discard"]
 
 
+def test_an_optimizer_waits_for_its_own_tensors_only(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = FakeCuda(is_gated=True, stops_at_fence=True)
+    pretend(monkeypatch, api)
+    torch.manual_seed(1)
+    models = [torch.nn.Linear(300, 300) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
+    snap = Snapshotter({"models": models, "optimizers": optimizers}, job="device-two", strict=True)
+    snap.step(1)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(torch.ones(1, 300)).sum().backward()
+        api.log.clear()
+        optimizer.step()
+        assert sum("waits for" in line for line in api.log) == 1
+    api.open_gate()
+    snap.close(final=True)
+
+
 def test_inside_a_graph_capture_the_fence_only_warns(
     node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
