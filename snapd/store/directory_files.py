@@ -251,12 +251,13 @@ class Root:
 
     def _make_folder(self, path: str) -> None:
         try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise ConfigError(
-                    f"{path} is no folder: a tier has no links and no other files", kind="store"
-                ) from None
+            is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            return
+        if not is_folder:
+            raise ConfigError(f"{path} is no folder: a tier has no links and no other files", kind="store")
 
     def sync_parents(self, key: str) -> None:
         """Sync the folders from the key's own up to the root: any of them may be new, whoever made it."""
