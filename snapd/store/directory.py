@@ -39,7 +39,6 @@ class DirectoryStore:
         self._surroundings = surroundings
         self._meter = Meter()
         self._clock = StoreClock(surroundings.monotonic_s)
-        self._clock_file = ""
 
     @property
     def description(self) -> str:
@@ -74,20 +73,15 @@ class DirectoryStore:
 
     def _asked_clock_s(self) -> float:
         """The time that the file system gives to a file of ours."""
-        self._root.check(new_identity=self._surroundings.random_token())
         with self._root.speaking("ask the clock"):
-            if self._clock_file:
-                with suppress(FileNotFoundError):  # somebody took it for a leftover
-                    os.utime(self._clock_file)
-                    return self._heard(os.stat(self._clock_file).st_mtime)
             file = self._root.begin(_CLOCK, self._surroundings.random_token())
-            file.write([b"\n"])
-            self._clock_file = file.leave()
-            return self._heard(os.stat(self._clock_file).st_mtime)
-
-    def _heard(self, at_s: float) -> float:
-        self._clock.heard(at_s)
-        return at_s
+            try:
+                file.write([b"\n"])
+                now = file.synced_s()
+            finally:
+                file.discard()
+        self._clock.heard(now)
+        return now
 
     # writing
 
@@ -259,7 +253,7 @@ class DirectoryStore:
                 return
             for entry in entries:
                 parsed = parsed_temporary(entry.name)
-                if parsed is None or entry.path == self._clock_file:
+                if parsed is None:
                     continue
                 with suppress(FileNotFoundError):
                     yield (*parsed, entry.stat(follow_symlinks=False).st_mtime)
@@ -273,10 +267,7 @@ class DirectoryStore:
             os.remove(f"{self._root.path}/{TMP}/{name}")
 
     def close(self) -> None:
-        if self._clock_file:
-            with suppress(OSError):
-                os.remove(self._clock_file)
-            self._clock_file = ""
+        """Nothing is held open between calls."""
 
 
 class DirectoryUpload:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import xxhash
+
 from snapd.codec.compress import ChunkDecoder
 from snapd.core.stored import Encoding, StoredChunk
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
@@ -236,12 +238,21 @@ class _Work:
             return self._take_run(run)
 
     def _take_direct(self, want: Want) -> list[Miss]:
-        view = self.place(want.index)
+        view, key = self.place(want.index), self.key_of(want.chunk.pack)
+        through = getattr(self.store, "read_through", None)
         try:
-            self.store.read_into(self.key_of(want.chunk.pack), want.chunk.offset, view)
+            if through is None:
+                self.store.read_into(key, want.chunk.offset, view)
+                return self._checked(want, view, view)
+            digest = xxhash.xxh3_128()
+            through(key, want.chunk.offset, view, digest.update)
         except SnapdError as error:
             return [self._failed(want, error)]
-        return self._checked(want, view, view)
+        if digest.digest() != want.chunk.digest:
+            return self._checked(want, view, view)  # says what is wrong
+        if self.done is not None:
+            self.done(want.index, view)
+        return []
 
     def _take_run(self, run: Run) -> list[Miss]:
         with self.pool.buffer(run.nbytes) as stored:

@@ -185,6 +185,26 @@ def test_a_store_that_is_away_proves_nothing(tmp_path: Path) -> None:
     assert len(misses) == len(out) and {miss.fault for miss in misses} == {Fault.AWAY}
 
 
+def test_large_chunks_are_read_to_their_place_and_checked_on_the_way(tmp_path: Path) -> None:
+    store = directory_store(tmp_path / "tier")
+    world = build_world(world_size=1, elements=1_500_000, chunk_bytes=2 * MIB)
+    TierWriter(store).write_built(world)
+    pool = ReadPool(threads=2)
+    reader = TierReader(store, "job", pool)
+    opened = reader.find(SnapshotId(1, 10), None)
+    assert isinstance(opened, Opened)
+    shard = opened.shards[0]
+    assert any(run.is_direct for run in plan_runs([Want(i, c) for i, c in enumerate(shard.chunks)]))
+    out = [bytearray(chunk.nbytes) for chunk in shard.chunks]
+    assert reader.read(shard, range(len(out)), lambda i: memoryview(out[i])) == []
+    assert [bytes(piece) for piece in out] == chunks_of(world[0])
+    big = next(i for i, c in enumerate(shard.chunks) if c.nbytes == 2 * MIB and i > 0)
+    flip_bit(tmp_path / "tier", KEYS.pack(shard.chunks[big].pack), shard.chunks[big].offset + MIB + 7)
+    misses = reader.read(shard, range(len(out)), lambda i: memoryview(out[i]))
+    pool.close()
+    assert [(miss.index, miss.fault) for miss in misses] == [(big, Fault.BAD)]
+
+
 def test_work_can_be_called_off(tier: Tier) -> None:
     shard = tier.opened(30).shards[0]
     stop = threading.Event()
