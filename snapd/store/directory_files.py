@@ -287,10 +287,10 @@ class TemporaryFile:
         self._file.close()
         return self._root.publish(self.path, self.key, is_replacing=is_replacing)
 
-    def leave(self) -> str:
-        """Close it and let it lie; its path."""
-        self._file.close()
-        return self.path
+    def synced_s(self) -> float:
+        """When it was written, by the clock of whoever keeps the file system."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_mtime
 
     def discard(self) -> None:
         """Remove it, if it is still there. Its name stays if it has got it."""
