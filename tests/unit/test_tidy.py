@@ -22,6 +22,7 @@ ALL_CODE = (*PRODUCT, "bench", "demo", "scripts", "tests")
 
 # Who may read the clock, draw lots or look at the environment. Everybody else is handed what he needs.
 CLOCK_HOMES = {
+    "snapd/sim/tiers.py": "a command that says how long it took",
     "snapd/daemon.py": "hands the clocks to everybody else",
     "snapd/cli/": "talks to a person",
     "client/snapd_client/": "lives in a trainer; deadlines and figures of its own",
