@@ -14,14 +14,17 @@ QUICK = (
     TierBug.NO_VOID,
     TierBug.INTENTS_IGNORED,
     TierBug.LISTS_NOT_READ,
-    TierBug.INTENT_REMOVED_EARLY,
     TierBug.COMMIT_EARLY,
     TierBug.COMMIT_REPLACES,
     TierBug.PIN_NOT_CHECKED,
 )
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-{case[3]}")
+LONG = (("dropping", 1, 0, False), ("two collectors", 0, 0, False))
+CASES = [pytest.param(case, marks=pytest.mark.slow) if case in LONG else case for case in SMALL]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-{case[3]}")
 def test_every_interleaving_keeps_the_promises(case: tuple[str, int, int, bool]) -> None:
     found = explore(*case)
     assert not found.broken, "\n".join(found.trace)
@@ -49,7 +52,7 @@ def test_a_broken_rule_that_is_harder_to_see_is_found(bug: TierBug) -> None:
     assert explore(*FINDS[bug], bugs=frozenset({bug})).broken
 
 
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [3])
 def test_a_long_run_with_stalls_crashes_and_late_requests(seed: int) -> None:
     outcome = run_tier_seed(seed)
     assert not outcome.broken, "\n".join(outcome.trace[-40:])

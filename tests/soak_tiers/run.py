@@ -38,7 +38,6 @@ from tests.support.tier_audit import audit, collect_until_quiet, pack_nbytes, un
 JOB = "soak"
 CHUNKS = 160
 CHUNK_BYTES = 64 << 10
-SEED = 7
 ROUND_S, TTL_S, KEEP = 1.0, 4.0, 3
 SETTINGS = {
     "SNAPD_ARENA_CHUNK_BYTES": "64KiB",
@@ -62,7 +61,9 @@ def say(text: str) -> None:
 
 @dataclass
 class Scene:
-    """One bucket, one daemon, one trainer at a time. `worlds`: incarnations so far, each a generation."""
+    """One bucket, one daemon, one trainer at a time. `worlds`: incarnations so far, each a generation. `seed`: of the
+    bytes that are captured now.
+    """
 
     server: Seaweed
     store: S3Store
@@ -70,6 +71,8 @@ class Scene:
     trainer: TrainerProcess | None = None
     step: int = 0
     worlds: int = 0
+    seed: int = 0
+    seeds: dict[int, int] = field(default_factory=dict)  # by step
     newest: SnapshotId | None = None
     phases: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
@@ -89,7 +92,8 @@ class Scene:
         """One more step; a daemon that was killed meanwhile is not held against the trainer."""
         assert self.trainer is not None
         self.step += 1
-        self.trainer.do("capture", step=self.step, seed=SEED, chunk_count=CHUNKS)
+        self.seeds[self.step] = self.seed
+        self.trainer.do("capture", step=self.step, seed=self.seed, chunk_count=CHUNKS)
 
     def phase(self) -> str:
         """What the flush is doing, in few words."""
@@ -144,7 +148,7 @@ class Scene:
             for chunks in ranks:
                 assert len(chunks) == CHUNKS, (snapshot, len(chunks))
                 for index in range(2, CHUNKS - 1):
-                    expected = content(CHUNK_BYTES, JOB, 0, snapshot.step, SEED, index)
+                    expected = content(CHUNK_BYTES, JOB, 0, snapshot.step, self.seeds[snapshot.step], index)
                     assert chunks[index] == expected, (snapshot, index)
         if found:
             assert self.newest is None or max(found) >= self.newest, (max(found), self.newest)
@@ -158,6 +162,7 @@ class Scene:
 def named_points(scene: Scene, times: int) -> None:
     for point in (*FLUSH_POINTS, *COLLECT_POINTS):
         for turn in range(times):
+            scene.seed += 1  # another frozen chunk: the pack that has it is soon worth rewriting
             scene.daemon.kill()
             scene.daemon.start(SNAPD_FAULT_POINTS=f"{point}:{1 + turn % 3}=kill")
             assert scene.trainer is not None
