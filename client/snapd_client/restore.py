@@ -30,6 +30,7 @@ from .world import World
 ROUNDS_MAX = 8
 COPY_THREADS_MAX = 2
 RESTORE_TIMEOUT_S = 600.0
+PLAN_TIMEOUT_S = 4 * 3600.0  # the daemon may bring the shard from a tier meanwhile; if it dies, the call ends at once
 WHAT_MAX = 1024
 NO_SOURCE = "shard_sources"  # the daemon's word for a shard that was chosen and cannot be brought
 # What may go wrong for one rank alone after all have the same plan: the others must not wait for it.
@@ -105,7 +106,7 @@ def _ask(context: Context, turn: int, asked: Asked) -> pb.PlanRestoreReply | Non
         elastic=True,
     )
     plan: pb.PlanRestoreReply = context.session.call(
-        lambda stub, **options: stub.PlanRestore(request, **options), timeout_s=RESTORE_TIMEOUT_S
+        lambda stub, **options: stub.PlanRestore(request, **options), timeout_s=PLAN_TIMEOUT_S
     )
     outcome = plan.outcome
     if outcome == pb.PlanRestoreReply.FOUND:

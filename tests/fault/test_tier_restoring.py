@@ -208,6 +208,19 @@ def test_a_job_that_was_elsewhere_meanwhile() -> None:
         assert again.restore(SEED) == 8
 
 
+def test_a_step_that_only_the_tier_has() -> None:
+    with tier_daemon() as scene:
+        captured(scene)
+        trainer = opened(scene, "two")
+        plan = trainer.plan(step=2)
+        assert (plan.outcome, plan.step) == (FOUND, 2)
+        _, bad = trainer.read(plan.shards[0])
+        assert not bad
+        assert trainer.finish().committed
+        capture_steps(trainer, 3, 4, seed=SEED)  # it goes on from there
+        scene.wait_durable(4, generation=2)
+
+
 def test_everything_is_unusable_and_each_is_named() -> None:
     with tier_daemon() as scene:
         captured(scene)

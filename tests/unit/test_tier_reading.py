@@ -14,6 +14,8 @@ from snapd.core.stored import Encoding, StoredChunk, VoidRecord
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import UnavailableError
 from snapd.store.directory import DirectoryStore
+from snapd.tier import envelope
+from snapd.tier.envelope import Kind, unwrap, wrap
 from snapd.tier.notes import encode_void
 from snapd.tier.reading import Broken, Opened, TierReader, jobs_of
 from snapd.tier.shard_bytes import BatchReader, StoredShardBytes
@@ -146,6 +148,17 @@ def test_a_damaged_commit_record_is_named(tier: Tier, offset: int) -> None:
     flip_bit(tier.root, key, offset)
     assert key in tier.broken(30)
     assert tier.opened(20).id.step == 20
+
+
+def test_a_version_from_the_future_is_told_from_damage(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = KEYS.snapshot(SnapshotId(1, 30))
+    payload = bytes(unwrap(Kind.SNAPSHOT, (tier.root / key).read_bytes(), key))
+    monkeypatch.setattr(envelope, "FORMAT_VERSION", 2)
+    newer = wrap(Kind.SNAPSHOT, payload)
+    monkeypatch.undo()
+    (tier.root / key).chmod(0o600)
+    (tier.root / key).write_bytes(newer)
+    assert key in tier.broken(30) and "format 2" in tier.broken(30)
 
 
 def test_a_shard_manifest_of_another_job_is_refused(tier: Tier) -> None:
