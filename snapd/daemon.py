@@ -207,8 +207,7 @@ def _tier(config: TierConfig, node: Node) -> NodeTier | None:
         collect=collect_rules(config),
     )
     name = node.cluster.name if node.cluster is not None else os.uname().nodename
-    writer = f"{name[:200]}/{node.instance}"
-    return NodeTier(settings, environment, context.log, TierMetrics(context.metrics.registry), writer)
+    return NodeTier(settings, environment, context.log, TierMetrics(context.metrics.registry), name[:200])
 
 
 def _unhandled(context: dict[str, Any], log: EventLog, fatal: Callable[[BaseException], None]) -> None:

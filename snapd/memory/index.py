@@ -165,6 +165,15 @@ class Index:
         with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('tier_floors', ?)", (text,))
 
+    def tier_writer(self) -> str:
+        """What names this arena's writer in tiers; empty: not drawn yet."""
+        row = self._connection.execute("SELECT value FROM meta WHERE key = 'tier_writer'").fetchone()
+        return str(row[0]) if row is not None else ""
+
+    def set_tier_writer(self, token: str) -> None:
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('tier_writer', ?)", (token,))
+
     # generations
 
     def generations(self) -> list[Generation]:

@@ -43,6 +43,7 @@ class JobFlusher:
         self._stage = Stage()
         self._stop: threading.Event | None = None
         self._writer: TierWriter | None = None
+        self._writer_name = self._name_writer()
         self._is_learnt = False
         self._is_hurried = False
         self._learning = asyncio.Lock()
@@ -53,6 +54,15 @@ class JobFlusher:
         tier.metrics.behind_seconds.labels(job=job.name).set_function(self.behind_s)
         tier.metrics.paused.labels(job=job.name).set_function(lambda: float(self.trouble is not None))
         job.on_removed.append(self._let_go)
+
+    def _name_writer(self) -> str:
+        """A name that stays with this arena: by it a daemon finds what one before it has written."""
+        index = self.job.index
+        token = index.tier_writer()
+        if not token:
+            token = self.job.context.environment.random_token()
+            index.set_tier_writer(token)
+        return f"{self.tier.node}/{token}"
 
     # what others ask
 
@@ -322,7 +332,7 @@ class JobFlusher:
     ) -> Flushed:
         """In a flush thread."""
         if self._writer is None:
-            self._writer = TierWriter(self.tier.flush_means(), self.job.name)
+            self._writer = TierWriter(self.tier.flush_means(), self.job.name, self._writer_name)
         return self._writer.flush(snapshot, world_size, shards, stop=stop, stage=stage, own_done=own_done)
 
     def _watch(self, snapshot: SnapshotId, stop: threading.Event) -> None:

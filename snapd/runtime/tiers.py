@@ -91,7 +91,7 @@ class NodeTier:
         self.settings = settings
         self.metrics = metrics
         self.compressing = Compressing(Mode(settings.compression), PACKERS)
-        self._environment, self._log, self._node = environment, log, node
+        self._environment, self._log, self.node = environment, log, node
         self._asking = ThreadPoolExecutor(2, thread_name_prefix="snapd-tier", initializer=keep_low)
         self._flushing = ThreadPoolExecutor(FLUSHES, thread_name_prefix="snapd-flush", initializer=keep_low)
         self._packing = ThreadPoolExecutor(PACKERS, thread_name_prefix="snapd-pack", initializer=keep_low)
@@ -161,7 +161,6 @@ class NodeTier:
         )
         return FlushMeans(
             write=write,
-            node=self._node,
             ttl_s=self.settings.intent_ttl_s,
             round_s=self.settings.gc_every_s,
             wall_s=environment.wall_s,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snapd.core.committing import attempt_of, check_base
@@ -17,6 +17,7 @@ from snapd.core.stored import Intent, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import UnavailableError
 from snapd.store.base import Store
+from snapd.tier.adopting import adopt_intents, chunks_of_packs
 from snapd.tier.committing import (
     CommitMeans,
     Committer,
@@ -38,12 +39,11 @@ CARRIED_PER_CHUNK_MAX = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlushMeans:
-    """`node`: names the writer, for people. `ttl_s`: of intents; `round_s`: of collectors. `random_token`: 32
+    """`ttl_s`: of intents; `round_s`: of collectors. `random_token`: 32
     hexadecimal digits, a new writer's id.
     """
 
     write: WriteMeans
-    node: str
     ttl_s: float
     round_s: float
     wall_s: Callable[[], float]
@@ -82,14 +82,16 @@ class Stage:
 class TierWriter:
     """One per job and node. `flush` is called by one thread at a time."""
 
-    def __init__(self, means: FlushMeans, job: str) -> None:
+    def __init__(self, means: FlushMeans, job: str, node: str) -> None:
+        """`node`: names the writer across restarts; nobody else has that name."""
         self.keys = TierKeys(job)
-        self._means = means
+        self._means, self._node = means, node
+        self._is_adopting = True
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self.write_id = self._means.random_token()
-        intent = Intent(self.keys.job, self.write_id, self._means.node, SnapshotId(0, 0), ())
+        intent = Intent(self.keys.job, self.write_id, self._node, SnapshotId(0, 0), ())
         self._intent = WriterIntent(
             self._means.store,
             self.keys,
@@ -97,6 +99,7 @@ class TierWriter:
             ttl_s=self._means.ttl_s,
             monotonic_s=self._means.write.monotonic_s,
         )
+        self._adopted: list[WriterIntent] = []
         self._carried: list[StoredChunk] = []
         self._next_pack = 0
 
@@ -126,9 +129,17 @@ class TierWriter:
 
     def give_up(self) -> None:
         """Nothing will be committed: let a collector have what was written. Raises what a store raises."""
-        if self._intent.is_published:
-            self._intent.remove()
+        self._remove_intents()
         self._begin_anew()
+
+    def _remove_intents(self) -> None:
+        for intent in (*self._adopted, self._intent):
+            if intent.is_published:
+                intent.remove()
+
+    def _beat(self) -> None:
+        for intent in (self._intent, *self._adopted):
+            intent.beat()
 
     def _flush(
         self,
@@ -165,7 +176,7 @@ class TierWriter:
             wait_s = min(WAIT_MAX_S, 2 * wait_s)
             progress = committer.try_commit(self._intent)
         stage.text = "is committed"
-        self._intent.remove()
+        self._remove_intents()
         point("daemon.flush.done.after")
         self._begin_anew()
         return Flushed(progress.committed, progress.is_ours, writer.counts, reused_nbytes, len(resumed))
@@ -180,9 +191,7 @@ class TierWriter:
             raise condemned_error("the commit record", self.keys.snapshot(committer.snapshot))
         for shard in shards:
             check_named(record, shard.record.rank, shard.record.digest, self.write_id)
-        if self._intent.is_published:
-            self._intent.remove()
-        self._begin_anew()
+        self.give_up()
         return Flushed(record, False, WriteCounts(), sum(s.record.nbytes for s in shards), len(shards))
 
     def _commit_means(self) -> CommitMeans:
@@ -206,6 +215,9 @@ class TierWriter:
         base = newest_good(store, keys, committed_snapshots(store, keys))
         self._intent.publish(snapshot, [base.id] if base is not None else [], revision)
         condemned = self._intent.check()
+        packs = self._packs()
+        if self._is_adopting:
+            self._adopt(condemned, packs)
         known = KnownChunks()
         known.add(self._carried)
         if base is not None:
@@ -213,11 +225,33 @@ class TierWriter:
             if not check_base(base.id, there, condemned):
                 add_base(store, known, base, ranks)
         # one that was lost by other means than a collector must not be built upon either
-        packs = {keys.pack_name(info.key) for info in store.list(keys.packs)}
         known.without_packs(
             {pack for pack in known.packs if pack not in packs or keys.pack(pack) in condemned}
         )
         return known
+
+    def _packs(self) -> dict[str, int]:
+        """Name -> size of every pack of the job."""
+        found = (
+            (self.keys.pack_name(info.key), info.nbytes) for info in self._means.store.list(self.keys.packs)
+        )
+        return {name: nbytes for name, nbytes in found if name is not None}
+
+    def _adopt(self, condemned: Collection[str], packs: Mapping[str, int]) -> None:
+        """Once: take over what this node had written before it was started anew."""
+        store, keys = self._means.store, self.keys
+        adopted = adopt_intents(
+            store,
+            keys,
+            self._node,
+            own=self._intent.key,
+            condemned=condemned,
+            ttl_s=self._means.ttl_s,
+            monotonic_s=self._means.write.monotonic_s,
+        )
+        self._adopted.extend(adopted)
+        self._carried += chunks_of_packs(store, keys, {each.intent.write_id for each in adopted}, packs)
+        self._is_adopting = False
 
     def _resumed(self, committer: Committer, shards: Sequence[ShardBytes]) -> set[int]:
         """Our ranks whose manifests are there already, from an attempt before this one, or from a replica."""
@@ -253,7 +287,7 @@ class TierWriter:
                     done += 1
                     own.update(((chunk.digest, chunk.nbytes), chunk) for chunk in stored)
                     self._carried.extend(stored)
-                    self._intent.beat()
+                    self._beat()
                 if stop.is_set():
                     raise Stopped
                 committer.write_shard(_stored(shards[shard], own, known))
@@ -266,7 +300,7 @@ class TierWriter:
             if stop.wait(min(left_s, WAIT_PIECE_S)):
                 raise Stopped
         look_now.clear()
-        self._intent.beat()
+        self._beat()
 
 
 def _stored(shard: ShardBytes, own: dict[tuple[bytes, int], StoredChunk], known: KnownChunks) -> StoredShard:

@@ -97,7 +97,7 @@ class Writers:
             strike()
 
     def make(
-        self, store: Store, job: str = "a", *, ttl_s: float = 3600.0, round_s: float = 3600.0
+        self, store: Store, job: str = "a", *, node: str = "", ttl_s: float = 3600.0, round_s: float = 3600.0
     ) -> TierWriter:
         write = WriteMeans(
             store=store,
@@ -110,13 +110,12 @@ class Writers:
         )
         means = FlushMeans(
             write=write,
-            node="test",
             ttl_s=ttl_s,
             round_s=round_s,
             wall_s=time.time,
             random_token=lambda: secrets.token_hex(16),
         )
-        return TierWriter(means, job)
+        return TierWriter(means, job, node or secrets.token_hex(8))
 
     def close(self) -> None:
         self._threads.shutdown()

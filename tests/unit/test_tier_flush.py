@@ -160,6 +160,24 @@ def test_shards_of_a_daemon_that_was_killed_are_found(store: DirectoryStore, wri
     assert read_tier(store, "a") == {ONE: [raw(1)]}
 
 
+def test_packs_of_a_daemon_that_was_killed_are_used_again(store: DirectoryStore, writers: Writers) -> None:
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    writers.at["daemon.flush.manifest.before"] = killed
+    with pytest.raises(KeyboardInterrupt):
+        flush(writers.make(store, node="n1"), [shard(contents_of(1))])
+    there = {info.key for info in store.list(KEYS.packs)}
+    assert len(intents(store, "a")) == 1
+    stranger = flush(writers.make(store, node="n2"), [shard(contents_of(7), step=7)])
+    assert stranger.counts.chunks == 7 and len(intents(store, "a")) == 1, "only one's own are taken"
+    done = flush(writers.make(store, node="n1"), [shard(contents_of(8)[:2] + contents_of(1)[2:], step=8)])
+    assert done.counts.chunks == 2
+    assert {KEYS.pack_name(key) for key in there} & set(done.snapshot.packs)
+    assert read_tier(store, "a")[SnapshotId(1, 8)][0][1:] == contents_of(8)[:2] + contents_of(1)[2:]
+    assert intents(store, "a") == []
+
+
 @pytest.mark.parametrize("prefix", [KEYS.shards, KEYS.snapshots])
 def test_an_answer_that_is_lost_is_settled_by_another_attempt(
     store: DirectoryStore, writers: Writers, prefix: str
