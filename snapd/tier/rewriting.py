@@ -27,7 +27,7 @@ from snapd.tier.notes import encode_intent
 from snapd.tier.packs import PackBuilder
 from snapd.tier.streaming import Run, Want, plan_runs
 
-CHUNKS_MAX = 2_000_000  # of all kept snapshots; with more nothing is rewritten
+CHUNKS_MAX = 400_000  # of all kept snapshots, some 100 MB; with more nothing is rewritten
 Spot = tuple[str, int]  # pack and offset
 
 

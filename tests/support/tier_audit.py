@@ -16,7 +16,7 @@ from snapd.tier.known_chunks import committed_snapshots, read_record
 from snapd.tier.rewriting import RewriteMeans, Rewriter
 from tests.support.flush_scene import read_shard, shards_of
 
-PASSES_MAX = 60
+PASSES_MAX = 200
 
 
 def offered(store: Store, keys: TierKeys) -> dict[SnapshotId, StoredSnapshot]:
