@@ -17,7 +17,7 @@ from snapd.cli.settings import load_settings
 from snapd.config_tiers import store_of
 from snapd.core.ids import checked_job_name
 from snapd.core.stored import StoredShard, StoredSnapshot
-from snapd.errors import ConfigError, NotFoundError, NotRestorable, SnapdError
+from snapd.errors import ConfigError, NotFoundError, NotRestorable, SnapdError, UnavailableError
 from snapd.store.base import Store
 from snapd.store.surroundings import Surroundings
 from snapd.tier.reading import Broken, Candidate, Opened, TierReader, jobs_of
@@ -100,6 +100,11 @@ def opened_tier(url: str) -> Iterator[TierSource]:
     pool = ReadPool()
     try:
         yield TierSource(store, pool)
+    except NotFoundError as error:
+        if error.kind != "bucket":
+            raise
+        # an unmounted disk, a bucket that this account does not see: nothing is known of what is there
+        raise UnavailableError(error.message, kind=error.kind, hint=error.hint) from error
     finally:
         pool.close()
         store.close()
