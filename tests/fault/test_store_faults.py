@@ -12,15 +12,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from snapd.errors import ConfigError, SnapdError, UnavailableError
+from snapd.store import s3_upload
 from snapd.store.base import Created, Store
 from snapd.store.opening import StoreOptions, open_store
 from snapd.store.probing import check_probe
-from snapd.store.s3_upload import PART_BYTES
 from snapd.units import MIB
 from tests.support.gateways import ACCESS_KEY, GATEWAYS, SECRET_KEY
 from tests.support.seaweed import BUCKET, Seaweed, running
@@ -31,6 +32,7 @@ SLOW_DOWN = (
     "<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 )
 FULL = "<?xml version='1.0'?><Error><Code>QuotaExceeded</Code><Message>Quota exceeded</Message></Error>"
+PART = 5 * MIB  # the smallest that S3 takes
 CONFIG = """
 global
   maxconn 200
@@ -47,18 +49,25 @@ frontend s3
   acl hole path_beg /{bucket}/hole/
   acl slow path_beg /{bucket}/slow/
   acl busy path_beg /{bucket}/busy/
+  acl lost path_beg /{bucket}/lost/
   acl full path_beg /{bucket}/full/
   http-request return status 503 content-type application/xml string "{slow_down}" if flaky {{ rand(100) lt 25 }}
   http-request return status 503 content-type application/xml string "{slow_down}" if busy
   http-request return status 403 content-type application/xml string "{quota}" if full METH_PUT
-  http-request reject if reset {{ rand(100) lt 40 }}
+  http-request reject if reset {{ rand(100) lt 25 }}
   http-request silent-drop if hole
   http-request tarpit deny_status 500 if slow {{ rand(100) lt 40 }}
-  http-response silent-drop if {{ path_beg /{bucket}/lost/ }} {{ capture.req.method PUT }} {{ rand(100) lt 40 }}
+  http-request set-var(txn.lost) bool(true) if lost METH_PUT {{ rand(100) lt 40 }}
+  http-response silent-drop if {{ var(txn.lost) -m bool }}
   default_backend weed
 backend weed
   server w 127.0.0.1:{weed_port}
 """
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_upload, "PART_BYTES", PART)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +113,9 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("haproxy does not listen")
 
 
-def work(store: Store, rounds: int = 4) -> None:
+def work(store: Store, rounds: int = 3) -> None:
     """Everything that a flush and a restore do, checked."""
-    data = secrets.token_bytes(2 * PART_BYTES + 77)
+    data = secrets.token_bytes(2 * PART + 77)
     upload = store.upload("packs/p.pack", nbytes=len(data))
     upload.write([data])
     assert upload.commit() == len(data)
@@ -127,8 +136,12 @@ def work(store: Store, rounds: int = 4) -> None:
 @pytest.mark.parametrize("fault", ["flaky", "reset", "lost"])
 def test_a_store_that_fails_now_and_then_does_its_work(weed: Seaweed, proxy: str, fault: str) -> None:
     """Many requests: told to slow down, reset, or done without an answer."""
-    store = weed.store(f"{fault}/{secrets.token_hex(4)}", endpoint=proxy, deadline_s=60, stall_s=0.5)
-    work(store)
+    stall_s = 2 if fault == "lost" else 10
+    store = weed.store(f"{fault}/{secrets.token_hex(4)}", endpoint=proxy, deadline_s=60, stall_s=stall_s)
+    for _ in range(5):
+        work(store)
+        if store.requests.retries:
+            break
     assert store.requests.retries > 0
     if fault == "lost":
         for key, token, _ in list(store.unfinished()):  # beginnings whose answers were lost
@@ -180,34 +193,34 @@ def test_a_store_that_never_does_it_is_named_in_time(
 
 
 def test_a_stop_in_the_middle_of_an_upload_and_of_a_download(weed: Seaweed) -> None:
-    """SIGSTOP for a while, several times: longer than a request waits."""
-    store = weed.store(f"stops/{secrets.token_hex(4)}", stall_s=0.6, connect_s=0.6, deadline_s=30)
-    data = secrets.token_bytes(3 * PART_BYTES)
-    done = threading.Event()
-    stops: list[float] = []
-
-    def stop_and_go() -> None:
-        while not done.wait(0.15) and len(stops) < 2:
-            weed.hang()
-            time.sleep(1.0)
-            weed.go_on()
-            stops.append(time.monotonic())
-
-    disturber = threading.Thread(target=stop_and_go)
-    disturber.start()
-    try:
-        upload = store.upload("p", nbytes=len(data))
-        for at in range(0, len(data), MIB):
-            upload.write([data[at : at + MIB]])
+    """SIGSTOP for longer than a request waits."""
+    store = weed.store(f"stops/{secrets.token_hex(4)}", stall_s=1, connect_s=1, deadline_s=60)
+    data = secrets.token_bytes(3 * PART)
+    upload = store.upload("p", nbytes=len(data))
+    upload.write([data[: PART + 1]])
+    with stopped(weed, 2.5):
+        upload.write([data[PART + 1 :]])
         assert upload.commit() == len(data)
-        buffer = bytearray(len(data))
+    retries = store.requests.retries
+    assert retries > 0
+    buffer = bytearray(len(data))
+    with stopped(weed, 2.5):
         store.read_into("p", 0, memoryview(buffer))
-        assert buffer == data
-    finally:
-        done.set()
-        disturber.join()
-    assert stops and store.requests.retries > 0
+    assert buffer == data
+    assert store.requests.retries > retries
     store.close()
+
+
+@contextmanager
+def stopped(weed: Seaweed, seconds: float) -> Iterator[None]:
+    """It stops now, and goes on after `seconds`."""
+    weed.hang()
+    back = threading.Timer(seconds, weed.go_on)
+    back.start()
+    try:
+        yield
+    finally:
+        back.join()
 
 
 def test_an_outage_is_an_outage_until_it_ends(weed: Seaweed) -> None:
