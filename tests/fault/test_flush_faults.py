@@ -4,13 +4,16 @@ catches up.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from snapd_proto import admin_pb2
 
 from snapd.cli.ls import format_state
 from snapd.cli.output import rendered
@@ -214,6 +217,25 @@ def test_only_what_changed_is_written_and_nothing_is_left_over() -> None:
         assert flush["reason"] == "the newest complete snapshot is durable"
 
 
+def test_drain_of_a_job_on_the_command_line() -> None:
+    with tier_daemon(**ON_DEMAND) as scene:
+        scene.daemon.start()
+        capture_steps(opened(scene), 1, 3)
+
+        def drain(*arguments: str) -> tuple[int, str]:
+            command = [sys.executable, "-m", "snapd", "drain", *arguments]
+            done = subprocess.run(command, env=scene.daemon.env, capture_output=True, text=True, check=False)
+            return done.returncode, done.stdout + done.stderr
+
+        assert drain("--job", "a") == (0, "step 3 (generation 1) of a is durable\n")
+        code, text = drain("--job", "a", "--json")
+        assert code == 0 and json.loads(text)["is_durable"]
+        assert drain("--job", "other")[0] == 1
+        code, text = drain()
+        assert code == 2 and "--node" in text
+        assert SnapshotId(1, 3) in scene.snapshots()
+
+
 def test_a_job_that_ends_leaves_memory_when_its_last_snapshot_is_durable() -> None:
     with tier_daemon(**ON_DEMAND) as scene:
         scene.daemon.start()
@@ -228,3 +250,24 @@ def test_a_job_that_ends_leaves_memory_when_its_last_snapshot_is_durable() -> No
         aside.rename(scene.root)
         wait_for(lambda: not scene.daemon.status().jobs, "the job is released")
         assert scene.snapshots() == {SnapshotId(1, 3): [trainer.chunks(3, 1, 6)]}
+
+
+def test_a_job_that_is_removed_while_its_tier_is_away_can_begin_again() -> None:
+    with tier_daemon() as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 2)
+        scene.wait_durable(2)
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        capture_steps(trainer, 3, 4)
+        scene.wait_pause("bucket")
+        scene.daemon.admin("RemoveJob", admin_pb2.RemoveJobRequest(job="a", force=True))
+        assert not scene.daemon.status().jobs
+        aside.rename(scene.root)
+        again = opened(scene, incarnation="two")
+        assert again.session.generation == 2, "above all that the tier has"
+        capture_steps(again, 1, 2)
+        scene.wait_durable(2, generation=2)
+        assert SnapshotId(1, 2) in scene.snapshots()
+        assert not scene.daemon.events("daemon.failed")

@@ -43,6 +43,24 @@ def test_generations_are_given_out_once() -> None:
     virtually(work())
 
 
+def test_nodes_agree_on_what_a_tier_had_before_the_job() -> None:
+    async def work() -> None:
+        async with scene() as (_, cluster):
+            daemons = [cluster.start(member(name)) for name in "ab"]
+            await settled(daemons, "a", "b")
+            jobs = [ClusterCoordination(daemon.state, "job") for daemon in daemons]
+            assert await jobs[0].agree_tier_floor("/tier", 4) == 4
+            first = await jobs[0].next_generation(incarnation="x", rollback_count=0, world_size=2)
+            assert first.generation.number == 5
+            # a node that comes later finds what this job itself has written there
+            assert await jobs[1].agree_tier_floor("/tier", 5) == 4
+            assert await jobs[1].agree_tier_floor("s3://other", 9) == 9
+            second = await jobs[1].next_generation(incarnation="y", rollback_count=0, world_size=2)
+            assert second.generation.number == 10
+
+    virtually(work())
+
+
 def test_a_generation_waits_for_a_store_that_was_not_looked_at_yet_and_not_for_ever() -> None:
     async def work() -> None:
         async with scene() as (stores, cluster):

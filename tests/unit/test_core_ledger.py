@@ -93,6 +93,17 @@ def test_a_held_snapshot_stays_and_an_unusable_one_counts_for_nothing():
         found.unhold(SnapshotId(1, 1))
 
 
+def test_what_is_held_counts_among_those_that_stay():
+    found = ledger(*((1, step, rank) for step in range(1, 5) for rank in range(2)))
+    assert doomed(found, keep=2) == [(1, 1), (1, 2)]
+    found.hold(SnapshotId(1, 1))  # being flushed
+    assert doomed(found, keep=2) == [(1, 2), (1, 3)]
+    assert doomed(found, keep=1) == [(1, 2), (1, 3)]  # the newest stays in any case
+    found.unhold(SnapshotId(1, 1))
+    found.hold(SnapshotId(1, 4))
+    assert doomed(found, keep=2) == [(1, 1), (1, 2)]
+
+
 def test_a_shard_is_recorded_once_and_in_one_world():
     found = ledger((1, 1, 0))
     for wrong in (record(1, 1, 0), record(1, 1, 1, world_size=3), record(1, 1, 2, world_size=2)):

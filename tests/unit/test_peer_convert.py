@@ -7,7 +7,7 @@ from snapd_proto import peer_pb2
 
 from snapd.core.cluster import Code
 from snapd.core.recovery import HeldRows, Inventory
-from snapd.core.reports import Held, Orders
+from snapd.core.reports import FlushNews, Held, NodeReport, Orders
 from snapd.errors import RemoteProtocolError
 from snapd.rpc import peer_convert
 from tests.support.collector_reports import snap
@@ -32,6 +32,17 @@ def test_orders_come_through_with_what_is_being_recorded(found: tuple[object, in
     message = peer_pb2.Orders.FromString(peer_convert.orders_to_proto(orders).SerializeToString())
     back = peer_convert.orders_from_proto(message)
     assert back == orders and back.found == orders.found
+
+
+def test_orders_and_reports_say_what_is_flushed_and_what_is_durable() -> None:
+    orders = Orders(number=3, generation=1, complete=snap(5), flush=snap(5), durable=snap(2))
+    message = peer_pb2.Orders.FromString(peer_convert.orders_to_proto(orders).SerializeToString())
+    assert peer_convert.orders_from_proto(message) == orders
+    for flush in (FlushNews(), FlushNews(snap(2), snap(5), "the store is away")):
+        report = NodeReport(node="a", instance=1, serial=1, epoch=0, generation=1, world_size=1, flush=flush)
+        sender = peer_pb2.Sender(node="a")
+        sent = peer_convert.report_to_proto(sender, "job", report, known_orders=0, hold_s=0.0)
+        assert peer_convert.report_from_proto(sent).flush == flush
 
 
 def test_inventories_come_through_with_the_numbers_of_fragments() -> None:
