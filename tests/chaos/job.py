@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -91,8 +92,8 @@ def _opened(runtime: Path) -> FakeTrainer:
             return trainer
 
 
-def plant_bug() -> None:
-    """Packs get their names only after the commit record has its own."""
+def plant_bug() -> Callable[[], None]:
+    """Packs get their names after the commit record has its own: with the next one. Returns what names the last."""
     waiting: list[DirectoryUpload] = []
     publish, create = DirectoryUpload.commit, DirectoryStore.create
 
@@ -101,14 +102,21 @@ def plant_bug() -> None:
         return 1
 
     def first(self: DirectoryStore, key: str, data: Buffer, *, deadline_s: float | None = None) -> Created:
+        before = list(waiting)
         created = create(self, key, data, deadline_s=deadline_s)
         if key.endswith(".snapshot"):
-            while waiting:
-                publish(waiting.pop())
+            for upload in before[:-1]:
+                waiting.remove(upload)
+                publish(upload)
         return created
+
+    def rest() -> None:
+        while waiting:
+            publish(waiting.pop(0))
 
     DirectoryUpload.commit = later  # type: ignore[method-assign]
     DirectoryStore.create = first  # type: ignore[method-assign]
+    return rest
 
 
 def main() -> int:
@@ -134,8 +142,7 @@ def main() -> int:
         **SETTINGS,
     }
     os.environ.update(environment)
-    if os.environ.get("SNAPD_CHAOS_BUG"):
-        plant_bug()
+    end = plant_bug() if os.environ.get("SNAPD_CHAOS_BUG") else None
     arguments = [sys.executable, __file__, "--train", str(runtime / "run"), str(expected)]
     with (runtime / "daemon.log").open("wb") as log:
         os.dup2(log.fileno(), 2)  # the daemon's log
@@ -146,6 +153,8 @@ def main() -> int:
         code = run_daemon(load().config)
     finally:
         trainer.wait(20)
+    if end is not None:
+        end()
     for folder in (runtime, arena):
         shutil.rmtree(folder, ignore_errors=True)
     return code or trainer.returncode
