@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from snapd.tier.writing import ShardBytes, Stopped
 
 WATCH_S = 0.25
 LOOK_S = 60.0
+LOOKED_S = 10.0  # what the tier has is not looked at again so soon: all ranks of a node open at once
 OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the tier to say which generations it has
 
 
@@ -45,6 +47,7 @@ class JobFlusher:
         self._writer: TierWriter | None = None
         self._writer_name = self._name_writer()
         self._is_learnt = False
+        self._looked_at_s = -math.inf
         self._is_hurried = False
         self._learning = asyncio.Lock()
         self._told_news = FlushNews()
@@ -133,10 +136,11 @@ class JobFlusher:
             pass
 
     async def before_opening(self) -> None:
-        """A generation is about to be given out: it must be above all that the tier has. Waits a little; when the tier
-        does not answer, the generation may turn out to be too low, and then it is not flushed.
+        """A generation is about to be given out: it must be above all that the tier has, also what another machine has
+        written since we looked. Waits a little; when the tier does not answer, the generation may turn out to be too
+        low, and then it is not flushed.
         """
-        if self._chooser.floor is None:
+        if self._looked_at_s + LOOKED_S < self.job.context.environment.monotonic_s():
             with contextlib.suppress(SnapdError, TimeoutError):
                 async with asyncio.timeout(OPEN_WAIT_S):
                     await asyncio.shield(self.job.context.keep(self._learn()))
@@ -195,10 +199,12 @@ class JobFlusher:
 
     async def _learn(self) -> None:
         """What the tier has of this job: above which generation it may write, and what is durable already."""
+        asked_at_s = self.job.context.environment.monotonic_s()
         async with self._learning:
-            if self._is_learnt:
-                return
+            if self._looked_at_s >= asked_at_s:
+                return  # somebody has looked while we waited
             job, url = self.job, self.tier.settings.url
+            began_s = job.context.environment.monotonic_s()
             view = await self.tier.ask(self.tier.view, job.name)
             if self._chooser.floor is None:
                 floor = await job.coordination.agree_tier_floor(url, view.highest_generation)
@@ -207,10 +213,13 @@ class JobFlusher:
                 job.index.set_tier_floor(url, floor)
                 self._chooser.floor = floor
                 job.context.log.info("tier.learnt", job=job.name, generation=floor)
+            job.coordination.start_above(view.highest_generation)
             self._chooser.note_durable(view.newest)
-            self._is_learnt = True
-            self._failures = 0
-            self._tell(None)
+            self._looked_at_s = began_s
+            if not self._is_learnt:
+                self._is_learnt = True
+                self._failures = 0
+                self._tell(None)
         self.job.changes.notify()
 
     async def _failed(self, error: SnapdError) -> None:

@@ -116,3 +116,23 @@ def test_waiting_for_durable_asks_for_it() -> None:
         reply = trainer.call("WaitLevel", request)
         assert reply.reached
         assert SnapshotId(1, 3) in scene.snapshots()
+
+
+def test_a_machine_that_comes_back_begins_above_what_another_has_written_meanwhile() -> None:
+    with tier_daemon() as scene:
+        scene.daemon.start()
+        first = opened(scene)
+        capture_steps(first, 1, 2)
+        scene.wait_durable(2)
+        with tier_daemon(scene.root) as other:
+            other.daemon.start()
+            capture_steps(opened(other), 1, 4)
+            other.wait_durable(4, generation=2)
+        scene.daemon.restart()  # so that it has not looked just now
+        again = scene.daemon.trainer()
+        again.open(job="a", incarnation="two", state_bytes_estimate=STATE)
+        assert again.session.generation == 3
+        again.restore(1)
+        capture_steps(again, 3, 4)
+        scene.wait_durable(4, generation=3)
+        assert {SnapshotId(2, 4), SnapshotId(3, 4)} <= set(scene.snapshots())
