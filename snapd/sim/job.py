@@ -213,12 +213,13 @@ class SimJob:
             self.sessions.remove(served)
 
     def bring(self, shard: StoredShard) -> None:
-        """A shard of another node, or one that was decoded, becomes an ordinary one of this node."""
+        """A shard that was fetched or decoded becomes an ordinary one of this node, held for a restore."""
         record = shard.record
         self._daemon.life.effect(f"persist brought shard {record.id} of rank {record.rank}")
         self.disk.shards[record.id, record.rank] = shard
         if not self.ledger.has_shard(record.id, record.rank):
             self.ledger.add(record, session_id=0, sequence=0, is_verified=True)
+        self.ledger.hold(record.id)
         self.settle()
 
     # after every change

@@ -104,8 +104,9 @@ class SimRestores:
                 raise NotFoundError("the plan names no source for this rank", kind="restore_round")
             here = await self._bring(snapshot, source)
             job.bring(here)
+        else:
+            job.ledger.hold(snapshot)
         job.ledger.announce(snapshot)
-        job.ledger.hold(snapshot)
         round_.held.append(snapshot)
         daemon.life.effect("read a shard")
         return here
