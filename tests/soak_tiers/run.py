@@ -159,8 +159,8 @@ class Scene:
 # kills at named points and at moments
 
 
-def named_points(scene: Scene, times: int) -> None:
-    for point in (*FLUSH_POINTS, *COLLECT_POINTS):
+def named_points(scene: Scene, times: int, only: str) -> None:
+    for point in [point for point in (*FLUSH_POINTS, *COLLECT_POINTS) if only in point and times]:
         for turn in range(times):
             scene.seed += 1  # another frozen chunk: the pack that has it is soon worth rewriting
             scene.daemon.kill()
@@ -267,6 +267,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--points", type=int, default=5, help="kills per named point (0: none)")
+    parser.add_argument("--only", default="", help="only points with this in their names")
     parser.add_argument("--moments", type=int, default=100, help="random moments")
     args = parser.parse_args()
     began_s = time.monotonic()
@@ -277,7 +278,7 @@ def main() -> int:
             scene.capture()
             scene.wait_durable()
             scene.check()
-            named_points(scene, args.points)
+            named_points(scene, args.points, args.only)
             moments(scene, args.seed, args.moments)
             finish(scene)
         except (AssertionError, SnapdError, TimeoutError, RuntimeError):
