@@ -4,7 +4,9 @@ nothing torn is ever listed.
 
 from __future__ import annotations
 
+import random
 import signal
+import time
 
 import pytest
 from snapd_proto import trainer_pb2
@@ -136,3 +138,32 @@ def test_a_machine_that_comes_back_begins_above_what_another_has_written_meanwhi
         capture_steps(again, 3, 4)
         scene.wait_durable(4, generation=3)
         assert {SnapshotId(2, 4), SnapshotId(3, 4)} <= set(scene.snapshots())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_any_moment_never_tear_a_snapshot(seed: int) -> None:
+    draw = random.Random(seed)
+    with tier_daemon(SNAPD_TIER_EVERY_STEPS="1") as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        step, newest = 0, SnapshotId(0, 0)
+        for _ in range(5):
+            for _ in range(draw.randrange(1, 4)):
+                step += 1
+                trainer.capture(step, 1)
+            time.sleep(draw.uniform(0.0, 0.2))  # into the flush of what was captured
+            scene.daemon.kill()
+            found = scene.snapshots()  # reads every byte of what is listed
+            for snapshot, shards in found.items():
+                assert shards == [expected(trainer, snapshot.step)]
+            assert max(found, default=newest) >= newest, "what was durable stays"
+            newest = max(found, default=newest)
+            scene.daemon.start()
+            trainer.reconnect()
+        step += 1
+        trainer.capture(step, 1)
+        scene.wait_durable(step)
+        assert scene.snapshots()[SnapshotId(1, step)] == [expected(trainer, step)]
+        assert len(scene.daemon.events("daemon.started")) == 6
+        assert scene.daemon.stop() == 0
+        assert intents(scene.store, "a") == []
