@@ -23,7 +23,7 @@ TEST_FOLDERS := $(wildcard tests/unit tests/property tests/sim tests/conformance
 RUFF_FOLDERS := $(wildcard snapd client csrc/bind demo bench scripts tests tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test sim sim-tiers soak-tiers chaos-tiers check format proto proto-check soak soak-cluster bench bench-cluster gpu-check bench-gpu native-test native-sanitize clean
+.PHONY: help venv demo test sim sim-tiers soak-tiers chaos-tiers power-cut check format proto proto-check soak soak-cluster bench bench-cluster gpu-check bench-gpu native-test native-sanitize clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -96,6 +96,10 @@ soak-tiers: $(STAMP)
 ## chaos-tiers      ckpt-chaos over a tier in a directory: a crash at every file event; and a planted bug that it must find
 chaos-tiers: $(STAMP)
 	PATH="$(abspath $(VENV))/bin:$$PATH" tests/chaos/run.sh
+
+## power-cut        power cuts under a tier on xfs behind nbdkit; root, Debian's nbdkit, nbdfuse, xfsprogs
+power-cut: $(STAMP)
+	$(RUN) tests/soak_tiers/power_cut.py --cuts 20 $(SOAK_OPTIONS)
 
 ## bench            snapd beside torch.save and DCP async
 bench: $(STAMP)
