@@ -3,8 +3,8 @@
     power_cut.py [--cuts 10] [--seed 1]        root; needs nbdkit, nbdfuse, xfsprogs
 
 xfs lies on a loop device, on a file that nbdfuse shows, on an image that nbdkit writes. At a random moment nbdkit is
-stopped in the middle of its work and the image copied: what the page cache, xfs or the loop device still held is lost in
-the copy, as at a power cut. The copy is mounted (xfs replays its log), and every snapshot that it shows is verified.
+stopped in the middle of its work and the image copied: what the page cache, xfs or the loop device still held is lost
+in the copy, as at a power cut. The copy is mounted (xfs replays its log), and every snapshot that it shows is verified.
 
 Then the same is done with a writer that syncs nothing, which must be caught: a check that cannot fail shows nothing.
 """
