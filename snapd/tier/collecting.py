@@ -31,7 +31,9 @@ from snapd.tier.notes import encode_condemned, encode_void
 from snapd.tier.sighting import Looker
 
 BATCH_KEYS = 500  # deleted by one call
-LOOK_S_MIN = 60.0  # a look may be so old whatever the rounds are: short ones are for tests, on slow machines too
+LOOK_S_MIN = (
+    60.0  # a look may be so old whatever the rounds are: short ones are for tests, on slow machines too
+)
 
 
 def no_point(name: str) -> None:
@@ -71,8 +73,9 @@ class Pass:
 
     @property
     def is_quiet(self) -> bool:
-        """Nothing is condemned, and nothing was to be done."""
-        return self.next_s is None and not (self.deleted or self.condemned or self.aborted)
+        """There was nothing to condemn or to delete. Void records do not count: each ends in its own time."""
+        items = (*self.judgement.garbage.values(), *self.deleted)
+        return all(item.order is Order.VOID for item in items) and not self.aborted
 
 
 class Collector:

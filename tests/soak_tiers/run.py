@@ -52,7 +52,7 @@ SETTINGS = {
     "SNAPD_TIER_GC_EVERY": f"{ROUND_S}s",
     "SNAPD_TIER_INTENT_TTL": f"{TTL_S}s",
 }
-RULES = CollectRules(keep=KeepRules(last=KEEP), round_s=ROUND_S, intent_ttl_s=TTL_S, void_ttl_s=24 * TTL_S)
+RULES = CollectRules(keep=KeepRules(last=KEEP), round_s=ROUND_S, intent_ttl_s=TTL_S)
 
 
 def say(text: str) -> None:

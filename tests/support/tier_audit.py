@@ -71,7 +71,7 @@ def collect_until_quiet(store: Store, job: str, rules: CollectRules) -> list[Pas
         done = collector.run()
         rewritten = rewriter.run(done.sight, done.judgement)
         passes.append(done)
-        is_quiet = done.is_quiet and not rewritten.snapshots
+        is_quiet = done.is_quiet and not rewritten.snapshots and not done.sight.rounds
         quiet_since_s = (quiet_since_s or time.monotonic()) if is_quiet else 0.0
         # Intents and what nobody names are condemned only when they are old.
         if quiet_since_s and time.monotonic() - quiet_since_s > rules.intent_ttl_s + rules.round_s:

@@ -103,6 +103,8 @@ def test_in_the_end_there_is_what_commit_records_name_and_nothing_else(tier: Tie
     tier.store.put(KEYS.intent("e" * 32), encode_intent(Intent(JOB, "e" * 32, "n", SnapshotId(1, 9), ())))
     tier.pass_time()
     done = tier.collect(rounds=20)
+    tier.pass_time(3 * ROUND_S)
+    tier.collect()
     assert tier.keys() == named_by(last)
     assert list(tier.store.unfinished()) == []
     assert done.is_quiet
