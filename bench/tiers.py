@@ -3,7 +3,8 @@
     python bench/tiers.py [transfer ...] --rounds 7
 
 Parts: `transfer` - stores alone: a directory against large `write` and fsync, S3 (SeaweedFS on loopback) against
-boto3's transfer manager on the same bytes with the same concurrency. All take turns.
+boto3's transfer manager on the same bytes with the same concurrency. `restore` - a directory's snapshot into memory
+against reading the same bytes, DCP and safetensors (tiers_restore.py; tiers_flush.py has the other way). All take turns.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from report import Report
+from tiers_restore import restore
 from tiers_transfer import transfer
 
 
@@ -40,6 +42,7 @@ PARTS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
     "transfer": lambda report, args: transfer(
         report, rounds=args.rounds, concurrency=args.concurrency, tmp=args.tmp
     ),
+    "restore": lambda report, args: restore(report, rounds=args.rounds, nbytes=1 << 30, tmp=args.tmp),
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from snapd.core.ids import SnapshotId
@@ -39,6 +39,7 @@ from snapd.tier.reading import Candidate, Opened, TierReader
 
 GENERATION_MAX = 1 << 62
 BRIEF_S = 3.0  # for an answer that is not needed
+QUIET_S = 10.0  # a start asks several times: a tier that did not answer is left alone for so long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class TierRestores(TierAccess):
     def __init__(self, url: str, open_store: Callable[[], Store], *, wait_s: float) -> None:
         super().__init__(url, open_store)
         self._wait_s = wait_s
+        self._quiet_until_s = 0.0
         self._served: dict[
             str, dict[int, float]
         ] = {}  # job -> generation -> when a trainer of it was last served
@@ -93,22 +95,38 @@ class TierRestores(TierAccess):
 
     async def newest(self, job: Job) -> SnapshotId | None:
         """The newest snapshot that the tier has of the job, good or bad; None also when it does not answer at once."""
-        with contextlib.suppress(SnapdError, TimeoutError):
-            async with asyncio.timeout(BRIEF_S):
-                found = await self.candidates(job.name)
-                return found[0].id if found else None
-        return None
+        found: list[Candidate] = []
+        async with self._briefly():
+            found = await self.candidates(job.name)
+        return found[0].id if found else None
 
     async def chunk_bytes(self, job: Job) -> int:
         """The chunk size of the newest good snapshot there; 0: none, or no answer at once."""
+        found = 0
+        async with self._briefly():
+            reader = await self.reader(job.name)
+            for candidate in await self.candidates(job.name):
+                opened = await self.ask(reader.open, candidate, [0])
+                if isinstance(opened, Opened):
+                    found = opened.shards[0].chunk_bytes
+                    break
+        return found
+
+    @contextlib.asynccontextmanager
+    async def _briefly(self) -> AsyncIterator[None]:
+        """For questions of a start that need no answer: one that is not answered at once ends the context, and those
+        that come soon after it are given up at their first wait.
+        """
+        clock = asyncio.get_running_loop()
+        is_away = clock.time() < self._quiet_until_s
         with contextlib.suppress(SnapdError, TimeoutError):
-            async with asyncio.timeout(BRIEF_S):
-                reader = await self.reader(job.name)
-                for candidate in await self.candidates(job.name):
-                    opened = await self.ask(reader.open, candidate, [0])
-                    if isinstance(opened, Opened):
-                        return opened.shards[0].chunk_bytes
-        return 0
+            try:
+                async with asyncio.timeout(0 if is_away else BRIEF_S):
+                    yield
+            except (SnapdError, TimeoutError):
+                if not is_away:
+                    self._quiet_until_s = clock.time() + QUIET_S
+                raise
 
     async def repair(
         self, job: Job, snapshot: SnapshotId, rank: int, bad: Sequence[tuple[int, str]]
