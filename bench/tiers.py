@@ -4,7 +4,7 @@
 
 Parts: `transfer` - stores alone: a directory against large `write` and fsync, S3 (SeaweedFS on loopback) against
 boto3's transfer manager on the same bytes with the same concurrency. `restore` - a directory's snapshot into memory
-against reading the same bytes, DCP and safetensors (tiers_restore.py; tiers_flush.py has the other way). All take turns.
+against reading the same bytes, DCP and safetensors (tiers_restore.py). All take turns.
 """
 
 from __future__ import annotations
