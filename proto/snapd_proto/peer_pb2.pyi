@@ -218,6 +218,7 @@ class ReportRequest(_message.Message):
     FLUSH_DURABLE_FIELD_NUMBER: _builtins.int
     FLUSH_WISH_FIELD_NUMBER: _builtins.int
     FLUSH_STUCK_FIELD_NUMBER: _builtins.int
+    FLUSH_BUSY_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     """the newest that this node knows"""
@@ -246,6 +247,8 @@ class ReportRequest(_message.Message):
     """under that epoch"""
     flush_stuck: _builtins.str
     """why its part of what is being flushed does not go on; empty if it does"""
+    flush_busy: _builtins.bool
+    """it is writing that part"""
     @_builtins.property
     def sender(self) -> Global___Sender: ...
     @_builtins.property
@@ -317,10 +320,11 @@ class ReportRequest(_message.Message):
         flush_durable: Global___SnapshotKey | None = ...,
         flush_wish: Global___SnapshotKey | None = ...,
         flush_stuck: _builtins.str = ...,
+        flush_busy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["flush_durable", b"flush_durable", "flush_wish", b"flush_wish", "sender", b"sender", "told_complete", b"told_complete", "told_protected", b"told_protected"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "flush_durable", b"flush_durable", "flush_stuck", b"flush_stuck", "flush_wish", b"flush_wish", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "told_complete", b"told_complete", "told_protected", b"told_protected", "told_protected_epoch", b"told_protected_epoch", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "flush_busy", b"flush_busy", "flush_durable", b"flush_durable", "flush_stuck", b"flush_stuck", "flush_wish", b"flush_wish", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "told_complete", b"told_complete", "told_protected", b"told_protected", "told_protected_epoch", b"told_protected_epoch", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

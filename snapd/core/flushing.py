@@ -87,7 +87,8 @@ def choose_for_world(
     whole: Sequence[SnapshotId], current: SnapshotId | None, news: Iterable[FlushNews]
 ) -> tuple[SnapshotId | None, SnapshotId | None]:
     """(what all nodes of a world flush now, the newest durable one), from what they say. `whole`: snapshots of which
-    every shard is somewhere, oldest first; `current`: what was named before.
+    every shard is somewhere, oldest first; `current`: what was named before; it is not given up while some node is
+    still writing its part.
     """
     said = list(news)
     durable = max((each.durable for each in said if each.durable is not None), default=None)
@@ -95,7 +96,7 @@ def choose_for_world(
     if newest is None:
         return None, durable
     is_going_on = current in whole and current is not None and not _is_durable(current, durable)
-    is_stuck = any(each.stuck for each in said)
+    is_stuck = any(each.stuck for each in said) and not any(each.is_busy for each in said)
     if is_going_on and not (is_stuck and current is not None and newest > current):
         return current, durable
     wishes = [each.wish for each in said if each.wish is not None and not _is_durable(each.wish, durable)]

@@ -63,11 +63,13 @@ class Record:
 class FlushNews:
     """What a node says of the shared tier. `durable`: the newest that it knows to be committed there. `wish`: what it
     would flush by its own rules. `stuck`: why its part of the snapshot that is being flushed does not go on.
+    `is_busy`: it is writing its part.
     """
 
     durable: SnapshotId | None = None
     wish: SnapshotId | None = None
     stuck: str = ""
+    is_busy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,6 +113,7 @@ def report_to_proto(
         if named is not None:
             getattr(message, f"flush_{name}").CopyFrom(_key(named))
     message.flush_stuck = report.flush.stuck[:TEXT_MAX]
+    message.flush_busy = report.flush.is_busy
     return message
 
 
@@ -154,6 +155,7 @@ def report_from_proto(message: peer_pb2.ReportRequest) -> NodeReport:
             _snapshot(message.flush_durable, message.HasField("flush_durable")),
             _snapshot(message.flush_wish, message.HasField("flush_wish")),
             message.flush_stuck[:TEXT_MAX],
+            message.flush_busy,
         ),
     )
 

@@ -127,10 +127,10 @@ class FlushChooser:
     def _is_usable(self, snapshot: SnapshotId) -> bool:
         return self._is_here(snapshot) and self._job.ledger.snapshots[snapshot].is_complete
 
-    def news(self, stuck: str) -> FlushNews:
+    def news(self, stuck: str, *, is_busy: bool) -> FlushNews:
         """What the job's collector is told."""
         named = self._job.world.flush if self._job.world is not None else None
         if named != self._named:
             self._named, self._named_at_s = named, self._now_s()
         is_late = named is not None and self._now_s() - self._named_at_s > STUCK_AFTER_S
-        return FlushNews(self.durable, self._own(None, "").snapshot, stuck if is_late else "")
+        return FlushNews(self.durable, self._own(None, "").snapshot, stuck if is_late else "", is_busy)

@@ -114,7 +114,8 @@ class JobFlusher:
 
     def news(self) -> FlushNews:
         """What the job's collector is told."""
-        self._told_news = self._chooser.news(self._stuck())
+        is_busy = self._stop is not None and not self._stage.is_waiting
+        self._told_news = self._chooser.news(self._stuck(), is_busy=is_busy)
         return self._told_news
 
     def note_durable(self, snapshot: SnapshotId | None) -> None:

@@ -145,6 +145,8 @@ WHOLE = [S(1, 100), S(1, 150), S(1, 200)]
         (WHOLE, S(1, 100), [N(wish=S(1, 200)), N()], S(1, 100), None),  # what is under way is finished
         (WHOLE, S(1, 100), [N(stuck="away"), N()], S(1, 200), None),
         (WHOLE, S(1, 200), [N(stuck="away"), N()], S(1, 200), None),
+        # who is done waits for who has more to write: that is not stuck
+        (WHOLE, S(1, 100), [N(stuck="waits for the shards of ranks 1"), N(is_busy=True)], S(1, 100), None),
         (WHOLE, S(1, 100), [N(durable=S(1, 100)), N()], None, S(1, 100)),
         (
             WHOLE,

@@ -38,7 +38,7 @@ def test_orders_and_reports_say_what_is_flushed_and_what_is_durable() -> None:
     orders = Orders(number=3, generation=1, complete=snap(5), flush=snap(5), durable=snap(2))
     message = peer_pb2.Orders.FromString(peer_convert.orders_to_proto(orders).SerializeToString())
     assert peer_convert.orders_from_proto(message) == orders
-    for flush in (FlushNews(), FlushNews(snap(2), snap(5), "the store is away")):
+    for flush in (FlushNews(), FlushNews(snap(2), snap(5), "the store is away", True)):
         report = NodeReport(node="a", instance=1, serial=1, epoch=0, generation=1, world_size=1, flush=flush)
         sender = peer_pb2.Sender(node="a")
         sent = peer_convert.report_to_proto(sender, "job", report, known_orders=0, hold_s=0.0)
