@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--step-megabytes", type=int, default=48, help="of state in the part `steps`")
     parser.add_argument("--step-code", default="3+1")
     parser.add_argument("--step-interval", type=int, default=25, help="steps between snapshots")
+    parser.add_argument("--step-window", type=float, default=20.0, help="seconds of each half of a pair")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--bulk", choices=["tls", "plain", "both"], default="both")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
@@ -74,6 +75,7 @@ def main() -> int:
                 pairs=args.pairs,
                 interval=args.step_interval,
                 is_tls=bulk == "tls",
+                window_s=args.step_window,
             )
         results[bulk] = found
         show(bulk, found)

@@ -19,7 +19,6 @@ from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.training import Recipe, Training
 from tests.cluster.harness.waiting import wait_for
 
-WINDOW_S = 5.0
 SETTLE_S = 2.0
 STEPS_MAX = 100_000
 T_95 = {4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 10: 2.262, 12: 2.201, 16: 2.131}
@@ -32,9 +31,9 @@ def recipe_for(state_bytes: int, ranks: int) -> Recipe:
 
 
 def measure(
-    code: str, nodes: int, state_bytes: int, *, pairs: int, interval: int, is_tls: bool
+    code: str, nodes: int, state_bytes: int, *, pairs: int, interval: int, is_tls: bool, window_s: float
 ) -> dict[str, Any]:
-    """`interval`: steps between snapshots."""
+    """`interval`: steps between snapshots; `window_s`: of each half of a pair."""
     recipe = recipe_for(state_bytes, nodes)
     with measured_cluster(code, nodes, is_tls=is_tls) as made:
         envs = [daemon.trainer_env() for daemon in made.daemons]
@@ -43,9 +42,9 @@ def measure(
         training = Training(recipe, hosts, envs, made.folder / "steps", job="steps", options=options)
         try:
             training.wait_step(interval + 3)
-            wait_protected(made, "steps", 1)
+            wait_protected(made, "steps", 2 * interval + 1)  # the memory of two parities is backed by then
             return (
-                alternate(made, training, pairs)
+                alternate(made, training, pairs, window_s)
                 | {"interval": interval}
                 | {"state_GB": recipe.width**2 * 2 * 12 / 1e9}
             )
@@ -53,7 +52,7 @@ def measure(
             training.kill()
 
 
-def alternate(made: Cluster, training: Training, pairs: int) -> dict[str, Any]:
+def alternate(made: Cluster, training: Training, pairs: int, window_s: float) -> dict[str, Any]:
     assert made.etcd is not None and made.etcd.process is not None
     etcd = made.etcd.process.pid
     differences, on_s, off_s, protected = [], [], [], 0
@@ -64,7 +63,7 @@ def alternate(made: Cluster, training: Training, pairs: int) -> dict[str, Any]:
             wait_for(lambda on=is_on: is_protecting(made) == on, "protection is switched", WAIT_S, made.says)
             time.sleep(SETTLE_S)
             before, began = protected_step(made), time.monotonic()
-            time.sleep(WINDOW_S)
+            time.sleep(window_s)
             values[is_on] = step_seconds(training, began, time.monotonic())
             protected += is_on and protected_step(made) > before
         on_s.append(values[True])
@@ -81,7 +80,8 @@ def alternate(made: Cluster, training: Training, pairs: int) -> dict[str, Any]:
         "added_percent_low_95": mean - t * error,
         "added_percent_high_95": mean + t * error,
         "windows_with_a_newer_protected": protected,
-        "window_s": WINDOW_S,
+        "window_s": window_s,
+        "each_pair_percent": " ".join(f"{one:.1f}" for one in differences),
     }
 
 
