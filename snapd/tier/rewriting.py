@@ -95,7 +95,8 @@ class Rewriter:
             assert seen.record is not None
             if done.plan.packs.isdisjoint(seen.record.packs):
                 continue
-            attempt = _Attempt(self._means, self._keys, self._rules, seen, done, moved)
+            revision = _next_revision(sight, seen.snapshot)
+            attempt = _Attempt(self._means, self._keys, self._rules, seen, revision, done, moved)
             problem = attempt.run(self._uses_packs)
             if problem:
                 done.problems.append(f"{seen.snapshot}: {problem}")
@@ -124,6 +125,13 @@ class Rewriter:
         return frozenset(pack for pack, _ in self._used[entry.key])
 
 
+def _next_revision(sight: Sight, snapshot: SnapshotId) -> int:
+    """Above all that were tried: what a rewriter left that was killed is another's, or void."""
+    records = [seen.revision for seen in sight.records if seen.snapshot == snapshot]
+    shards = [seen.revision for seen in sight.shards.values() if seen.snapshot == snapshot]
+    return 1 + max([*records, *shards])
+
+
 def read_shard(store: Store, record: StoredSnapshot, entry: ShardEntry) -> StoredShard:
     return decode_entry(store.read(entry.key, max_nbytes=entry.manifest_nbytes), entry, record)
 
@@ -136,6 +144,7 @@ class _Attempt:
     keys: TierKeys
     rules: CollectRules
     seen: SeenRecord
+    revision: int
     done: Rewritten
     moved: dict[Spot, StoredChunk]
     write_id: str = ""
@@ -148,7 +157,7 @@ class _Attempt:
         record, self.write_id = self.seen.record, self.means.random_token()
         assert record is not None
         bases = (record.id, *self.done.snapshots)
-        revision = record.revision + 1
+        revision = self.revision
         self._intent = Intent(self.keys.job, self.write_id, "collector", record.id, bases, revision=revision)
         store, key = self.means.store, self.keys.intent(self.write_id)
         self._beat(0.0)

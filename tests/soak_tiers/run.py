@@ -36,14 +36,14 @@ from tests.support.seaweed import BUCKET, Seaweed, running
 from tests.support.tier_audit import audit, collect_until_quiet, pack_nbytes, unnamed
 
 JOB = "soak"
-CHUNKS = 96
+CHUNKS = 240
 CHUNK_BYTES = 64 << 10
 ROUND_S, TTL_S, KEEP = 2.0, 15.0, 3
 SETTINGS = {
     "SNAPD_ARENA_CHUNK_BYTES": "64KiB",
     "SNAPD_TIER_EVERY_STEPS": "1",
     "SNAPD_TIER_EVERY": "0",
-    "SNAPD_TIER_RATE": "8MiB",
+    "SNAPD_TIER_RATE": "10MiB",
     "SNAPD_TIER_COMPRESSION": "off",
     "SNAPD_TIER_DEADLINE": "2s",
     "SNAPD_TIER_STALL": "1s",
@@ -205,7 +205,7 @@ def moments(scene: Scene, seed: int, count: int) -> None:
     for turn in range(count):
         victim = ("daemon", "server", "trainer")[turn % 3]
         scene.capture()
-        time.sleep(chance.uniform(0.0, 1.1))
+        time.sleep(chance.uniform(0.0, 1.3))
         scene.phases[f"{victim}: {scene.phase()}"] += 1
         scene.kill(victim)
         if victim == "server":

@@ -196,3 +196,34 @@ def test_which_packs() -> None:
     stored = 400 - 50 * len(chosen.packs)
     assert stored <= STORED_PER_LIVE_MAX * 200 < stored + 50  # as few as that takes
     assert choose_packs({"a": PackUse(100, 0), "b": PackUse(100, 100)}).packs == {"a"}
+
+
+def test_what_a_killed_rewriter_left_is_no_obstacle(tier: Tier) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(name: str) -> None:
+        raise Killed
+
+    before = records_of(tier.store)
+    contents = [chunks_of(tier.store, record) for record in before]
+    done = tier.collector.run()
+    means = RewriteMeans(
+        store=tier.store,
+        random_token=tier.token,
+        wall_s=time.time,
+        monotonic_s=time.monotonic,
+        point=kill,
+    )
+    with pytest.raises(Killed):
+        Rewriter(means, JOB, RULES).run(done.sight, done.judgement)
+    assert list(tier.store.list(KEYS.intents))  # as after kill -9
+    done = tier.collector.run()
+    rewritten = tier.rewriter.run(done.sight, done.judgement)
+    assert rewritten.snapshots and not rewritten.problems
+    tier.collect(8)
+    after = records_of(tier.store)
+    assert [chunks_of(tier.store, record) for record in after] == contents
+    assert tier.stored_nbytes() <= STORED_PER_LIVE_MAX * live_nbytes(tier.store, after)
+    named = {entry.key for record in after for entry in record.shards}
+    assert {info.key for info in tier.store.list(KEYS.shards)} == named
