@@ -105,8 +105,7 @@ class Fetcher:
             owner == self._session.rank and (owner, segment) not in mappings for owner, segment in segments
         ):
             self._session.refresh_segments()
-            own = self._session.segments
-            mappings.update({(self._session.rank, segment): mapping for segment, mapping in own.items()})
+            self._memory.borrow(self._session.rank, self._session.segments)
         if segments - mappings.keys():
             self._session.map_shard(self._memory, self._job, *self._snapshot, rank)
 

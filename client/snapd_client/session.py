@@ -41,7 +41,14 @@ class ShardMemory:
     """
 
     mappings: dict[tuple[int, int], Mapping]
-    borrowed: frozenset[tuple[int, int]]
+    borrowed: set[tuple[int, int]]
+
+    def borrow(self, rank: int, segments: dict[int, Mapping]) -> None:
+        """What the session itself has mapped, and keeps."""
+        for number, mapping in segments.items():
+            if (rank, number) not in self.mappings:
+                self.mappings[rank, number] = mapping
+                self.borrowed.add((rank, number))
 
     def close(self) -> None:
         for key, mapping in self.mappings.items():
@@ -200,8 +207,8 @@ class Session:
         self, job: str, generation: int, step: int, shards: Sequence[format_pb2.ShardRecord]
     ) -> Iterator[ShardMemory]:
         """Map what these shards lie in, for the time of a restore."""
-        own = {(self.rank, segment): mapping for segment, mapping in self.segments.items()}
-        memory = ShardMemory(dict(own), frozenset(own))
+        memory = ShardMemory({}, set())
+        memory.borrow(self.rank, self.segments)
         try:
             for record in shards:
                 if any((chunk.segment_rank, chunk.segment) not in memory.mappings for chunk in record.chunks):

@@ -13,8 +13,9 @@ from snapd.core.stored import StoredShard
 from snapd.errors import NotRestorable, SnapdError, UnavailableError
 from snapd.runtime.elastic import Wanted
 from snapd.runtime.job import Job
+from snapd.runtime.tier_access import is_store_away
 from snapd.runtime.tier_bringing import Lacking, record_to_bring
-from snapd.runtime.tier_restoring import TierRestores, is_store_away
+from snapd.runtime.tier_restoring import TierRestores
 from snapd.tier.reading import Opened
 
 KIND = "shard_sources"

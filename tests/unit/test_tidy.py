@@ -36,7 +36,7 @@ RANDOM_HOMES = {
     "snapd/cli/plan.py": "draws for its Monte Carlo, from the user's seed",
 }
 SERIALISER_HOMES = {
-    "client/snapd_client/export.py": "writes what torch reads: torch.save of tensors and plain values, for weights_only",
+    "client/snapd_client/export.py": "torch.save of tensors and plain values, which weights_only loads",
 }
 ENVIRON_HOMES = {
     "snapd/config.py": "reads the settings",
