@@ -111,7 +111,8 @@ def test_a_server_that_is_killed_and_comes_back(scene: Scene, server: Seaweed) -
 
 
 def test_credentials_that_may_not_write(scene: Scene) -> None:
-    scene.daemon.start(AWS_ACCESS_KEY_ID=READ_ONLY_KEY, AWS_SECRET_ACCESS_KEY=READ_ONLY_SECRET)
+    refused = {"AWS_ACCESS_KEY_ID": READ_ONLY_KEY, "AWS_SECRET_ACCESS_KEY": READ_ONLY_SECRET}
+    scene.daemon.start(SNAPD_TIER_GRACE="1s", **refused)
     trainer = opened(scene)
     capture_steps(trainer, 1, 4)
     scene.wait_pause("store_denied")
