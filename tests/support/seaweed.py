@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +24,10 @@ from snapd.store.opening import StoreOptions, open_store
 from snapd.store.s3 import S3Store
 from tests.support.stores import surroundings
 
-BINARY = shutil.which("weed")
+# beside the interpreter, too: make runs .venv/bin/python without .venv/bin on the path
+BINARY = shutil.which(
+    "weed", path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+)
 STARTED_WITHIN_S = 30.0
 BUCKET = "snap"
 ACCESS_KEY, SECRET_KEY = "AKSNAPD", "sksnapd0123456789"
