@@ -114,6 +114,9 @@ def prepare_restore(
             align_names(one, tree.state, names)
         anew = recut(elastic.layouts[layout.rank], elastic.layouts, tree.state, names)
         layout, others = anew.layout, elastic.layouts
+        differences.reshaped.extend(
+            f"{name} ({why})" for name, why in anew.refused
+        )  # there is nothing to leave
     matcher = Matcher(layout, early, names, differences, tree.vouched, others, anew.fills)
     for number in anew.dropped:
         matcher.destinations.drop(number)

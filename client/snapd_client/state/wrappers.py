@@ -1,4 +1,4 @@
-"""Names under wrappers that come and go between runs: DDP's `module`, torch.compile's `_orig_mod`.
+"""Names under wrappers that come and go between runs: DDP's `module`, torch.compile's, activation checkpointing's.
 
 A run that was saved under such a wrapper may go on without it, and the other way round. The wrapper says nothing about
 the state, so names are brought to what the live module shows.
@@ -6,6 +6,7 @@ the state, so names are brought to what the live module shows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from snapd_proto import format_pb2 as pb
@@ -14,7 +15,7 @@ from torch import nn
 from .names import Names, entries
 from .resharding import value_at
 
-WRAPPERS = ("module", "_orig_mod")
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 def align_names(layout: pb.ShardLayout, state: Mapping[str, object], names: Names) -> None:
@@ -35,12 +36,17 @@ def renames_for(
         bound = names.modules.get(id(item)) if isinstance(item, nn.Module) else None
         if bound is None:
             continue
-        live = {name for name, _ in (*bound.parameters, *bound.buffers)}
+        live = {name for name, _ in (*bound.parameters, *bound.buffers, *bound.extra)}
         bare_live = {_bare(name): name for name in live}
         if len(bare_live) != len(live):
             continue  # a module of its own is called as a wrapper is
-        saved = _names_below(layout, path) - live
-        renames = {name: bare_live[_bare(name)] for name in saved if _bare(name) in bare_live}
+        saved = _names_below(layout, path)
+        count = Counter(map(_bare, saved))  # two with one bare name are no wrapper's doing
+        renames = {
+            name: bare_live[_bare(name)]
+            for name in saved - live
+            if _bare(name) in bare_live and count[_bare(name)] == 1
+        }
         if renames:
             found[path] = renames
     return found
@@ -51,9 +57,20 @@ def _bare(name: str) -> str:
 
 
 def _names_below(layout: pb.ShardLayout, path: str) -> set[str]:
-    start = f"{path}."
-    tensors = {tensor.name for tensor in layout.tensors if tensor.role in ("parameter", "buffer")}
-    return {name.removeprefix(start) for name in tensors if name.startswith(start)}
+    """All names of a module's parameters (a tied one has several), buffers and own states."""
+    value = value_at(layout.skeleton, path)
+    if value is None or value.opaque.how != "module":
+        return set()
+    mapping = value.opaque.fields.mapping
+    return {
+        key.text
+        for key, item in zip(mapping.keys, mapping.values, strict=True)
+        if item.WhichOneof("kind") != "tensor" or not _is_gradient(layout, item.tensor)
+    }
+
+
+def _is_gradient(layout: pb.ShardLayout, number: int) -> bool:
+    return number < len(layout.tensors) and layout.tensors[number].role == "gradient"
 
 
 def _rename(layout: pb.ShardLayout, path: str, renames: Mapping[str, str]) -> None:
