@@ -7,6 +7,7 @@ brought into frames of the asking rank's own arena, which are a grant of ours un
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from snapd.core.ids import LaneKey, Place, SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.errors import ConflictError, NotFoundError
 from snapd.runtime.job import Job
+from snapd.runtime.rank_arena import RankArena
 from snapd.runtime.session import Session
 
 NO_SESSION = 0
@@ -123,13 +125,25 @@ async def _bring(
         await job.back_frames(arena, len(indices))
         places = arena.pool.grant(owner, len(indices))
     job.fetched.add((session.generation, number), session.rank, owner)
-    size = arena.memory.chunk_bytes
-    mappings = {
-        one: arena.memory.segments[one].map_for_writing() for one in {place.segment for place in places}
-    }
-    wanted = [
+    granted = places
+
+    async def fill() -> None:
+        try:
+            await elsewhere.fill(job, record, _views(arena, record, indices, granted))
+        finally:
+            job.fetched.filled(job.arenas, session.rank, owner)
+
+    # To its end, also when the trainer is gone: the frames are nobody else's before that.
+    await asyncio.shield(job.context.keep(fill()))
+    return [Found(session.rank, place) for place in places]
+
+
+def _views(
+    arena: RankArena, record: ShardRecord, indices: Sequence[int], places: Sequence[Place]
+) -> list[Wanted]:
+    size, segments = arena.memory.chunk_bytes, {place.segment for place in places}
+    mappings = {one: arena.memory.segments[one].map_for_writing() for one in segments}
+    return [
         Wanted(index, mappings[place.segment].view(place.frame * size, record.chunks[index].nbytes))
         for index, place in zip(indices, places, strict=True)
     ]
-    await elsewhere.fill(job, record, wanted)
-    return [Found(session.rank, place) for place in places]
