@@ -71,7 +71,7 @@ def collect_until_quiet(store: Store, job: str, rules: CollectRules) -> list[Pas
         done = collector.run()
         rewritten = rewriter.run(done.sight, done.judgement)
         passes.append(done)
-        is_quiet = done.is_quiet and not rewritten.snapshots and not done.sight.rounds
+        is_quiet = done.is_quiet and not rewritten.snapshots
         quiet_since_s = (quiet_since_s or time.monotonic()) if is_quiet else 0.0
         # Intents and what nobody names are condemned only when they are old.
         if quiet_since_s and time.monotonic() - quiet_since_s > rules.intent_ttl_s + rules.round_s:
@@ -81,7 +81,7 @@ def collect_until_quiet(store: Store, job: str, rules: CollectRules) -> list[Pas
 
 
 def unnamed(store: Store, job: str) -> list[str]:
-    """Objects of the job that no offered snapshot names; void records and lists of which all is gone do not count."""
+    """Objects of the job that no offered snapshot names; void records and condemned lists, which end by time, do not count."""
     keys = TierKeys(job)
     named: set[str] = set()
     for snapshot, record in offered(store, keys).items():
@@ -89,6 +89,7 @@ def unnamed(store: Store, job: str) -> list[str]:
         named.update(entry.key for entry in record.shards)
         named.update(keys.pack(pack) for pack in record.packs)
     there = {info.key for info in store.list(keys.root)} - named
+    there = {key for key in there if not key.startswith(keys.condemned)}
     return sorted(key for key in there if not _is_void(store, keys, key))
 
 
