@@ -81,7 +81,7 @@ def collect_until_quiet(store: Store, job: str, rules: CollectRules) -> list[Pas
 
 
 def unnamed(store: Store, job: str) -> list[str]:
-    """Objects of the job that no offered snapshot names; void records and condemned lists, which end by time, do not count."""
+    """Objects of the job that no offered snapshot names. Void records and condemned lists end by time: not counted."""
     keys = TierKeys(job)
     named: set[str] = set()
     for snapshot, record in offered(store, keys).items():
