@@ -6,13 +6,14 @@ only those brought. Copying and verifying are as for any restore.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 from snapd_proto import format_pb2
 from snapd_proto import trainer_pb2 as pb
 
-from .errors import IntegrityError, ProtocolError
+from .errors import IntegrityError, NotRestorable, ProtocolError
 from .session import Session, ShardMemory
 
 SHARDS_PER_CALL = 16
@@ -27,15 +28,33 @@ def list_shards(session: Session, turn: int, world_size: int) -> dict[int, forma
     found: dict[int, format_pb2.ShardRecord] = {}
     for first in range(0, world_size, SHARDS_PER_CALL):
         ranks = range(first, min(world_size, first + SHARDS_PER_CALL))
-        request = pb.ListShardsRequest(session_id=session.session_id, round=turn, ranks=ranks)
-        reply: pb.ListShardsReply = session.call(
-            lambda stub, request=request, **options: stub.ListShards(request, **options),
-            timeout_s=FETCH_TIMEOUT_S,
-        )
-        found.update((record.rank, record) for record in reply.shards)
+        try:
+            shards = _listed(session, turn, ranks)
+        except NotRestorable:  # one by one, so that the error says whose it is
+            shards = [record for rank in ranks for record in _listed(session, turn, [rank])]
+        found.update((record.rank, record) for record in shards)
     if sorted(found) != list(range(world_size)):
         raise ProtocolError("the daemon named other shards than those that were asked for")
     return found
+
+
+def _listed(session: Session, turn: int, ranks: Sequence[int]) -> list[format_pb2.ShardRecord]:
+    request = pb.ListShardsRequest(session_id=session.session_id, round=turn, ranks=ranks)
+    with _of_rank(ranks[0]):
+        reply: pb.ListShardsReply = session.call(
+            lambda stub, **options: stub.ListShards(request, **options), timeout_s=FETCH_TIMEOUT_S
+        )
+    return list(reply.shards)
+
+
+@contextlib.contextmanager
+def _of_rank(rank: int) -> Iterator[None]:
+    """What cannot be restored is that rank's shard: so the others hear of it."""
+    try:
+        yield
+    except NotRestorable as error:
+        error.context.setdefault("rank", rank)
+        raise
 
 
 class Fetcher:
@@ -56,30 +75,24 @@ class Fetcher:
 
     def fetch(self, wanted: Mapping[int, Sequence[int]]) -> None:
         """Bring chunks (rank -> numbers); those that are here already are not asked for again."""
-        left = (
-            (rank, chunk)
-            for rank in sorted(wanted)
-            for chunk in wanted[rank]
-            if (rank, chunk) not in self._places
-        )
-        while batch := list(islice(left, CHUNKS_PER_CALL)):
-            self._fetch(batch)
+        for rank in sorted(wanted):
+            left = (chunk for chunk in wanted[rank] if (rank, chunk) not in self._places)
+            while batch := list(islice(left, CHUNKS_PER_CALL)):
+                with _of_rank(rank):
+                    self._fetch(rank, batch)
 
-    def _fetch(self, batch: list[tuple[int, int]]) -> None:
-        wanted: dict[int, list[int]] = {}
-        for rank, chunk in batch:
-            wanted.setdefault(rank, []).append(chunk)
+    def _fetch(self, rank: int, chunks: list[int]) -> None:
         request = pb.FetchChunksRequest(
             session_id=self._session.session_id,
             round=self._turn,
-            wanted=[pb.ShardChunks(rank=rank, chunks=chunks) for rank, chunks in wanted.items()],
+            wanted=[pb.ShardChunks(rank=rank, chunks=chunks)],
         )
         reply: pb.FetchChunksReply = self._session.call(
             lambda stub, **options: stub.FetchChunks(request, **options), timeout_s=FETCH_TIMEOUT_S
         )
-        if len(reply.found) != len(wanted):
+        if len(reply.found) != 1:
             raise ProtocolError("the daemon brought other chunks than those that were asked for")
-        for (rank, chunks), found in zip(wanted.items(), reply.found, strict=True):
+        for found in reply.found:
             if not len(chunks) == len(found.segment_rank) == len(found.segment) == len(found.frame):
                 raise ProtocolError(
                     "the daemon brought other chunks than those that were asked for", rank=rank

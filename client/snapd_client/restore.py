@@ -30,7 +30,8 @@ from .world import World
 ROUNDS_MAX = 8
 COPY_THREADS_MAX = 2
 RESTORE_TIMEOUT_S = 600.0
-PLAN_TIMEOUT_S = 4 * 3600.0  # the daemon may bring the shard from a tier meanwhile; if it dies, the call ends at once
+# The daemon may bring the shard from a tier meanwhile; if it dies, the call ends at once.
+PLAN_TIMEOUT_S = 4 * 3600.0
 WHAT_MAX = 1024
 NO_SOURCE = "shard_sources"  # the daemon's word for a shard that was chosen and cannot be brought
 # What may go wrong for one rank alone after all have the same plan: the others must not wait for it.
@@ -86,8 +87,10 @@ def restore(context: Context, asked: Asked) -> int:
                 if plan is not None or getattr(error, "kind", "") in BRINGING_FAILED:
                     _report_failure(context, turn, error)
                 raise
-            # this rank's bytes cannot be had from any node: all ranks take the next snapshot, or say why there is none
-            answer = _report(context, turn, unavailable=str(error))
+            # a shard cannot be had from any source: all ranks take the next snapshot, or say why there is none
+            # of this rank, or of another one, whose chunks an elastic restore needs
+            owner = int(str(error.context.get("rank", context.world.rank)))
+            answer = _report(context, turn, unavailable=(owner, str(error)))
         if plan is not None and answer.committed:
             return plan.step
         if not answer.try_again:
@@ -288,12 +291,17 @@ def _copy_verified(pending: PendingRestore, sources: Mapping[int, _Source], thre
 
 
 def _report(
-    context: Context, turn: int, *, bad: list[tuple[int, int]] | None = None, unavailable: str = ""
+    context: Context,
+    turn: int,
+    *,
+    bad: list[tuple[int, int]] | None = None,
+    unavailable: tuple[int, str] | None = None,
 ) -> pb.FinishRestoreReply:
-    """How the round went. `unavailable`: why this rank's shard cannot be had at all."""
+    """How the round went. `unavailable`: whose shard cannot be had at all, and why."""
     chunks = [pb.BadChunk(rank=rank, chunk_index=chunk, what="hash differs") for rank, chunk in bad or []]
-    if unavailable:
-        chunks.append(pb.BadChunk(rank=context.world.rank, chunk_index=0, what=unavailable[:WHAT_MAX]))
+    if unavailable is not None:
+        owner, why = unavailable
+        chunks.append(pb.BadChunk(rank=owner, chunk_index=0, what=why[:WHAT_MAX]))
     request = pb.FinishRestoreRequest(
         session_id=context.session.session_id, round=turn, succeeded=not chunks, bad_chunks=chunks
     )

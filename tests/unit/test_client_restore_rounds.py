@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from snapd_client import restore as restoring
+from snapd_client.elastic import Fetcher
 from snapd_client.errors import NotRestorable, SnapdError, UnavailableError, from_daemon
 from snapd_client.restore import BadChunks
+from snapd_client.session import ShardMemory
 from snapd_proto import format_pb2
 from snapd_proto import trainer_pb2 as pb
 
@@ -75,6 +77,35 @@ def test_a_shard_that_no_node_has_is_told_and_the_next_snapshot_taken(
     first, second = script.told
     assert not first.succeeded and first.round == 0 and second.succeeded and second.round == 1
     assert [chunk.rank for chunk in first.bad_chunks] == [3] and "row 3" in first.bad_chunks[0].what
+
+
+def test_a_shard_of_another_rank_that_cannot_be_had_is_told_as_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An elastic restore reads the shards of all saved ranks: the wrong one must not be mended, or given up."""
+    missing = no_source()
+    missing.context["rank"] = 9
+    script = Script([FOUND, FOUND], [AGAIN, COMMITTED])
+    assert run(script, monkeypatch, fills=[missing, None]) == 7
+    assert [chunk.rank for chunk in script.told[0].bad_chunks] == [9]
+
+
+def test_a_fetch_that_fails_names_the_rank() -> None:
+    session: Any = SimpleNamespace(session_id=1, rank=0, call=fails_for_rank_two)
+    record = format_pb2.ShardRecord(chunks=[format_pb2.Chunk()])
+    fetcher = Fetcher(session, "j", 0, {1: record, 2: record}, (1, 1), ShardMemory({(5, 0): None}, set()))  # type: ignore[dict-item]
+    with pytest.raises(NotRestorable) as caught:
+        fetcher.fetch({1: [0], 2: [0]})
+    assert caught.value.context["rank"] == 2
+
+
+def fails_for_rank_two(invoke: Any, **_: object) -> Any:
+    def answer(request: Any, **_: object) -> Any:
+        if request.wanted[0].rank == 2:
+            raise no_source()
+        return pb.FetchChunksReply(found=[pb.ShardPlaces(segment_rank=[5], segment=[0], frame=[0])])
+
+    return invoke(SimpleNamespace(FetchChunks=answer))
 
 
 def test_bad_chunks_lead_to_another_round(monkeypatch: pytest.MonkeyPatch) -> None:
