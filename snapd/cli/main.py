@@ -53,7 +53,23 @@ def _snapd(
     """Keep the state of training jobs safe in memory that outlives the trainer."""
 
 
-for _command in (serve, status, top, ls, show, verify, restore, export, rm, drain, pin, unpin, gc, plan, doctor):
+for _command in (
+    serve,
+    status,
+    top,
+    ls,
+    show,
+    verify,
+    restore,
+    export,
+    rm,
+    drain,
+    pin,
+    unpin,
+    gc,
+    plan,
+    doctor,
+):
     app.command(_command.__name__)(reports_errors(_command))
 app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")

@@ -93,7 +93,10 @@ async def test_a_widened_interval_is_recorded_for_the_next_collector(scene: Scen
     await scene.tell(1, newest_step_seen=40)
     await scene.tell(1, newest_step_seen=40, aborts=1)
     widened = scene.host.orders.interval
-    assert widened.factor == 2 and (scene.recorded[-1].generation, scene.recorded[-1].interval) == (1, widened)
+    assert widened.factor == 2 and (scene.recorded[-1].generation, scene.recorded[-1].interval) == (
+        1,
+        widened,
+    )
     scene.host.close()
     scene.begin(before=scene.recorded[-1])
     assert (await scene.tell(1, newest_step_seen=41, aborts=1)).interval == widened
