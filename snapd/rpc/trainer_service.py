@@ -80,6 +80,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
             self.node.drop_if_empty(job)
             raise
         self.node.adopt_new(peer, session)
+        if self.node.tier_restores is not None:  # one that ends before the next poll was here, too
+            self.node.tier_restores.observe([job])
         shown = await newest_or_bad(self.node, job)
         return trainer_pb2.OpenSessionReply(
             session_id=session.id,

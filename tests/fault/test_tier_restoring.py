@@ -174,7 +174,7 @@ def test_a_trainer_that_starts_again_does_not_ask_the_tier() -> None:
         scene.root.rename(aside)
         again = opened(scene, "two")
         assert again.restore(SEED) == 5
-        assert not scene.daemon.events("restore.asks_tier")
+        assert not scene.daemon.events("restore.asks_tier"), scene.daemon.events("restore.asks_tier")
 
 
 def test_a_tier_that_is_away_is_waited_for_and_named() -> None:
