@@ -6,7 +6,6 @@ The model is export_trainer.py's; the whole tensors are compared with what two r
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from tests.support.leaving import leave_together
 
 
 def main(checkpoint: Path, references: Path) -> None:
@@ -49,8 +50,7 @@ def main(checkpoint: Path, references: Path) -> None:
     if dist.get_rank() == 0:
         rates = [group["lr"] for group in optimizer.param_groups]
         print(json.dumps({"count": len(found), "differing": differing, "lr": rates}), flush=True)
-    dist.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends in good order while its peers do
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ KIND says how the model is cut: plain, ddp, fsdp, hsdp (2 x n), tp (fsdp x tenso
 from __future__ import annotations
 
 import json
-import os
 import sys
 from array import array
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support.leaving import leave_together
 from tests.support.loopback import Loopback, Snapshot, make_tree
 
 CHUNK_BYTES = 1024
@@ -150,8 +150,7 @@ def main() -> None:
         assert not bad, bad
         train(model, optimizer, 1)  # the optimizer takes its state as it is
         print(f"restored rank={rank} share={share:.3f}", flush=True)
-    dist.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends in good order while its peers do
+    leave_together()
 
 
 if __name__ == "__main__":
