@@ -6,14 +6,16 @@ long as the work. Until the record is committed the frames are a grant of ours, 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+import xxhash
 from snapd_native import Mapping as SegmentMapping
 
 from snapd.core.ids import LaneKey, Place
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.errors import ConflictError, NotFoundError
+from snapd.memory.segments import SegmentSet
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.rank_arena import RankArena
@@ -140,3 +142,13 @@ def _reusable(job: Job, record: ShardRecord, refused: Collection[Place]) -> dict
     }
     wanted = ((i, here.get((chunk.digest, chunk.nbytes))) for i, chunk in enumerate(record.chunks))
     return {index: place for index, place in wanted if place is not None}
+
+
+def bad_reused(memory: SegmentSet, record: ShardRecord, reused: Mapping[int, Place]) -> set[Place]:
+    """The frames among `reused` (chunk -> frame) that do not hold their chunk after all. Blocking."""
+    bad: set[Place] = set()
+    for index, place in reused.items():
+        with memory.view(place, record.chunks[index].nbytes) as view:
+            if xxhash.xxh3_128_digest(view) != record.chunks[index].digest:
+                bad.add(place)
+    return bad

@@ -14,8 +14,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import xxhash
-
 from snapd.codec.base import Codec
 from snapd.core.cluster import Code
 from snapd.core.ids import Place, SnapshotId
@@ -24,10 +22,9 @@ from snapd.core.protection import PlacedRecord, RowMap, RowPlan, make_plan
 from snapd.core.rows import rows_of_shard
 from snapd.errors import NotRestorable, SnapdError, UnavailableError
 from snapd.memory.hashing import hash_digests
-from snapd.memory.segments import SegmentSet
 from snapd.obs.protection_metrics import ProtectionMetrics
 from snapd.peer.base import BulkStore, Links
-from snapd.runtime.arena_writing import ArenaWriter
+from snapd.runtime.arena_writing import ArenaWriter, bad_reused
 from snapd.runtime.chunk_sources import (
     REASONS_SHOWN,
     BringBench,
@@ -311,7 +308,7 @@ class _Bringing:
         while True:
             writer = await ArenaWriter.open(self.job, record, refused=refused)
             try:
-                bad = await self.means.pipeline.bring(_bad_reused, writer.arena.memory, record, writer.reused)
+                bad = await self.means.pipeline.bring(bad_reused, writer.arena.memory, record, writer.reused)
             except BaseException:
                 writer.close()
                 raise
@@ -421,15 +418,6 @@ def _needs(writer: ArenaWriter) -> list[Need]:
         for index, place in writer.places.items()
         if index not in writer.reused
     ]
-
-
-def _bad_reused(memory: SegmentSet, record: ShardRecord, reused: Mapping[int, Place]) -> set[Place]:
-    bad: set[Place] = set()
-    for index, place in reused.items():
-        with memory.view(place, record.chunks[index].nbytes) as view:
-            if xxhash.xxh3_128_digest(view) != record.chunks[index].digest:
-                bad.add(place)
-    return bad
 
 
 def _share_out(

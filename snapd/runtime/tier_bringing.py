@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
-
-import xxhash
 
 from snapd.core.ids import Place
 from snapd.core.manifest import ShardRecord
 from snapd.core.stored import StoredShard
 from snapd.core.words import listed
-from snapd.memory.segments import SegmentSet
-from snapd.runtime.arena_writing import ArenaWriter
+from snapd.runtime.arena_writing import ArenaWriter, bad_reused
 from snapd.runtime.job import Job
 from snapd.tier.manifests import record_from_shard
 from snapd.tier.reading import TierReader
@@ -120,7 +117,7 @@ async def _open_writer(
         writer = await ArenaWriter.open(job, record, refused=bad)
         try:
             found = await loop.run_in_executor(
-                threads, _bad_reused, writer.arena.memory, record, writer.reused
+                threads, bad_reused, writer.arena.memory, record, writer.reused
             )
         except BaseException:
             writer.close()
@@ -129,12 +126,3 @@ async def _open_writer(
             return writer
         writer.close()
         bad |= found
-
-
-def _bad_reused(memory: SegmentSet, record: ShardRecord, reused: Mapping[int, Place]) -> set[Place]:
-    bad: set[Place] = set()
-    for index, place in reused.items():
-        with memory.view(place, record.chunks[index].nbytes) as view:
-            if xxhash.xxh3_128_digest(view) != record.chunks[index].digest:
-                bad.add(place)
-    return bad

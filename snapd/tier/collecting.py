@@ -24,7 +24,6 @@ from snapd.core.condemning import (
 from snapd.core.stored import Condemned, VoidRecord
 from snapd.core.tier_keys import TierKeys
 from snapd.core.tier_sight import Sight
-from snapd.errors import IntegrityError
 from snapd.store.base import Created, Store
 from snapd.tier.envelope import NBYTES_MAX, Kind, kind_name
 from snapd.tier.notes import encode_condemned, encode_void
@@ -186,13 +185,3 @@ def _batches(keys: Sequence[Garbage]) -> Iterator[list[Garbage]]:
 
 def _asked(store: Store) -> int:
     return sum(store.requests.count.values())
-
-
-def check_nothing_unreadable(done: Pass) -> None:
-    """Raise IntegrityError (kind `tier_manifest`) if something could not be judged because it cannot be read."""
-    if done.judgement.blind:
-        raise IntegrityError(
-            f"not all could be judged: {done.judgement.blind}",
-            kind="tier_manifest",
-            hint="`snapd verify --from URL` says what is damaged; retention drops it when it is old enough",
-        )
