@@ -102,12 +102,3 @@ def check_before_commit(known: BeforeCommit, *, round_s: float) -> tuple[Go, str
         if lost:
             return Go.START_OVER, f"{known.keys.pack(lost[0])}, which the snapshot needs, is gone"
     return Go.COMMIT, "all that it names is there, and nothing of it is condemned"
-
-
-def may_remove_intent(*, is_committed: bool, has_unsettled_requests: bool) -> tuple[bool, str]:
-    """Whether a writer may take its intent away. A request whose answer was lost, and that was never settled, may land
-    at any time: only a collector that voids the attempt first may remove such an intent.
-    """
-    if has_unsettled_requests and not is_committed:
-        return False, "a request of this attempt was never answered: a collector gives it up in due time"
-    return True, "its snapshot is committed" if is_committed else "nothing of it is on its way any more"

@@ -13,7 +13,6 @@ from snapd.core.committing import (
     attempt_of,
     check_base,
     check_before_commit,
-    may_remove_intent,
 )
 from snapd.core.condemning import (
     CollectRules,
@@ -315,9 +314,3 @@ KNOWN = BeforeCommit(
 def test_before_the_commit(change: dict[str, object], go: Go) -> None:
     found, reason = check_before_commit(replace(KNOWN, **change), round_s=1000.0)
     assert found is go and reason
-
-
-def test_an_intent_stays_while_a_request_may_still_land() -> None:
-    assert may_remove_intent(is_committed=True, has_unsettled_requests=True)[0]
-    assert may_remove_intent(is_committed=False, has_unsettled_requests=False)[0]
-    assert not may_remove_intent(is_committed=False, has_unsettled_requests=True)[0]
