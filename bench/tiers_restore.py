@@ -125,33 +125,14 @@ def read_snapd(root: Path, memory: Memory) -> float:
     return seconds
 
 
-def others(folder: Path, nbytes: int) -> Iterator[tuple[str, Callable[[], float]]]:
+def others(folder: Path, nbytes: int) -> dict[str, Callable[[], float]]:
     """DCP and safetensors of the same number of bytes, each into tensors that are there."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from tiers_peers import Peers
 
-    torch.set_num_threads(2)
-    count, width = 16, nbytes // 16 // 4
-    state = {f"t{i}": torch.randn(width) for i in range(count)}
-    dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
-    save_file(state, folder / "file.safetensors")
-
-    def load_dcp() -> float:
-        began = time.perf_counter()
-        dcp.load(state, checkpoint_id=folder / "dcp", no_dist=True)
-        return time.perf_counter() - began
-
-    def load_safetensors() -> float:
-        began = time.perf_counter()
-        with safe_open(folder / "file.safetensors", framework="pt") as file:
-            for name, tensor in state.items():
-                tensor.copy_(file.get_tensor(name))
-        return time.perf_counter() - began
-
-    yield "DCP load", load_dcp
-    yield "safetensors load", load_safetensors
+    peers = Peers(folder / "peers", nbytes)
+    for save in peers.saves().values():
+        save()
+    return peers.loads()
 
 
 def daemon_memory(root: Path) -> tuple[float, float]:
@@ -192,7 +173,7 @@ def restore(
             "snapd, compressed": lambda: read_snapd(roots["always"], memory),
         }
         if with_others:
-            runs |= dict(others(folder, nbytes))
+            runs |= others(folder, nbytes)
         samples: dict[str, list[float]] = {name: [] for name in runs}
         cpu: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds + 1):

@@ -1,17 +1,18 @@
 """Does compressing pay? Pure bookkeeping of what was measured; the caller brings the seconds.
 
-Encoders run beside the store's writes. While they keep up with what the store takes, fewer bytes mean less time; when
-they do not, compressing makes the flush slower: a fast disk takes bytes raw sooner than they can be packed. `auto`
-compresses only in the first case.
+Whole packs are compared, from their first chunk to their commit: how many raw bytes a second they came to with
+compressing, and how many without. Whatever the store does meanwhile (buffers, parts in flight, fsync, a rate limit) is
+in both. `auto` compresses while that is not slower, and looks at the other way again every now and then: stores change.
 """
 
 from __future__ import annotations
 
-from snapd.units import MIB
+from snapd.units import GIB, MIB
 
-ENOUGH_BYTES = 32 * MIB  # measured, before a rate is believed
-_FORGET = 0.5  # what is known counts half for each ENOUGH_BYTES that follow
-_AHEAD = 1.25  # encoders must be this much faster: they share the processor with training and with the store
+ENOUGH_BYTES = 16 * MIB  # measured, before a rate is believed
+AGAIN_BYTES = 4 * GIB  # written in one way, before the other is tried again
+_HALF_LIFE_BYTES = 256 * MIB  # what is known counts half for so many that follow
+_AS_FAST = 0.95  # fewer bytes are worth so little time that it cannot be told from noise
 
 
 class Rate:
@@ -22,13 +23,13 @@ class Rate:
         self._seconds = 0.0
 
     def note(self, nbytes: int, seconds: float) -> None:
-        kept = _FORGET ** (nbytes / ENOUGH_BYTES)
+        kept = 0.5 ** (nbytes / _HALF_LIFE_BYTES)
         self._nbytes = self._nbytes * kept + nbytes
         self._seconds = self._seconds * kept + max(seconds, 0.0)
 
     @property
     def is_known(self) -> bool:
-        return self._nbytes >= ENOUGH_BYTES / 2 and self._seconds > 0
+        return self._nbytes >= ENOUGH_BYTES and self._seconds > 0
 
     @property
     def bytes_per_s(self) -> float:
@@ -36,30 +37,30 @@ class Rate:
 
 
 class Paying:
-    """Whether `auto` should compress now. Used by one thread at a time.
+    """Whether `auto` should compress the next pack. Used by one thread at a time."""
 
-    Args:
-        encoders: how many encode at the same time.
-    """
+    def __init__(self) -> None:
+        self._rates = {True: Rate(), False: Rate()}  # by whether packs were compressed
+        self._since = {True: 0, False: 0}  # raw bytes that were written the other way since
 
-    def __init__(self, encoders: int = 1) -> None:
-        self._encoders = encoders
-        self._encoding, self._storing = Rate(), Rate()
-
-    def note_encoded(self, raw_nbytes: int, seconds: float) -> None:
-        """One encoder took `seconds` for chunks of `raw_nbytes` that it compressed."""
-        self._encoding.note(raw_nbytes, seconds)
-
-    def note_stored(self, stored_nbytes: int, seconds: float) -> None:
-        """The store, its rate limit included, took `seconds` for `stored_nbytes`, in all uploads together."""
-        self._storing.note(stored_nbytes, seconds)
+    def note(self, raw_nbytes: int, seconds: float, *, is_compressed: bool) -> None:
+        """A pack of `raw_nbytes` took one of the packers so long, from its first byte to its commit."""
+        self._rates[is_compressed].note(raw_nbytes, seconds)
+        self._since[is_compressed] = 0
+        other = not is_compressed
+        self._since[other] += raw_nbytes
+        if self._since[other] > AGAIN_BYTES:
+            self._rates[other], self._since[other] = Rate(), 0
 
     def decide(self) -> tuple[bool, str]:
         """(compress?, why), by what is known so far."""
-        if not self._storing.is_known:
+        compressed, raw = self._rates[True], self._rates[False]
+        if not raw.is_known:
             return False, "how fast the store is, is not known yet"
-        if not self._encoding.is_known:
+        if not compressed.is_known:
             return True, "how fast compressing is, is not known yet"
-        encoding, storing = self._encoding.bytes_per_s * self._encoders, self._storing.bytes_per_s
-        text = f"compressing takes {encoding / 1e6:.0f} MB/s, the store {storing / 1e6:.0f} MB/s"
-        return encoding >= _AHEAD * storing, text
+        text = (
+            f"a packer gets {compressed.bytes_per_s / 1e6:.0f} MB/s away compressed,"
+            f" {raw.bytes_per_s / 1e6:.0f} MB/s raw"
+        )
+        return compressed.bytes_per_s >= _AS_FAST * raw.bytes_per_s, text

@@ -90,7 +90,7 @@ class NodeTier:
     ) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.compressing = Compressing(Mode(settings.compression), PACKERS)
+        self.compressing = Compressing(Mode(settings.compression))
         self._environment, self._log, self.node = environment, log, node
         self._asking = ThreadPoolExecutor(2, thread_name_prefix="snapd-tier", initializer=keep_low)
         self._flushing = ThreadPoolExecutor(FLUSHES, thread_name_prefix="snapd-flush", initializer=keep_low)

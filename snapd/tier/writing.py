@@ -21,7 +21,7 @@ from snapd_proto import format_pb2
 from snapd.codec.compress import ChunkEncoder, EncodedChunk, Mode
 from snapd.codec.paying import Paying
 from snapd.core.manifest import ShardRecord
-from snapd.core.stored import Encoding, StoredChunk
+from snapd.core.stored import StoredChunk
 from snapd.core.tier_keys import TierKeys, pack_name
 from snapd.errors import IntegrityError
 from snapd.memory.segments import SegmentSet
@@ -133,10 +133,9 @@ class Compressing:
     down, by what was measured of both. Thread-safe; shared by all jobs that write there.
     """
 
-    def __init__(self, mode: Mode, packers: int) -> None:
+    def __init__(self, mode: Mode) -> None:
         self._encoder = ChunkEncoder(mode)
-        self._paying = Paying(packers)
-        self._packers = packers
+        self._paying = Paying()
         self._lock = threading.Lock()
 
     @property
@@ -144,26 +143,19 @@ class Compressing:
         return self._encoder.mode
 
     def decide(self) -> tuple[bool, str]:
-        """(compress?, why)."""
+        """(compress the next pack?, why)."""
         if self.mode is not Mode.AUTO:
             return self.mode is Mode.ALWAYS, f"tier.compression = {self.mode.value}"
         with self._lock:
             return self._paying.decide()
 
-    def encode(
-        self, view: memoryview, width: int, *, is_allowed: bool, clock: Callable[[], float]
-    ) -> EncodedChunk:
-        began_s = clock()
-        encoded = self._encoder.encode(view, width, is_allowed=is_allowed)
-        if is_allowed and encoded.encoding is not Encoding.RAW:
-            with self._lock:
-                self._paying.note_encoded(view.nbytes, clock() - began_s)
-        return encoded
+    def encode(self, view: memoryview, width: int, *, is_allowed: bool) -> EncodedChunk:
+        return self._encoder.encode(view, width, is_allowed=is_allowed)
 
-    def note_stored(self, nbytes: int, seconds: float) -> None:
-        """One of the packers handed over so much in so long; the others did so beside it."""
+    def note_pack(self, raw_nbytes: int, seconds: float, *, is_compressed: bool) -> None:
+        """One of the packers had a pack in the store after so long; the others worked beside it."""
         with self._lock:
-            self._paying.note_stored(nbytes, seconds / self._packers)
+            self._paying.note(raw_nbytes, seconds, is_compressed=is_compressed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,21 +222,23 @@ class PackWriter:
     def _write_pack(self, plan: PackPlan) -> tuple[StoredChunk, ...]:
         self._check_stop()
         means, builder = self._means, PackBuilder(pack_name(self._write_id, plan.number))
+        is_compressed, _ = means.compressing.decide()
         means.point("daemon.flush.pack.before")
+        began_s = means.monotonic_s()
         upload = means.store.upload(self._keys.pack(builder.name))
         try:
             upload.write([builder.header()])
             stored: list[StoredChunk] = []
             for batch in self._batches(plan):
-                stored.extend(self._write_batch(builder, upload, batch))
+                stored.extend(self._write_batch(builder, upload, batch, is_compressed))
             upload.write([builder.footer()])
             self._check_stop()
-            began_s = means.monotonic_s()
             upload.commit()
-            means.compressing.note_stored(0, means.monotonic_s() - began_s)
         except BaseException:
             upload.abort()
             raise
+        seconds = means.monotonic_s() - began_s
+        means.compressing.note_pack(plan.raw_nbytes, seconds, is_compressed=is_compressed)
         with self._lock:
             self.counts.packs += 1
             self.counts.chunks += len(stored)
@@ -267,14 +261,10 @@ class PackWriter:
             yield batch
 
     def _write_batch(
-        self, builder: PackBuilder, upload: Upload, batch: Sequence[PlannedChunk]
+        self, builder: PackBuilder, upload: Upload, batch: Sequence[PlannedChunk], is_compressed: bool
     ) -> list[StoredChunk]:
         self._check_stop()
-        clock, compressing = self._means.monotonic_s, self._means.compressing
-        began_s = clock()
         self._wait_for_rate(sum(self._shards[p.shard].record.chunks[p.index].nbytes for p in batch))
-        waited_s = clock() - began_s
-        is_allowed, _ = compressing.decide()
         buffers: list[Buffer] = []
         stored: list[StoredChunk] = []
         with contextlib.ExitStack() as views:
@@ -284,8 +274,8 @@ class PackWriter:
                 view = views.enter_context(shard.memory.view(chunk.place, chunk.nbytes))
                 if xxhash.xxh3_128_digest(view) != chunk.digest:
                     raise _bad_chunk(shard.record, planned.index)
-                width = self._width(planned) if is_allowed else MIXED
-                encoded = compressing.encode(view, width, is_allowed=is_allowed, clock=clock)
+                width = self._width(planned) if is_compressed else MIXED
+                encoded = self._means.compressing.encode(view, width, is_allowed=is_compressed)
                 buffers.append(encoded.buffer)
                 stored.append(
                     builder.add(
@@ -297,12 +287,8 @@ class PackWriter:
                     )
                 )
                 del encoded
-            began_s = clock()
             upload.write(buffers)
             buffers.clear()
-            compressing.note_stored(
-                sum(chunk.stored_nbytes for chunk in stored), clock() - began_s + waited_s
-            )
         return stored
 
     def _width(self, planned: PlannedChunk) -> int:

@@ -103,7 +103,7 @@ class Writers:
             store=store,
             packers=self._threads,
             packers_max=self._packers,
-            compressing=Compressing(self._mode, self._packers),
+            compressing=Compressing(self._mode),
             pacer=Pacer(self.clock, self._rate, CHUNK) if self._rate else None,
             monotonic_s=self.clock,
             point=self.point,

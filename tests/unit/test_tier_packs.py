@@ -24,7 +24,7 @@ from snapd.tier.packs import (
     parse_footer,
 )
 from snapd.tier.widths import element_widths
-from snapd.units import MIB
+from snapd.units import GIB, MIB
 from tests.support.shard_builder import ShardBuilder
 
 NAME = "ab" * 16 + "-000003"
@@ -221,14 +221,33 @@ def test_widths_follow_the_layout() -> None:
     assert element_widths(built.layout, 2) == (1, 1)
 
 
-def test_compressing_pays_while_the_encoders_keep_up_with_the_store() -> None:
-    paying = Paying(encoders=2)
+def test_compressing_pays_while_packs_get_away_as_fast() -> None:
+    paying = Paying()
     assert paying.decide() == (False, "how fast the store is, is not known yet")
-    paying.note_stored(64 * MIB, 64 * MIB / 400e6)
-    assert paying.decide()[0]  # tried
-    paying.note_encoded(64 * MIB, 64 * MIB / 600e6)
-    assert paying.decide() == (True, "compressing takes 1200 MB/s, the store 400 MB/s")
-    for _ in range(8):  # the disk is faster after all
-        paying.note_stored(64 * MIB, 64 * MIB / 2000e6)
-    is_worth, why = paying.decide()
-    assert not is_worth and why == "compressing takes 1200 MB/s, the store 2000 MB/s"
+    paying.note(64 * MIB, 64 * MIB / 400e6, is_compressed=False)
+    assert paying.decide() == (True, "how fast compressing is, is not known yet")
+    paying.note(64 * MIB, 64 * MIB / 480e6, is_compressed=True)
+    assert paying.decide() == (True, "a packer gets 480 MB/s away compressed, 400 MB/s raw")
+    paying.note(GIB, GIB / 390e6, is_compressed=True)  # what is saved in bytes is worth a little time
+    assert paying.decide()[0]
+    paying.note(GIB, GIB / 200e6, is_compressed=True)
+    assert not paying.decide()[0]
+
+
+def test_the_other_way_is_tried_again_after_a_while() -> None:
+    paying = Paying()
+    paying.note(64 * MIB, 64 * MIB / 2000e6, is_compressed=False)
+    paying.note(64 * MIB, 64 * MIB / 600e6, is_compressed=True)
+    for _ in range(64):
+        assert not paying.decide()[0]
+        paying.note(64 * MIB, 64 * MIB / 2000e6, is_compressed=False)
+    paying.note(64 * MIB, 64 * MIB / 2000e6, is_compressed=False)
+    assert paying.decide() == (True, "how fast compressing is, is not known yet")
+    paying.note(64 * MIB, 64 * MIB / 2500e6, is_compressed=True)  # the store has become slow for raw bytes
+    assert paying.decide()[0]
+
+
+def test_a_few_bytes_are_not_believed() -> None:
+    paying = Paying()
+    paying.note(MIB, 5.0, is_compressed=False)
+    assert paying.decide() == (False, "how fast the store is, is not known yet")
