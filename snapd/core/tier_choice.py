@@ -5,8 +5,9 @@ its cluster) has itself. A generation is given out above everything that the tie
 has above the floor was complete in memory first; and memory gives a complete snapshot up only for a newer complete one.
 So a snapshot of a generation above the floor, or one that the tier itself was seen to have as its newest, is the newest
 there is, as long as nobody else has taken the job up meanwhile with a counter of his own: a job that moved to another
-machine and came back. That cannot be so within moments of the last trainer's end here; after longer the tier is asked
-for what it has, briefly, and not waited for.
+machine and came back. That cannot be so within moments of the last trainer's end here. Where only a daemon before this
+one saw that end, the tier is asked for what it has, briefly, and not waited for. After longer it must be asked: an
+older step is never taken because something could not be reached.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ TRUST_S = 120.0  # no other machine starts a world, trains and commits within it
 
 
 class Ask(enum.Enum):
-    """NOT: what memory has is the newest. BRIEFLY: it is by all that is known here; whether the job was elsewhere
-    meanwhile would be known there. MUST: the tier may well have what memory lacks.
+    """NOT: what memory has is the newest. BRIEFLY: it is by all that is known here, some of it at second hand. MUST:
+    the tier may have what memory lacks.
     """
 
     NOT = "not"
@@ -36,12 +37,13 @@ class Ask(enum.Enum):
 class TierFacts:
     """What is known here of the tier without asking it. `floor`: the highest generation that it had before the job
     began here, None: never learnt; `newest`: it was seen to have, or was given; `idle_s`: since the last trainer of an
-    older generation was served here, None: not known.
+    older generation was served by this daemon, None: not known; `noted_idle_s`: the same, as one before it has noted.
     """
 
     floor: int | None
     newest: SnapshotId | None
     idle_s: float | None
+    noted_idle_s: float | None = None
 
 
 def how_to_ask(memory: Decision, facts: TierFacts, *, step: int | None) -> tuple[Ask, str]:
@@ -63,7 +65,9 @@ def how_to_ask(memory: Decision, facts: TierFacts, *, step: int | None) -> tuple
         return Ask.MUST, f"{chosen} was captured before this daemon knew what the tier has"
     if facts.idle_s is not None and facts.idle_s <= TRUST_S:
         return Ask.NOT, "the job was here until just now, and memory has its newest snapshot"
-    return Ask.BRIEFLY, "the job may have been elsewhere meanwhile"
+    if facts.noted_idle_s is not None and facts.noted_idle_s <= TRUST_S:
+        return Ask.BRIEFLY, "the job was here until just now, as the daemon before this one has noted"
+    return Ask.MUST, "the job may have been elsewhere meanwhile"
 
 
 def merged(decision: Decision, found: Sequence[Verdict]) -> Decision:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +173,17 @@ class Index:
     def set_tier_writer(self, token: str) -> None:
         with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('tier_writer', ?)", (token,))
+
+    def served(self) -> dict[int, float]:
+        """When a trainer of each generation was last served, as noted by `set_served`."""
+        row = self._connection.execute("SELECT value FROM meta WHERE key = 'served'").fetchone()
+        return {int(number): float(at_s) for number, at_s in json.loads(row[0]).items()} if row else {}
+
+    def set_served(self, served: Mapping[int, float]) -> None:
+        """Generation -> seconds of the machine's monotonic clock: whoever reads it has the same clock."""
+        text = json.dumps({str(number): at_s for number, at_s in served.items()})
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('served', ?)", (text,))
 
     # generations
 

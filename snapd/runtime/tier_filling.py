@@ -22,6 +22,10 @@ class FillAsk:
     generation: int | None = None
     ranks: Sequence[int] = ()
 
+    @property
+    def is_of_newest(self) -> bool:
+        return self.step is None and self.generation is None
+
     def fits(self, snapshot: SnapshotId) -> bool:
         return self.step in (None, snapshot.step) and self.generation in (None, snapshot.generation)
 
@@ -67,6 +71,8 @@ async def fill_arena(tier: TierRestores, job: Job, ask: FillAsk, filling: Fillin
             return
         for candidate in candidates:
             if await _fill(tier, job, reader, candidate, ask, filling):
+                if ask.is_of_newest:
+                    tier.note_filled(job)
                 return
     if not filling.passed_over:
         raise NotFoundError(f"no such snapshot of job {job.name!r} in {tier.url}", kind="snapshot")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from snapd.core.ids import SnapshotId
@@ -26,6 +27,7 @@ from snapd.core.tier_choice import (
 )
 from snapd.core.words import listed
 from snapd.errors import (
+    CapacityError,
     ConflictError,
     NotRestorable,
     SnapdError,
@@ -40,6 +42,8 @@ from snapd.tier.reading import Candidate, Opened, TierReader
 GENERATION_MAX = 1 << 62
 BRIEF_S = 3.0  # for an answer that is not needed
 QUIET_S = 10.0  # a start asks several times: a tier that did not answer is left alone for so long
+NOTE_S = 10.0  # how often it is noted that a job's trainers are served
+NOTED_MAX = 8  # generations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +64,8 @@ class TierRestores(TierAccess):
         super().__init__(url, open_store)
         self._wait_s = wait_s
         self._quiet_until_s = 0.0
-        self._served: dict[
-            str, dict[int, float]
-        ] = {}  # job -> generation -> when a trainer of it was last served
+        self._served: dict[str, dict[int, float]] = {}  # job -> generation -> when a trainer was last served
+        self._noted_s: dict[str, float] = {}
 
     # what is known
 
@@ -70,17 +73,30 @@ class TierRestores(TierAccess):
         """Note whose trainers are served; every poll."""
         for job in jobs:
             now_s = job.context.environment.monotonic_s()
-            for session in job.served_sessions():
-                self._served.setdefault(job.name, {})[session.generation] = now_s
+            served = {session.generation: now_s for session in job.served_sessions()}
+            if not served or job.is_removed:
+                continue
+            known = self._served.setdefault(job.name, {})
+            known |= served
+            if now_s - self._noted_s.get(job.name, -math.inf) >= NOTE_S:
+                self._noted_s[job.name] = now_s
+                newest = dict(sorted((job.index.served() | known).items())[-NOTED_MAX:])
+                with contextlib.suppress(
+                    CapacityError
+                ):  # without the note the tier is waited for, that is all
+                    job.index.set_served(newest)
+
+    def note_filled(self, job: Job) -> None:
+        """Memory has the newest of the tier, as of now: as if a trainer of that generation had been served here."""
+        self._served.setdefault(job.name, {})[0] = job.context.environment.monotonic_s()
 
     def facts(self, job: Job, generation: int) -> TierFacts:
         """What is known without asking, when a world of `generation` restores."""
-        older = [at_s for g, at_s in self._served.get(job.name, {}).items() if g < generation]
-        now_s = job.context.environment.monotonic_s()
         return TierFacts(
             floor=job.index.tier_floors().get(self.url),
             newest=job.flusher.durable if job.flusher is not None else None,
-            idle_s=now_s - max(older) if older else None,
+            idle_s=_idle_s(job, self._served.get(job.name, {}), generation),
+            noted_idle_s=_idle_s(job, job.index.served(), generation),
         )
 
     async def before_opening(self, job: Job) -> None:
@@ -316,6 +332,13 @@ async def bring_from_tier(tier: TierRestores, job: Job, snapshot: SnapshotId, ra
         raise cls(f"{tier.url}: {lacking.reason}", kind="shard_sources", job=job.name, rank=rank) from lacking
     finally:
         tier.pool.trim()
+
+
+def _idle_s(job: Job, served: Mapping[int, float], generation: int) -> float | None:
+    """Since a trainer of a generation below `generation` was served. None: never, or by another boot's clock."""
+    now_s = job.context.environment.monotonic_s()
+    older = [at_s for number, at_s in served.items() if number < generation and at_s <= now_s]
+    return now_s - max(older) if older else None
 
 
 def _is_good_here(facts: SnapshotFacts, rank: int, digest: bytes) -> bool:

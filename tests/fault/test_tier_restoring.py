@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,6 +193,36 @@ def test_a_tier_that_is_away_is_waited_for_and_named() -> None:
         trainer.disconnect()
         aside.rename(scene.root)
         assert opened(scene, "three").restore(SEED) == 4
+
+
+@pytest.mark.parametrize("idle_s", [0.0, 200.0], ids=["just now", "longer ago"])
+def test_a_daemon_that_starts_again_while_the_tier_is_away(idle_s: float) -> None:
+    """Right after its trainers were served it goes on from memory; later the job may have been elsewhere, and nobody
+    can say.
+    """
+    with tier_daemon(SNAPD_TIER_RESTORE_WAIT="1") as scene:
+        captured(scene)
+        index = sqlite3.connect(scene.daemon.arena / "jobs" / "a" / "index.db")
+        with contextlib.closing(index), index:
+            (text,) = index.execute("SELECT value FROM meta WHERE key = 'served'").fetchone()
+            assert list(json.loads(text)) == ["1"]
+        scene.daemon.kill()
+        index = sqlite3.connect(scene.daemon.arena / "jobs" / "a" / "index.db")
+        with contextlib.closing(index), index:
+            aged = {number: at_s - idle_s for number, at_s in json.loads(text).items()}
+            index.execute("UPDATE meta SET value = ? WHERE key = 'served'", (json.dumps(aged),))
+        scene.root.rename(scene.root.with_name("aside"))
+        scene.daemon.start()
+        trainer = opened(scene, "two")
+        plan = trainer.plan()
+        if idle_s:
+            assert plan.outcome == UNREACHABLE
+            assert str(scene.root) in plan.reason
+        else:
+            assert (plan.outcome, plan.step) == (FOUND, 4)
+        assert [event["how"] for event in scene.daemon.events("restore.asks_tier")] == [
+            "must" if idle_s else "briefly"
+        ]
 
 
 def test_a_job_that_was_elsewhere_meanwhile() -> None:

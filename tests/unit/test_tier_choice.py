@@ -31,8 +31,13 @@ def found(snapshot: SnapshotId, *others: Verdict) -> Decision:
 NOTHING = Decision(Outcome.ABSENT, None, (), "the job has no snapshot")
 
 
-def facts(floor: int | None = 0, newest: SnapshotId | None = None, idle_s: float | None = 1.0) -> TierFacts:
-    return TierFacts(floor=floor, newest=newest, idle_s=idle_s)
+def facts(
+    floor: int | None = 0,
+    newest: SnapshotId | None = None,
+    idle_s: float | None = 1.0,
+    noted_idle_s: float | None = None,
+) -> TierFacts:
+    return TierFacts(floor=floor, newest=newest, idle_s=idle_s, noted_idle_s=noted_idle_s)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +45,10 @@ def facts(floor: int | None = 0, newest: SnapshotId | None = None, idle_s: float
     [
         (found(sid(1, 10)), facts(), Ask.NOT),
         (found(sid(1, 10)), facts(newest=sid(1, 8)), Ask.NOT),
-        (found(sid(1, 10)), facts(idle_s=TRUST_S + 1), Ask.BRIEFLY),
-        (found(sid(1, 10)), facts(idle_s=None), Ask.BRIEFLY),
+        (found(sid(1, 10)), facts(idle_s=TRUST_S + 1, noted_idle_s=TRUST_S + 5), Ask.MUST),
+        (found(sid(1, 10)), facts(idle_s=None), Ask.MUST),
+        (found(sid(1, 10)), facts(idle_s=None, noted_idle_s=9.0), Ask.BRIEFLY),
+        (found(sid(1, 10)), facts(idle_s=None, noted_idle_s=TRUST_S + 1), Ask.MUST),
         (found(sid(1, 10)), facts(floor=None), Ask.MUST),
         (found(sid(1, 10)), facts(floor=1), Ask.MUST),
         (found(sid(1, 10)), facts(floor=1, newest=sid(1, 10)), Ask.NOT),  # it was brought from there

@@ -238,11 +238,15 @@ class Rounds:
         self.cluster.start(victims)
 
     def _retire_old(self) -> None:
-        """A job that comes near its last step is ended and another begins."""
+        """A job that comes near its last step is ended and another begins; one that was restored at its end has no
+        steps of this start.
+        """
         for number, job in enumerate(self.jobs):
-            if job.now.step() > job.recipe.steps * 2 // 3:
+            restored = job.now.wait_restored()[0].step
+            if max(job.now.step(), restored) > job.recipe.steps * 2 // 3:
                 job.now.kill()
-                self.check_steps(job)
+                if restored < job.recipe.steps:
+                    self.check_steps(job)
                 self.remove(job)
                 self.jobs[number] = new = self.new_job(number)
                 self.launch(new)
