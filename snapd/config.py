@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,15 @@ from snapd.config_tiers import TierConfig
 from snapd.core.geometry import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, LANES_MAX, SLOTS_MIN, is_chunk_size
 from snapd.errors import ConfigError
 from snapd.runtime.context import NodeSettings
-from snapd.settings import setting
-from snapd.units import MIB, format_size, parse_duration_s, parse_size
+from snapd.settings import ALIKE_MIN, checked_value, did_you_mean, setting, shown
+from snapd.units import MIB
+
+PREFIX = "SNAPD_"
+VERY_ALIKE = 0.85  # where not even the section is one of ours
+# Variables that are no settings: the trainer's and the commands' own.
+OTHER_VARIABLES = frozenset({"SNAPD_JOB", "SNAPD_CONFIG", "SNAPD_AUTOSTART", "SNAPD_COPY_KERNEL"})
+# What Kubernetes sets in every container for a service whose name begins with snapd.
+_OF_SERVICES = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP)(_\w+)?)?$")
 
 SLOTS_ALONE = 2
 SLOTS_CLUSTERED = 3
@@ -254,7 +262,29 @@ def fields_of(config: Config) -> Iterator[tuple[str, dataclasses.Field[Any], Any
 
 def env_name(path: str) -> str:
     """The environment variable of a setting: arena.dir -> SNAPD_ARENA_DIR."""
-    return "SNAPD_" + path.replace(".", "_").upper()
+    return PREFIX + path.replace(".", "_").upper()
+
+
+def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that look as if they were meant as settings and are none, each with the one that may be meant.
+
+    They are no errors: another program's, or another version's, may be among them.
+    """
+    environment = os.environ if environ is None else environ
+    known = {env_name(path) for path, _, _ in fields_of(Config())} | OTHER_VARIABLES
+    sections = tuple(f"{PREFIX}{section.name.upper()}_" for section in dataclasses.fields(Config))
+    found: list[str] = []
+    for name in sorted(environment):
+        if not name.startswith(PREFIX) or name in known or _OF_SERVICES.search(name):
+            continue
+        is_meant = name.startswith(sections)
+        words = [one.removeprefix(PREFIX) for one in known]
+        meant = did_you_mean(
+            name.removeprefix(PREFIX), words, alike_min=ALIKE_MIN if is_meant else VERY_ALIKE
+        )
+        if meant or is_meant:
+            found.append(f"{name}: no such setting{meant.replace('mean ', f'mean {PREFIX}')}")
+    return found
 
 
 def load(
@@ -275,8 +305,12 @@ def load(
     sources: dict[str, str] = {}
     values: dict[str, dict[str, Any]] = {}
     known = {path for path, _, _ in fields_of(Config())}
-    problems.extend(f"{path}: no such setting (from {file})" for path in from_file if path not in known)
-    problems.extend(f"{path}: no such setting (from flags)" for path in given if path not in known)
+    for paths_given, origin in ((from_file, str(file)), (given, "flags")):
+        problems.extend(
+            f"{path}: no such setting (from {origin}){did_you_mean(path, known)}"
+            for path in paths_given
+            if path not in known
+        )
     for path, described, default in fields_of(Config()):
         raw, source = default, "default"
         for candidate, name in (
@@ -289,7 +323,7 @@ def load(
         value = default
         if source != "default":
             try:
-                value = _checked(described, raw)
+                value = checked_value(described, raw)
             except ValueError as error:
                 problems.append(f"{path} = {raw!r} (from {source}): {error}")
         section, _, name = path.partition(".")
@@ -330,46 +364,6 @@ def _file_values(file: Path | None, problems: list[str]) -> dict[str, Any]:
     return found
 
 
-def _checked(described: dataclasses.Field[Any], raw: Any) -> Any:
-    """Parse and bound one value; ValueError says what is wrong."""
-    kind, low, high = (described.metadata[name] for name in ("kind", "low", "high"))
-    if kind == "switch":
-        return _switch(raw)
-    if kind in ("text", "choice"):
-        if not isinstance(raw, str):
-            raise ValueError("must be text")
-        if kind == "choice" and raw not in described.metadata["choices"]:
-            raise ValueError(f"must be one of {', '.join(described.metadata['choices'])}")
-        return raw
-    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
-        raise ValueError("must be a number")
-    value: int | float
-    if kind == "duration":
-        value = parse_duration_s(str(raw))
-    elif kind == "size":
-        value = 0 if raw == "auto" else parse_size(str(raw))
-    else:
-        value = int(str(raw))
-    if not low <= value <= high:
-        raise ValueError(f"must be {_shown(kind, low)} to {_shown(kind, high)}")
-    return value
-
-
-def _switch(raw: Any) -> str:
-    text = str(raw).lower()
-    if text in ("yes", "true", "1", "on"):
-        return "yes"
-    if text in ("no", "false", "0", "off", ""):
-        return "no"
-    raise ValueError("must be yes or no")
-
-
-def _shown(kind: str, value: Any) -> str:
-    if kind == "size":
-        return format_size(int(value))
-    return f"{value:g} s" if kind == "duration" else str(value)
-
-
 def explain(loaded: Loaded) -> list[Explained]:
     """Every setting with its value, which source won, unit, bound, and what it trades."""
     defaults = {path: value for path, _, value in fields_of(Config())}
@@ -380,9 +374,9 @@ def explain(loaded: Loaded) -> list[Explained]:
         unit = {"size": "bytes", "duration": "seconds", "count": "count", "port": "port"}.get(kind, "")
         bound = " | ".join(meta["choices"]) if meta["choices"] else ""
         if unit:
-            bound = f"{_shown(kind, meta['low'])} .. {_shown(kind, meta['high'])}"
-        shown, default = _shown(kind, value), _shown(kind, defaults[path])
-        rows.append(Explained(path, shown, loaded.sources[path], default, unit, bound, meta["doc"]))
+            bound = f"{shown(kind, meta['low'])} .. {shown(kind, meta['high'])}"
+        now, default = shown(kind, value), shown(kind, defaults[path])
+        rows.append(Explained(path, now, loaded.sources[path], default, unit, bound, meta["doc"]))
     return rows
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from snapd import __version__
-from snapd.config import Config, Paths, node_settings, paths
+from snapd.config import Config, MetricsConfig, Paths, node_settings, paths, unknown_variables
 from snapd.config_cluster import plan_cluster
 from snapd.config_tiers import TierConfig, check_tier, collect_rules, store_of
 from snapd.core.flushing import FlushRules
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 EXIT_OK = 0
 EXIT_USAGE = 2
+EXIT_UNUSABLE = 3
 EXIT_BUG = 70
 TIER_CLOSE_S = 3.0
 SOCKET_PATH_MAX = 107
@@ -58,8 +59,8 @@ def run_daemon(config: Config, *, is_embedded: bool = False) -> int:
             arena = _take_folders(where, stack)
             return asyncio.run(serve(config, where, arena, log, is_embedded=is_embedded))
         except (ConfigError, ConflictError, IntegrityError) as error:
-            print(f"snapd: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
-            return EXIT_USAGE
+            print(f"snapd: {error}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
+            return EXIT_UNUSABLE if isinstance(error, IntegrityError) else EXIT_USAGE
 
 
 def _log_stream(config: Config, stack: contextlib.ExitStack) -> LogStream:
@@ -129,8 +130,9 @@ async def serve(
             held_by_job=dict,
             quarantine=fatal,
         )
-        if config.metrics.port:
-            context.metrics.serve(config.metrics.address, config.metrics.port)
+        _serve_metrics(config.metrics, context.metrics)
+        for problem in unknown_variables():
+            log.warning("variable.unknown", reason=problem)
         node = Node(context, is_embedded=is_embedded)
         clustering: Clustering | None = None
         try:
@@ -165,6 +167,23 @@ async def serve(
         log.warning("daemon.killed", reason="a request to the shared tier hangs")
         os._exit(code)
     return code
+
+
+def _serve_metrics(config: MetricsConfig, metrics: Metrics) -> None:
+    """
+    Raises:
+        ConfigError: kind `address`: nobody can listen there.
+    """
+    if not config.port:
+        return
+    try:
+        metrics.serve(config.address, config.port)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics cannot be served on {config.address}:{config.port}: {error.strerror or error}",
+            kind="address",
+            hint="another metrics.port, or the address of this machine in metrics.address",
+        ) from error
 
 
 async def _join_cluster(config: Config, node: Node) -> Clustering | None:

@@ -12,8 +12,8 @@ GIB = 1 << 30
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtKMGT]?)(i?)[bB]?\s*$")
 _SCALE = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_DURATION = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|)\s*$")
-_SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|)\s*$")
+_SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(text: str) -> int:
@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.match(text)
     if match is None:
-        raise ValueError(f"not a size: {text!r} (write for example 512MiB)")
+        raise ValueError(f"not a size: {text!r} (write for example 512MiB, 64GiB or 1.5GB)")
     number, letter, binary = match.groups()
     is_decimal = not binary and text.strip().lower().endswith("b") and letter != ""
     base = 1000 if is_decimal else 1024
@@ -32,14 +32,14 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration_s(text: str) -> float:
-    """Return the seconds that `text` names: "250ms", "1.5s", "10m", "2h", "3".
+    """Return the seconds that `text` names: "250ms", "1.5s", "10m", "2h", "1d", "3".
 
     Raises:
         ValueError: `text` is not a duration.
     """
     match = _DURATION.match(text)
     if match is None:
-        raise ValueError(f"not a duration: {text!r} (write for example 30s)")
+        raise ValueError(f"not a duration: {text!r} (write for example 250ms, 30s, 10m, 2h or 1d)")
     number, unit = match.groups()
     return float(number) * _SECONDS[unit]
 

@@ -103,5 +103,10 @@ def _get(store: KeyValueStore, key: str, deadline: float) -> str:
     try:
         store.wait([key], timedelta(seconds=remaining_s))
     except RuntimeError as error:  # torch.distributed.DistStoreError is one
-        raise UnavailableError("a rank did not come to agree on a generation", key=key) from error
+        raise UnavailableError(
+            "a rank did not come to agree on a generation",
+            hint="every rank makes its Snapshotters in the same order; is one hanging, or dead?",
+            rank=key.rpartition("/")[2] if "/nonce/" in key else 0,
+            key=key,
+        ) from error
     return store.get(key).decode()

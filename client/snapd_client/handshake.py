@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 
+from google.protobuf.message import DecodeError
 from snapd_proto import trainer_pb2 as pb
 
 from .errors import ProtocolError, UnavailableError, from_daemon
@@ -19,6 +20,7 @@ from .errors import ProtocolError, UnavailableError, from_daemon
 MESSAGE_BYTES_MAX = 1 << 20
 DESCRIPTORS_MAX = 250  # SCM_MAX_FD is 253
 _LENGTH = struct.Struct("<I")
+_IS_IT_OURS = "is another program listening there, or a snapd of another version?"
 
 
 def exchange(connection: socket.socket, request: pb.HandshakeRequest) -> tuple[pb.HandshakeReply, list[int]]:
@@ -36,11 +38,23 @@ def exchange(connection: socket.socket, request: pb.HandshakeRequest) -> tuple[p
         head = _receive(connection, _LENGTH.size, descriptors)
         nbytes = _LENGTH.unpack(head)[0]
         if nbytes > MESSAGE_BYTES_MAX:
-            raise ProtocolError("the daemon's reply is longer than any message", nbytes=nbytes)
+            raise ProtocolError(
+                "the answer is longer than any message of snapd's",
+                hint=_IS_IT_OURS,
+                socket=_name(connection),
+                nbytes=nbytes,
+            )
         reply = pb.HandshakeReply.FromString(_receive(connection, nbytes, descriptors))
+    except DecodeError as error:
+        close_all(descriptors)
+        raise ProtocolError(
+            "the answer is no message of snapd's", hint=_IS_IT_OURS, socket=_name(connection)
+        ) from error
     except OSError as error:
         close_all(descriptors)
-        raise UnavailableError("the daemon went away", cause=error) from error
+        raise UnavailableError(
+            "the daemon broke off", hint="its log says why", socket=_name(connection), cause=error
+        ) from error
     except ProtocolError:
         close_all(descriptors)
         raise
@@ -48,6 +62,14 @@ def exchange(connection: socket.socket, request: pb.HandshakeRequest) -> tuple[p
         close_all(descriptors)
         raise from_daemon(reply.refusal.kind, reply.refusal.message, reply.refusal.hint)
     return reply, descriptors
+
+
+def _name(connection: socket.socket) -> str:
+    """Where the other end listens, for messages."""
+    try:
+        return str(connection.getpeername())
+    except OSError:
+        return "?"
 
 
 def _receive(connection: socket.socket, nbytes: int, descriptors: list[int]) -> bytes:

@@ -19,6 +19,16 @@ from snapd_proto import trainer_pb2 as pb
 
 from . import estimate, faults, locate
 from .agree import agree_incarnation, default_store
+from .arguments import (
+    COPY_THREADS_MAX,
+    SLOTS_MAX,
+    STEP_MAX,
+    checked_step,
+    one_of,
+    seconds,
+    texts,
+    whole_number,
+)
 from .capture import Audit, Capturer, Outcome
 from .collection import without_collection
 from .control import ControlThread
@@ -90,16 +100,19 @@ class Snapshotter:
     ) -> None:
         self.job = job_name(job)
         self.world = World.from_environment()
-        if interval < 1:
-            raise ConfigError("interval counts steps: 1 or more", interval=interval)
-        self._interval, self._wait_max_s, self._fresh = interval, wait_max_s, fresh
-        self._effective_interval = interval
+        self._interval = whole_number("interval", interval, low=1, high=STEP_MAX)
+        self._wait_max_s, self._fresh = seconds("wait_max_s", wait_max_s), fresh
+        self._effective_interval = self._interval
+        how = Audit(one_of("audit", audit, [mode.value for mode in Audit]))
+        slots = whole_number("slots", slots, low=0, high=SLOTS_MAX)
+        copy_threads = whole_number("copy_threads", copy_threads, low=1, high=COPY_THREADS_MAX)
         self._gradients = gradients
         self._pid = os.getpid()
         self._health = Health()
         self._trouble = Trouble(self._health, is_strict=strict)
         self._is_closed = False
         self._is_started = False  # restored, or stepped
+        self._is_restored = False
         self._rollback_count = 0
         self._last: Handle | None = None
         self._replica_difference = ""
@@ -108,7 +121,7 @@ class Snapshotter:
         self._tree = StateTree(
             state, gradients=gradients, rank=self.world.rank, world_size=self.world.world_size, job=self.job
         )
-        self._tree.trust(trust)
+        self._tree.trust(texts("trust", trust))
         self._session = Session(
             locate.find_sockets(
                 runtime_dir, is_one_machine=self.world.local_world_size == self.world.world_size
@@ -119,7 +132,7 @@ class Snapshotter:
         self._engine = CopyEngine(copy_threads)
         self._control = ControlThread(self._session, self._trouble.lose)
         self._capturer = Capturer(
-            self._tree, self._session, self._engine, self._control, self._health, Audit(audit), self.world
+            self._tree, self._session, self._engine, self._control, self._health, how, self.world
         )
         self._control.start()
         self._capturer.warm_up()
@@ -182,10 +195,21 @@ class Snapshotter:
             RestoreMismatch: other names or shapes; nothing was changed.
             UnavailableError: the daemon does not answer.
         """
+        self._check_open()
+        wanted = None if step is None else checked_step(step)
+        asked = Asked(wanted, accept_older, texts("allow_partial", allow_partial), dict(reshard or {}))
+        check_reshard(asked.reshard, self._tree.state)
         self._is_started = True
-        check_reshard(reshard or {})
-        asked = Asked(step, accept_older, tuple(allow_partial), dict(reshard or {}))
-        restored = restore_state(self._restore_context(), asked)
+        try:
+            restored = restore_state(self._restore_context(), asked)
+        except SnapdError as error:
+            if error.kind == "restore_step" and self._is_restored:
+                raise ConfigError(
+                    "restore() was called before, with other arguments",
+                    hint="rollback(step) goes back in place",
+                ) from error
+            raise
+        self._is_restored = True
         self._control.populate()
         return restored
 
@@ -195,6 +219,8 @@ class Snapshotter:
         Raises:
             NotRestorable: that snapshot is not held (the arena keeps the newest, more with `slots`).
         """
+        self._check_open()
+        wanted = None if step is None else checked_step(step)
         self._capturer.finish()
         wait_settled(self._session, self._health.last_committed_step)
         self._rollback_count += 1
@@ -205,7 +231,7 @@ class Snapshotter:
         self._session.generation = reply.generation
         self._capturer.forget_base()
         self._last = None
-        return restore_state(self._restore_context(), Asked(step))
+        return restore_state(self._restore_context(), Asked(wanted))
 
     def _restore_context(self) -> RestoreContext:
         return RestoreContext(self._tree, self._session, self.job, self.world)
@@ -221,14 +247,18 @@ class Snapshotter:
 
         Args:
             wait: a level to wait for, e.g. "captured".
+        Raises:
+            ConfigError: `step` is no whole number, or `wait` no level: such a call is a mistake in the loop.
         """
+        step = self._checked_call(step, wait)
         if self._is_closed or not self._is_due(step):
             self._has_updated = False
             return None
         return self.save(step, wait=wait)
 
     def save(self, step: int, *, wait: str | None = None) -> Handle | None:
-        """Capture now, whatever the interval."""
+        """Capture now, whatever the interval. Raises ConfigError as `step` does."""
+        step = self._checked_call(step, wait)
         if self._is_closed or os.getpid() != self._pid:
             return None
         if not self._is_started:
@@ -238,6 +268,12 @@ class Snapshotter:
                 "same-step", f"step {step} of generation {self.generation} is captured already"
             )
             return self._last
+        if self._last is not None and step < self._last.step:
+            self._trouble.warn_once(
+                "steps",
+                f"step {step} comes after step {self._last.step}: steps must grow (not begin anew with each epoch), "
+                "a restart goes on from the highest",
+            )
         started = time.monotonic()
         with without_collection():
             handle: Handle | None = self._trouble.guard("snapshot", lambda: self._hand_over(step))
@@ -245,6 +281,16 @@ class Snapshotter:
         if wait is not None and handle is not None and handle.is_handed_over:
             self.wait(wait)
         return handle
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this Snapshotter is closed", hint="close() comes last", job=self.job)
+
+    @staticmethod
+    def _checked_call(step: int, wait: str | None) -> int:
+        if wait is not None:
+            check_level(wait)
+        return step if type(step) is int and 0 <= step <= STEP_MAX else checked_step(step)
 
     def _hand_over(self, step: int) -> Handle:
         self._notice_accumulation()
@@ -331,16 +377,17 @@ class Snapshotter:
             UnavailableError: the time ran out, or the snapshot was dropped; the message says which.
         """
         check_level(level)
+        self._check_open()
+        timeout_s = CLOSE_TIMEOUT_S if timeout is None else seconds("timeout", timeout)
         if self._last is None or not self._last.is_handed_over:
             raise UnavailableError("nothing was handed over that could be waited for")
         self._capturer.finish()
-        return wait_level(
-            self._session, self._last.step, level, CLOSE_TIMEOUT_S if timeout is None else timeout
-        )
+        return wait_level(self._session, self._last.step, level, timeout_s)
 
     def last(self, level: str = "captured") -> int | None:
         """The newest step that has `level` on all ranks."""
         check_level(level)
+        self._check_open()
         reply = ask_last(self._session, level)
         return reply.step if reply.found else None
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from .errors import ConfigError, UnavailableError
 
 START_TIMEOUT_S = 30.0
+SOCKET_PATH_BYTES_MAX = 107  # sun_path holds 108 bytes, the last of them 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def connect(sockets: Sockets, timeout_s: float) -> socket.socket:
             "no snapd daemon answers",
             hint="start one with `snapd serve`",
             socket=sockets.handshake,
-            cause=error.strerror,
+            cause=error.strerror or error,
         ) from error
     except ConfigError:
         connection.close()
@@ -95,6 +96,30 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _make_folder(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: it cannot be made, is not ours alone, or its path is too long for a socket.
+    """
+    if len(os.fsencode(folder / "handshake.sock")) > SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(
+            "the path of the runtime folder is too long for a socket",
+            hint="set SNAPD_RUNTIME_DIR to a shorter one",
+            folder=folder,
+        )
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700, parents=True)
+        _check_folder(folder)
+    except OSError as error:
+        raise ConfigError(
+            "the runtime folder cannot be made",
+            hint="set SNAPD_RUNTIME_DIR to a folder that you may make",
+            folder=folder,
+            cause=error.strerror,
+        ) from error
+
+
 def connect_or_start(sockets: Sockets, timeout_s: float = START_TIMEOUT_S) -> socket.socket:
     """A connection; if nobody answers and the daemon is ours to start, start it (one starter at a time)."""
     try:
@@ -104,9 +129,7 @@ def connect_or_start(sockets: Sockets, timeout_s: float = START_TIMEOUT_S) -> so
             return _await_cluster(sockets, timeout_s)
         if sockets.is_configured:
             raise
-    with contextlib.suppress(FileExistsError):
-        sockets.folder.mkdir(mode=0o700, parents=True)
-    _check_folder(sockets.folder)
+    _make_folder(sockets.folder)
     with _lock(sockets.folder / "start.lock"):
         with contextlib.suppress(UnavailableError):
             return connect(sockets, timeout_s)  # another rank was first

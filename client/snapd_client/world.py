@@ -41,7 +41,12 @@ class World:
             and 0 <= world.local_rank < world.local_world_size <= world.world_size
         ):
             raise ConfigError(
-                "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE contradict each other", world=world
+                "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE contradict each other",
+                hint="start with torchrun, or set all four",
+                rank=world.rank,
+                world_size=world.world_size,
+                local_rank=world.local_rank,
+                local_world_size=world.local_world_size,
             )
         return world
 
@@ -67,9 +72,9 @@ def job_name(job: str | None, environment: Mapping[str, str] = os.environ) -> st
         raise ConfigError(
             "the job has no name", hint="pass job=... or set SNAPD_JOB; torchrun's run id is not unique"
         )
-    if not JOB_NAME.fullmatch(name):
+    if not isinstance(name, str) or not JOB_NAME.fullmatch(name):
         raise ConfigError(
             "the job's name may hold letters, digits, '.', '_' and '-', 128 at most, and begins with a letter or digit",
-            job=repr(name),
+            job=repr(name)[:160],
         )
     return name

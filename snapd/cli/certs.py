@@ -171,7 +171,8 @@ def _write(directory: Path, name: str, made: Issued, *, force: bool) -> tuple[Pa
             _replace(path, content, mode)
     except OSError as error:
         raise ConfigError(
-            f"cannot write {name}.crt and {name}.key: {error}", kind="certificate_files"
+            f"cannot write {name}.crt and {name}.key in {directory}: {error.strerror}",
+            kind="certificate_files",
         ) from error
     return paths
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapd.cli.lifetime import check_lifetime
-from snapd.config import Paths
+from snapd.config import Paths, unknown_variables
 from snapd.errors import SnapdError
 from snapd.rpc.local_client import LocalClient
 from snapd.units import MIB, format_size
@@ -60,6 +60,7 @@ def run_checks(paths: Paths, *, needed_bytes: int) -> list[Finding]:
         judge_socket_path(paths.runtime / "handshake.sock"),
         check_daemon(paths.runtime),
         check_native(),
+        *judge_variables(unknown_variables(os.environ)),
         *(
             Finding(
                 check="lifetime",
@@ -241,6 +242,14 @@ def check_daemon(runtime: Path, connect: Callable[[Path], LocalClient] = LocalCl
         hint = "snapd verify shows what is bad; snapd rm JOB gives the job up"
         return Finding(check=check, verdict=Verdict.BAD, found="; ".join([found, *problems]), hint=hint)
     return Finding(check=check, verdict=Verdict.GOOD, found=found)
+
+
+def judge_variables(problems: list[str]) -> list[Finding]:
+    """A variable that is misspelt is silently the default; nothing is said where there is none."""
+    hint = "`snapd config explain` has the names of all"
+    return [
+        Finding(check="variables", verdict=Verdict.WARNING, found=problem, hint=hint) for problem in problems
+    ]
 
 
 def check_native() -> Finding:

@@ -13,7 +13,7 @@ from snapd.cli.options import JsonOption
 from snapd.cli.outcome import ExitCode, reports_errors
 from snapd.cli.output import print_json, print_parts
 from snapd.cli.settings import ConfigOption, load_settings
-from snapd.config import Explained, Loaded, env_name, explain, fields_of
+from snapd.config import Explained, Loaded, env_name, explain, fields_of, unknown_variables
 
 app = typer.Typer(no_args_is_help=True, help="Show the settings and where they come from.")
 
@@ -25,6 +25,7 @@ def show(as_json: JsonOption = False, config: ConfigOption = None) -> ExitCode:
         print_json({path: value for path, _, value in fields_of(loaded.config)})
     else:
         print(settings_toml(loaded))
+        _tell_unknown_variables()
     return ExitCode.DONE
 
 
@@ -35,7 +36,13 @@ def explain_settings(as_json: JsonOption = False, config: ConfigOption = None) -
         print_json([setting_json(row) for row in rows])
     else:
         print_parts(*(part for row in rows for part in setting_parts(row)))
+        _tell_unknown_variables()
     return ExitCode.DONE
+
+
+def _tell_unknown_variables() -> None:
+    for problem in unknown_variables():
+        typer.echo(f"snapd: {problem}", err=True)
 
 
 def setting_parts(setting: Explained) -> list[RenderableType]:

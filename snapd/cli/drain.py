@@ -44,7 +44,7 @@ def drain(
     --job: have the job's newest complete snapshot become durable now.
     """
     if bool(node) == bool(job):
-        raise ConfigError("one of --node and --job is needed", kind="arguments")
+        raise ConfigError("either --node or --job is needed, and not both", kind="arguments")
     if job:
         with connected(runtime_dir) as client:
             return _flush(client, job, timeout, as_json=as_json)

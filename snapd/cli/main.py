@@ -23,12 +23,14 @@ from snapd.cli.serve import serve
 from snapd.cli.show import show
 from snapd.cli.status import status
 from snapd.cli.top import top
+from snapd.cli.usage import OneLineErrors
 from snapd.cli.verify import verify
 
 _EPILOG = "Exit codes: 0 done, 1 found nothing, 2 usage, 3 found but unusable, 4 unreachable."
 
 app = typer.Typer(
     name="snapd",
+    cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -93,6 +93,14 @@ def reports_errors(command: Callable[P, int]) -> Callable[P, None]:
             # The reader (head, less) went away: nobody is left to tell. Python would complain at exit.
             sys.stdout = None
             code = ExitCode.DONE
+        except OSError as error:
+            # A file or folder that the user named, as a rule: what is ours is told by SnapdError.
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            wrong = ConfigError(what, kind="files")
+            print(error_line(wrong), file=sys.stderr)
+            if kwargs.get("as_json"):
+                print(json.dumps(error_json(wrong)))
+            code = ExitCode.USAGE
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         raise typer.Exit(int(code))

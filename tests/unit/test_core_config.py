@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from snapd.config import Config, env_name, explain, fields_of, load, node_settings, paths
+from snapd.config import Config, env_name, explain, fields_of, load, node_settings, paths, unknown_variables
 from snapd.errors import ConfigError
 
 
@@ -77,3 +77,45 @@ def test_folders_follow_the_architecture() -> None:
     named = load(environ={"SNAPD_RUNTIME_DIR": "/x/run", "SNAPD_ARENA_DIR": "/x/arena"}).config
     where = paths(named, environ={}, uid=7)
     assert (str(where.runtime), str(where.arena)) == ("/x/run", "/x/arena")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        ("tier.shard", "/x", "tier.shard: no such setting (from flags); did you mean tier.shared?"),
+        ("cluser.node", "a", "cluser.node: no such setting (from flags); did you mean cluster.node?"),
+        ("nothing.like_it", "a", "nothing.like_it: no such setting (from flags)"),
+        ("arena.slots", "many", "arena.slots = 'many' (from flag): must be a whole number"),
+        ("arena.bytes", "64gigs", "not a size: '64gigs' (write for example 512MiB"),
+        ("tier.every", "10mins", "not a duration: '10mins' (write for example 250ms, 30s"),
+        ("cluster.bulk", "tsl", "must be one of tls, plain, grpc; did you mean tls?"),
+        ("cluster.plaintext", "maybe", "must be yes or no"),
+    ],
+)
+def test_a_mistake_says_what_is_meant(path: str, value: str, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(environ={}, flags={path: value})
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_days_are_a_duration() -> None:
+    assert load(environ={"SNAPD_TIER_EVERY": "1d"}).config.tier.every == 86400
+
+
+def test_variables_that_are_no_settings_are_told_with_the_one_that_is_meant() -> None:
+    environ = {
+        "SNAPD_TIER_SHARD": "/x",  # misspelt
+        "SNAPD_AUTOSTRAT": "0",
+        "SNAPD_ARENA_QQQ": "1",  # of a section, and like none
+        "SNAPD_TIER_SHARED": "/x",
+        "SNAPD_JOB": "x",
+        "SNAPD_REQUIRE_ETCD": "1",  # somebody else's
+        "SNAPD_CLUSTER_SERVICE_HOST": "10.0.0.1",  # Kubernetes sets these for a service `snapd-cluster`
+        "SNAPD_CLUSTER_PORT_7421_TCP_ADDR": "10.0.0.1",
+        "PATH": "/bin",
+    }
+    assert unknown_variables(environ) == [
+        "SNAPD_ARENA_QQQ: no such setting",
+        "SNAPD_AUTOSTRAT: no such setting; did you mean SNAPD_AUTOSTART?",
+        "SNAPD_TIER_SHARD: no such setting; did you mean SNAPD_TIER_SHARED?",
+    ]

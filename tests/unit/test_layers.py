@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "snapd": 0,  # the package itself: the version
     "snapd.errors": 0,
-    "snapd.settings": 0,
+    "snapd.settings": 1,
     "snapd.units": 0,
     "snapd.core": 1,
     "snapd.codec": 2,

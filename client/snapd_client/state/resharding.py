@@ -13,7 +13,7 @@ Values that are no tensors (schedulers, counters) come from that same saved rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,9 +40,19 @@ class Elastic:
         return len(self.layouts)
 
 
-def check_reshard(reshard: Mapping[str, Reshard]) -> None:
-    """Raises ConfigError: a value is neither "keep" nor callable."""
+def check_reshard(reshard: Mapping[str, Reshard], names: Iterable[str]) -> None:
+    """`names`: those of the user's mapping.
+
+    Raises:
+        ConfigError: a value is neither "keep" nor callable, or nothing has that name.
+    """
+    known = set(names)
     for name, value in reshard.items():
+        if name.partition(".")[0] not in known:
+            raise ConfigError(
+                f"reshard names {name!r}, and nothing in the mapping has that name",
+                hint=f"there are {', '.join(sorted(known))}",
+            )
         if value != KEEP and not callable(value):
             raise ConfigError(
                 f"reshard[{name!r}] is {value!r}",

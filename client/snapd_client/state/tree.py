@@ -97,8 +97,14 @@ class StateTree:
         self, state: Mapping[str, object], *, gradients: bool = False, rank: int, world_size: int, job: str,
         trust: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-            raise CaptureError("the state must be a mapping from names to objects", type=type(state).__name__)
+        if isinstance(state, Mapping) and (odd := [name for name in state if not isinstance(name, str)]):
+            raise CaptureError("the names in the state must be texts", name=repr(odd[0])[:80])
+        if not isinstance(state, Mapping):
+            raise CaptureError(
+                "the state must be a mapping from names to objects",
+                hint='Snapshotter({"model": model, "optimizer": optimizer}, job=...)',
+                type=type(state).__name__,
+            )
         self.state, self.gradients = state, gradients
         self.rank, self.world_size, self.job = rank, world_size, job
         self.vouched = Vouched(trust)
