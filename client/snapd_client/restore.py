@@ -12,17 +12,17 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import xxhash
 from snapd_native import CopyPlan
-from snapd_proto import format_pb2
 from snapd_proto import trainer_pb2 as pb
 
 from . import faults
-from .elastic import Fetcher, chunks_read, early_chunks, layout_chunks, list_shards
-from .errors import IntegrityError, NotRestorable, SnapdError, UnavailableError
+from .elastic import SavedShards, chunks_read
+from .errors import NotRestorable, SnapdError, UnavailableError
 from .restore_device import ToDevices, split_ways
 from .session import Session, ShardMemory
+from .shard_source import BadChunks, ShardSource
 from .state.apply import PendingRestore, is_cut_alike, prepare_restore
+from .state.layouts import Layouts
 from .state.resharding import Elastic, Reshard
 from .state.tree import StateTree
 from .world import World
@@ -46,14 +46,6 @@ class Context:
     session: Session
     job: str
     world: World
-
-
-class BadChunks(IntegrityError):
-    """Chunks whose bytes are not what their hash says: (rank, chunk)."""
-
-    def __init__(self, chunks: list[tuple[int, int]]) -> None:
-        super().__init__("chunks are not what their hashes say", chunks=chunks[:10], count=len(chunks))
-        self.chunks = chunks
 
 
 @dataclass(frozen=True)
@@ -141,9 +133,10 @@ def _ask(context: Context, turn: int, asked: Asked) -> pb.PlanRestoreReply | Non
 
 
 def _fill(context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked) -> None:
-    with context.session.shard_memory(context.job, plan.generation, plan.step, plan.shards) as shards:
+    session = context.session
+    with session.shard_memory(context.job, plan.generation, plan.step, plan.shards) as memory:
         if plan.shards:
-            sources = {record.rank: _Source(record, shards) for record in plan.shards}
+            sources = {one.rank: ShardSource(one, memory, session.chunk_bytes) for one in plan.shards}
             own = sources[plan.shards[0].rank]
             layout = own.layout()
             if plan.saved_world_size == 0 or is_cut_alike(context.tree, layout):
@@ -154,39 +147,33 @@ def _fill(context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked) 
                 faults.point("client.restore.prepared")
                 _finish(context, pending, sources)
                 return
-        _fill_elastic(context, turn, plan, asked, shards)
+        _fill_elastic(context, turn, plan, asked, memory)
 
 
 def _fill_elastic(
-    context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked, shards: ShardMemory
+    context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked, memory: ShardMemory
 ) -> None:
     """The shards were cut otherwise than the live state is: only the chunks that this rank needs are brought."""
-    records = list_shards(context.session, turn, plan.saved_world_size)
-    snapshot = (plan.generation, plan.step)
-    fetcher = Fetcher(context.session, context.job, turn, records, snapshot, shards)
-    sources = {rank: _Source(record, shards) for rank, record in records.items()}
-    base = context.world.rank % plan.saved_world_size
+    snapshot, world_size = (plan.generation, plan.step), plan.saved_world_size
+    shards = SavedShards(context.session, context.job, turn, snapshot, memory)
+    base = context.world.rank % world_size
     asks_others = any(callable(how) for how in asked.reshard.values())
-    early_ranks = sources if asks_others else [base]
-    wanted = {rank: list(layout_chunks(record)) for rank, record in records.items()}
-    for rank in early_ranks:
-        wanted[rank] += early_chunks(records[rank])
-    fetcher.fetch(wanted)
-    layouts = {rank: source.layout() for rank, source in sources.items()}
-    early = {rank: sources[rank].early() for rank in early_ranks}
+    layouts = Layouts(world_size, shards.read_layouts)
+    layout = layouts[base]
+    early = shards.read_early(range(world_size) if asks_others else [base])
     pending = prepare_restore(
         context.tree,
-        layouts[base],
+        layout,
         early[base],
         allow_partial=asked.allow_partial,
         elastic=Elastic(layouts, early, asked.reshard),
     )
     faults.point("client.restore.prepared")
-    fetcher.fetch(chunks_read(pending.sources, pending.pieces_of_chunk))
-    _finish(context, pending, sources)
+    shards.fetch(chunks_read(pending.sources, pending.pieces_of_chunk))
+    _finish(context, pending, shards.sources)
 
 
-def _finish(context: Context, pending: PendingRestore, sources: Mapping[int, _Source]) -> None:
+def _finish(context: Context, pending: PendingRestore, sources: Mapping[int, ShardSource]) -> None:
     _copy_verified(pending, sources, _threads(context.world))
     faults.point("client.restore.copied")
     pending.finish()
@@ -197,64 +184,7 @@ def _threads(world: World) -> int:
     return max(1, min(COPY_THREADS_MAX, share))
 
 
-class _Source:
-    """The chunks of one shard, as read-only memory."""
-
-    def __init__(self, record: format_pb2.ShardRecord, shards: ShardMemory) -> None:
-        self.record, self.chunk_bytes = record, record.chunk_bytes
-        self._shards = shards
-
-    def layout(self) -> format_pb2.ShardLayout:
-        """Raises BadChunks."""
-        return format_pb2.ShardLayout.FromString(self.read(0, self.record.layout_nbytes))
-
-    def early(self) -> format_pb2.EarlyValues:
-        """Raises BadChunks."""
-        record = self.record
-        return format_pb2.EarlyValues.FromString(
-            self.read(record.early_values_offset, record.early_values_nbytes)
-        )
-
-    def address(self, number: int) -> int:
-        """0 for a chunk that nobody has mapped: one that nothing is read of.
-
-        Raises IntegrityError: the shard has no such chunk."""
-        if number >= len(self.record.chunks):
-            raise IntegrityError(
-                "the layout names a chunk that the shard does not have", rank=self.record.rank, chunk=number
-            )
-        chunk = self.record.chunks[number]
-        mapping = self._shards.mappings.get((chunk.segment_rank, chunk.segment))
-        return 0 if mapping is None else mapping.address + chunk.frame * self.chunk_bytes
-
-    def is_good(self, number: int) -> bool:
-        """Whether the chunk's bytes are what its hash says. Releases the GIL while hashing."""
-        chunk = self.record.chunks[number]
-        mapping = self._shards.mappings[chunk.segment_rank, chunk.segment]
-        with mapping.view(chunk.frame * self.chunk_bytes, chunk.nbytes) as view:
-            return bool(xxhash.xxh3_128_digest(view) == chunk.xxh3_128)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Verified bytes of the shard (layout and early values: small).
-
-        Raises:
-            BadChunks: names them.
-        """
-        parts = []
-        while nbytes:
-            number, start = divmod(offset, self.chunk_bytes)
-            if not self.is_good(number):
-                raise BadChunks([(self.record.rank, number)])
-            chunk = self.record.chunks[number]
-            mapping = self._shards.mappings[chunk.segment_rank, chunk.segment]
-            count = min(nbytes, chunk.nbytes - start)
-            with mapping.view(chunk.frame * self.chunk_bytes + start, count) as view:
-                parts.append(bytes(view))
-            offset, nbytes = offset + count, nbytes - count
-        return b"".join(parts)
-
-
-def _copy_verified(pending: PendingRestore, sources: Mapping[int, _Source], threads: int) -> None:
+def _copy_verified(pending: PendingRestore, sources: Mapping[int, ShardSource], threads: int) -> None:
     """Each chunk is hashed and, while it is in the cache, copied to where its bytes belong.
 
     `sources`: the shards by rank: this rank's own, and those of ranks that keep bytes for it.

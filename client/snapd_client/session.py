@@ -217,9 +217,20 @@ class Session:
         finally:
             memory.close()
 
-    def map_shard(self, memory: ShardMemory, job: str, generation: int, step: int, rank: int) -> None:
-        """Map what the shard of `rank` lies in, for reading."""
-        request = pb.FetchShard(job=job, generation=generation, step=step, rank=rank)
+    def map_shard(
+        self,
+        memory: ShardMemory,
+        job: str,
+        generation: int,
+        step: int,
+        rank: int,
+        *,
+        is_fetched: bool = False,
+    ) -> None:
+        """Map what the shard of `rank` lies in, for reading. `is_fetched`: and what was brought into that rank's arena
+        for the restore under way.
+        """
+        request = pb.FetchShard(job=job, generation=generation, step=step, rank=rank, fetched=is_fetched)
         with self._lock:
             if self._connection is None:
                 raise UnavailableError("the daemon is away", socket=self.sockets.handshake)

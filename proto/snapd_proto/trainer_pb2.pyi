@@ -261,6 +261,7 @@ Global___FetchSegments: _TypeAlias = FetchSegments  # noqa: Y015
 class FetchShard(_message.Message):
     """Read-only descriptors of the segments that a shard lies in (restore, export, verify). For an ADMIN peer the snapshot
     is kept until the connection ends, at most as long as a restore may take.
+    `fetched`, of a trainer: also those of that rank's arena that chunks were brought into for the restore under way.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -269,10 +270,12 @@ class FetchShard(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    FETCHED_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     step: _builtins.int
     rank: _builtins.int
+    fetched: _builtins.bool
     def __init__(
         self,
         *,
@@ -280,10 +283,11 @@ class FetchShard(_message.Message):
         generation: _builtins.int = ...,
         step: _builtins.int = ...,
         rank: _builtins.int = ...,
+        fetched: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "job", b"job", "rank", b"rank", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetched", b"fetched", "generation", b"generation", "job", b"job", "rank", b"rank", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,14 @@ class FramePool:
         self._granted[owner] = [*have, *chosen]
         return list(self._granted[owner])
 
+    def grant_free(self, owner: LaneKey, wanted: Iterable[Place]) -> list[Place]:
+        """Give those of `wanted` that are free to `owner`, behind what it has. Returns them."""
+        found = [place for place in dict.fromkeys(wanted) if place in self._free]
+        self._free.difference_update(found)
+        if found:
+            self._granted[owner] = [*self._granted.get(owner, []), *found]
+        return found
+
     def _take_lowest(self) -> Place:
         while True:
             place = heapq.heappop(self._order)

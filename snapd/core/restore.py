@@ -34,10 +34,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """`left_in_tier`: the number of ranks that saved what was chosen, if it stays in the tier, and each rank reads
+    there what it needs; 0: it is here.
+    """
+
     outcome: Outcome
     chosen: SnapshotId | None
     verdicts: tuple[Verdict, ...]
     reason: str
+    left_in_tier: int = 0
 
 
 def choose(snapshots: Sequence[SnapshotFacts], *, world_size: int, step: int | None) -> Decision:
@@ -142,6 +147,7 @@ class RestoreRound:
     reports: dict[int, RankReport] = field(default_factory=dict)
     answer: Verdicts | None = None
     is_concluded: bool = False  # the answer has been acted upon, and may be told
+    is_holding: bool = False  # the chosen snapshot, in the ledger
 
     def check_same(self, step: int | None) -> None:
         """Raise ConflictError (kind `restore_step`) if another rank of this round asked for another step."""

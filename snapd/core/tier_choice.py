@@ -100,9 +100,10 @@ def chosen_from_tier(
     memory: Decision,
     found: Sequence[Verdict],
     *,
-    from_memory: Collection[int],
+    from_memory: Collection[int] = (),
+    left_in_tier: int = 0,
 ) -> Decision:
-    """The decision for a snapshot that was made whole from the tier."""
+    """The decision for a snapshot that was made whole from the tier; `left_in_tier`: see Decision."""
     how = f"from {where}" + (f", ranks {listed(sorted(from_memory))} from memory" if from_memory else "")
     verdicts = {verdict.id: verdict for verdict in memory.verdicts}
     verdicts |= {verdict.id: verdict for verdict in found}
@@ -117,7 +118,7 @@ def chosen_from_tier(
     passed = [v for v in ordered if v.verdict == "unusable" and v.id > snapshot]
     if passed:
         reason += "; not " + "; not ".join(f"{v.id}: {v.reason}" for v in passed[:8])
-    return Decision(Outcome.FOUND, snapshot, tuple(ordered), reason)
+    return Decision(Outcome.FOUND, snapshot, tuple(ordered), reason, left_in_tier)
 
 
 def unreachable(memory: Decision, found: Sequence[Verdict], where: str, why: str) -> Decision:

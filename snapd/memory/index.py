@@ -21,6 +21,8 @@ from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.core.reports import Told
 from snapd.errors import CapacityError, IntegrityError, InvariantViolated, JobUnusable
+from snapd.memory.arriving_rows import SCHEMA as ARRIVING_SCHEMA
+from snapd.memory.arriving_rows import ArrivingRows
 from snapd.memory.protection_rows import SCHEMA as PROTECTION_SCHEMA
 from snapd.memory.protection_rows import ProtectionRows
 from snapd.memory.records import record_from_bytes, record_to_proto
@@ -84,6 +86,7 @@ class Index:
         self._connection = connection
         self._job = job
         self.protection = ProtectionRows(connection, self._transaction)
+        self.arriving = ArrivingRows(connection, self._transaction)
 
     @classmethod
     def open(cls, path: Path, *, job: str, may_create: bool) -> Index:
@@ -347,7 +350,7 @@ def _prepare(connection: sqlite3.Connection, job: str, *, may_create: bool) -> N
         connection.executescript(
             f"BEGIN IMMEDIATE; {_SCHEMA}"
             f"INSERT INTO meta VALUES ('version', '{INDEX_VERSION}'), ('job', '{job}');"
-            f"{PROTECTION_SCHEMA} COMMIT;"
+            f"{PROTECTION_SCHEMA}{ARRIVING_SCHEMA} COMMIT;"
         )
         return
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -363,7 +366,7 @@ def _prepare(connection: sqlite3.Connection, job: str, *, may_create: bool) -> N
             job=job,
         )
     # an index of a version before protection gets its tables; that version does not mind them, so they have no number
-    connection.executescript(f"BEGIN IMMEDIATE; {PROTECTION_SCHEMA} COMMIT;")
+    connection.executescript(f"BEGIN IMMEDIATE; {PROTECTION_SCHEMA}{ARRIVING_SCHEMA} COMMIT;")
 
 
 def _shard_row(

@@ -9,7 +9,7 @@ from snapd_proto import trainer_pb2
 from snapd.core.ids import check_world, checked_incarnation, checked_job_name
 from snapd.core.restore import Decision, Outcome, RankReport
 from snapd.errors import RemoteProtocolError
-from snapd.runtime.elastic import Found
+from snapd.runtime.fetched import Found
 from snapd.runtime.opening import Opening
 
 STATE_BYTES_MAX = 1 << 46

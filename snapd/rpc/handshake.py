@@ -180,11 +180,14 @@ class HandshakeServer:
         self, peer: Peer, request: trainer_pb2.FetchShard
     ) -> tuple[trainer_pb2.HandshakeReply, list[int]]:
         job = self._node.existing_job(request.job)
-        is_own = any(session.peer is peer for session in job.live_sessions())
-        if not peer.is_admin and not is_own:
+        own = next((session for session in job.live_sessions() if session.peer is peer), None)
+        if not peer.is_admin and own is None:
             raise AuthError("the connection has no session of this job", kind="job", job=job.name)
         snapshot = SnapshotId(request.generation, request.step)
-        passed, descriptors = shard_descriptors(job, snapshot, request.rank)
+        fetched: set[int] = set()
+        if request.fetched and own is not None:
+            fetched = job.fetched.segments(own.generation, request.rank)
+        passed, descriptors = shard_descriptors(job, snapshot, request.rank, fetched)
         if peer.is_admin:  # a trainer's restore is held by its round
             self._node.readers.hold(peer, job, snapshot)
         return _descriptors(passed, has_page=False), descriptors

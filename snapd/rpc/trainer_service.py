@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from snapd_proto import trainer_pb2, trainer_pb2_grpc
 
 from snapd.core.ids import SnapshotId
@@ -128,6 +130,9 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         )
         reply = plan_reply(decision)
         if decision.outcome is Outcome.FOUND and decision.chosen is not None:
+            if decision.left_in_tier:
+                reply.saved_world_size = decision.left_in_tier
+                return reply
             facts = job.ledger.snapshots.get(decision.chosen)
             if facts is None:
                 raise NotFoundError("the round's snapshot is gone: begin another round", kind="restore_round")
@@ -168,7 +173,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
     def _chosen(self, job: Job, session: Session, number: int) -> tuple[SnapshotId, ShardsElsewhere | None]:
         if self.node.restores is not None:
             return self.node.restores.chosen(job, session, number)
-        return chosen_in(job, session, number), None
+        tier = self.node.tier_restores
+        return chosen_in(job, session, number), None if tier is None else tier.chunks
 
     @told
     async def ListShards(
@@ -178,7 +184,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         snapshot, elsewhere = self._chosen(job, session, request.round)
         if len(request.ranks) > SHARDS_LISTED_MAX:
             raise RemoteProtocolError("too many shards in one request", kind="shards", max=SHARDS_LISTED_MAX)
-        records = [await record_of(job, elsewhere, snapshot, rank) for rank in request.ranks]
+        records = await asyncio.gather(*(record_of(job, elsewhere, snapshot, rank) for rank in request.ranks))
         return trainer_pb2.ListShardsReply(shards=[record_to_proto(record) for record in records])
 
     @told

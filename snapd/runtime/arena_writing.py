@@ -33,6 +33,9 @@ class ArenaWriter:
     owner: LaneKey
     places: dict[int, Place] = field(default_factory=dict)  # chunk index -> where it will lie
     reused: dict[int, Place] = field(default_factory=dict)  # of these, frames that hold the chunk already
+    arrived: set[int] = field(
+        default_factory=set
+    )  # of these, own frames that may; after `check_arrived`: that do
     _mappings: dict[int, SegmentMapping] = field(default_factory=dict)
     _is_open: bool = True
 
@@ -57,17 +60,35 @@ class ArenaWriter:
         return writer
 
     async def _grant(self) -> None:
-        missing = [index for index in range(len(self.record.chunks)) if index not in self.reused]
-        places = self.arena.pool.grant(self.owner, len(missing))
-        while places is None:
+        chunks, arriving = self.record.chunks, self.job.arriving
+        missing = [index for index in range(len(chunks)) if index not in self.reused]
+        while len(missing) > self.arena.pool.free_count:
             await self.job.back_frames(self.arena, len(missing))
-            places = self.arena.pool.grant(self.owner, len(missing))
-        self.places = self.reused | dict(zip(missing, places, strict=True))
-        for number in {place.segment for place in places}:
+        places = arriving.grant(self.arena, self.owner, chunks, missing)
+        self.arrived = set(places)
+        granted = self.arena.pool.grant(self.owner, len(missing))
+        assert granted is not None
+        fresh = [index for index in missing if index not in places]
+        places |= zip(fresh, granted[len(places) :], strict=True)
+        self.places = self.reused | places
+        arriving.begin(self.arena.rank, chunks, places)
+        for number in {place.segment for place in places.values()}:
             self._mappings[number] = self.arena.memory.segments[number].map_for_writing()
 
+    def check_arrived(self) -> None:
+        """Hash the frames that work which ended early may have filled already. Blocking; from any thread."""
+        bad = bad_reused(
+            self.arena.memory, self.record, {index: self.places[index] for index in self.arrived}
+        )
+        self.arrived = {index for index in self.arrived if self.places[index] not in bad}
+
+    @property
+    def missing(self) -> list[int]:
+        """The chunks that are to be brought."""
+        return [index for index in self.places if index not in self.reused and index not in self.arrived]
+
     def view(self, index: int) -> memoryview:
-        """The frame of a chunk that is not reused, as large as the chunk. From any thread."""
+        """The frame of a chunk that is missing, as large as the chunk. From any thread."""
         place = self.places[index]
         offset = place.frame * self.arena.memory.chunk_bytes
         return self._mappings[place.segment].view(offset, self.record.chunks[index].nbytes)
@@ -90,6 +111,7 @@ class ArenaWriter:
         self._is_open = False
         own = [place for index, place in self.places.items() if index not in self.reused]
         self.arena.pool.settle(self.owner, own)
+        job.arriving.forget(rank)
         if former is None:
             job.ledger.add(record, session_id=NO_SESSION, sequence=0, is_verified=True)
         else:

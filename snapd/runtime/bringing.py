@@ -56,7 +56,6 @@ class Bringer:
         """`tier`: the node's, if there is one."""
         self._means = means
         self._tier = tier
-        self._chunks: TierChunks | None = None
 
     async def bring(
         self,
@@ -127,17 +126,15 @@ class Bringer:
         tier = self._tier()
         if tier is None:
             return await from_nodes()
-        if self._chunks is None or self._chunks.tier is not tier:
-            self._chunks = TierChunks(tier)
         if is_only_stored:
-            return await from_tier(self._chunks)
+            return await from_tier(tier.chunks)
         try:
             return await from_nodes()
         except (NotRestorable, UnavailableError) as error:
             if error.kind != NO_SOURCE:
                 raise
             job.context.log.info("restore.asks_tier", job=job.name, store=tier.url, reason=error.message)
-            return await from_tier(self._chunks)
+            return await from_tier(tier.chunks)
 
     async def mend_parity(self, job: Job, snapshot: SnapshotId) -> str:
         """See `parity_mending.mend_parity`."""

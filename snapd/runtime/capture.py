@@ -116,6 +116,7 @@ def _commit(job: Job, session: Session, lane: int, hand_over: HandOver, digested
     )
     point("daemon.record.before")
     job.index.add_shard(record, session_id=session.id, sequence=hand_over.sequence)
+    job.arriving.forget(session.rank)  # a restore of it is over
     point("daemon.record.after")
     arena.pool.settle(session.key(lane), digested.own)
     arena.pool.hold(digested.shared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from snapd.core.ids import SnapshotId
@@ -41,22 +41,27 @@ def session_descriptors(
         return passed, descriptors.handed_over()
 
 
-def shard_descriptors(job: Job, snapshot: SnapshotId, rank: int) -> tuple[list[PassedSegment], list[int]]:
-    """Read-only descriptors of the segments that a captured shard lies in.
+def shard_descriptors(
+    job: Job, snapshot: SnapshotId, rank: int, also: Collection[int] = ()
+) -> tuple[list[PassedSegment], list[int]]:
+    """Read-only descriptors of the segments that a captured shard lies in, and of those in `also`, of the same rank.
 
     Raises:
         NotFoundError: kind `shard`.
     """
     facts = job.ledger.snapshots.get(snapshot)
-    if facts is None or rank not in facts.shards:
+    shard = facts.shards.get(rank) if facts is not None else None
+    if shard is None and not also:
         raise NotFoundError(f"rank {rank} of snapshot {snapshot} is not here", kind="shard", job=job.name)
     memory = job.arena(rank).memory
-    numbers = sorted({place.segment for place in facts.shards[rank].record.places})
+    numbers = {place.segment for place in shard.record.places} if shard is not None else set()
     with _Descriptors() as descriptors:
-        for number in numbers:
+        numbers |= set(also)
+        for number in sorted(numbers):
             descriptors.add(memory.segments[number].descriptor(is_writable=False))
         passed = [
-            PassedSegment(number, memory.segments[number].nbytes, job.chunk_bytes, rank) for number in numbers
+            PassedSegment(number, memory.segments[number].nbytes, job.chunk_bytes, rank)
+            for number in sorted(numbers)
         ]
         return passed, descriptors.handed_over()
 

@@ -27,6 +27,7 @@ from snapd.memory.folders import JobFolder
 from snapd.memory.index import KEEP_FILES_HINT, Index
 from snapd.memory.parity import ParityStore
 from snapd.memory.segments import back_segment
+from snapd.runtime.arriving import Arriving
 from snapd.runtime.changes import Changes
 from snapd.runtime.context import Context
 from snapd.runtime.faultpoints import point
@@ -118,6 +119,7 @@ class Job:
         self.final_ranks: set[int] = set()
         self.replicas = ReplicaState()
         self.fetched = Fetched()
+        self.arriving = Arriving(index.arriving)
         self.changes = Changes()
         self.opening = asyncio.Lock()
         self.planning = asyncio.Lock()
@@ -267,6 +269,7 @@ class Job:
             if arena.pool.free_count < arena.pool.total_count:
                 continue
             self.index.remove_segments(rank)
+            self.arriving.forget(rank)
             del self.arenas[rank]
             for segment in arena.memory.segments.values():
                 segment.path.unlink(missing_ok=True)

@@ -222,6 +222,7 @@ class _Bringing:
             rank=self.rank,
             nbytes=record.nbytes,
             reused_chunks=len(writer.reused),
+            arrived_chunks=len(writer.arrived),
             fetched_bytes=self.findings.fetched_bytes,
             decoded_bytes=self.findings.decoded_bytes,
             origins="; ".join(self.findings.origins[:ORIGINS_SHOWN]),
@@ -309,6 +310,8 @@ class _Bringing:
             writer = await ArenaWriter.open(self.job, record, refused=refused)
             try:
                 bad = await self.means.pipeline.bring(bad_reused, writer.arena.memory, record, writer.reused)
+                if not bad:
+                    await self.means.pipeline.bring(writer.check_arrived)
             except BaseException:
                 writer.close()
                 raise
@@ -414,9 +417,8 @@ def _needs(writer: ArenaWriter) -> list[Need]:
     """What has to be brought into a shard's frames."""
     chunks = writer.record.chunks
     return [
-        Need(index, chunks[index].nbytes, chunks[index].digest, place, writer.view(index))
-        for index, place in writer.places.items()
-        if index not in writer.reused
+        Need(index, chunks[index].nbytes, chunks[index].digest, writer.places[index], writer.view(index))
+        for index in writer.missing
     ]
 
 

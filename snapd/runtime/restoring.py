@@ -70,11 +70,12 @@ async def plan_restore(
                 step=step,
                 accept_older=accept_older,
                 is_elastic=is_elastic,
+                problems=_problems_met(job, generation),
             )
             decision = await tier.decide(job, wish, decision)
-        if decision.outcome is Outcome.FOUND and decision.chosen is not None:
-            job.ledger.hold(decision.chosen)
-        job.rounds[key] = RestoreRound(generation, number, session.row.world_size, step, decision)
+        round_ = RestoreRound(generation, number, session.row.world_size, step, decision)
+        _hold(job, round_)
+        job.rounds[key] = round_
     job.context.log.info(
         "restore.planned",
         job=job.name,
@@ -86,6 +87,29 @@ async def plan_restore(
     )
     point("daemon.plan.after")
     return decision
+
+
+def _problems_met(job: Job, generation: int) -> dict[SnapshotId, str]:
+    """What earlier rounds found unusable; memory knows that of its own snapshots, but not of what stayed in a tier."""
+    return {
+        round_.decision.chosen: round_.answer.problem
+        for (its_generation, _), round_ in job.rounds.items()
+        if its_generation == generation and round_.answer and round_.answer.problem and round_.decision.chosen
+    }
+
+
+def _hold(job: Job, round_: RestoreRound) -> None:
+    """What was chosen stays until `_let_go`, as far as it is here."""
+    chosen = round_.decision.chosen
+    if round_.decision.outcome is Outcome.FOUND and chosen is not None and chosen in job.ledger.snapshots:
+        job.ledger.hold(chosen)
+        round_.is_holding = True
+
+
+def _let_go(job: Job, round_: RestoreRound) -> None:
+    if round_.is_holding and round_.decision.chosen is not None:
+        round_.is_holding = False
+        job.ledger.unhold(round_.decision.chosen)
 
 
 def _is_settled(job: Job, generation: int) -> bool:
@@ -348,7 +372,7 @@ async def _conclude(job: Job, round_: RestoreRound, answer: Verdicts) -> None:
     chosen = round_.decision.chosen
     if round_.decision.outcome is not Outcome.FOUND or chosen is None:
         return
-    job.ledger.unhold(chosen)
+    _let_go(job, round_)
     if answer.is_committed:
         point("daemon.parent.before")
         await job.coordination.commit_parent(round_.generation, chosen)
@@ -373,11 +397,6 @@ def release_rounds(job: Job, *, below: int) -> None:
     for key, round_ in list(job.rounds.items()):
         if key[0] >= below:
             continue
-        if (
-            not round_.is_concluded
-            and round_.decision.outcome is Outcome.FOUND
-            and round_.decision.chosen is not None
-        ):
-            job.ledger.unhold(round_.decision.chosen)
+        _let_go(job, round_)
         round_.is_concluded = True
         del job.rounds[key]

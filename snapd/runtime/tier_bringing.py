@@ -1,8 +1,8 @@
 """Bringing a shard from a tier into this node's arena: as `recovering.py` does from other nodes.
 
 Chunks that captured shards here hold already are used again, by their hashes; the others are read, decompressed and
-verified straight into frames that nobody else has. A kill before the record is written leaves free frames and nothing
-else.
+verified straight into frames that nobody else has. A kill before the record is written leaves free frames, and a hint
+where in them chunks may lie that had arrived (`arriving.py`): those are not read again.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ async def bring_stored(
     writer = await _open_writer(job, record_to_bring(shard), threads, refused)
     stop = threading.Event()
     try:
-        wanted = [index for index in writer.places if index not in writer.reused]
-        progress(sum(shard.chunks[index].nbytes for index in writer.reused))
+        wanted = writer.missing
+        progress(sum(shard.chunks[index].nbytes for index in {*writer.reused, *writer.arrived}))
         read = partial(
             reader.read, shard, wanted, writer.view, done=lambda _, view: progress(view.nbytes), stop=stop
         )
         misses = await _to_its_end(loop.run_in_executor(threads, read), stop)
         if misses:
             raise Lacking(misses)
-        reused_count = len(writer.reused)
+        reused_count, arrived_count = len(writer.reused), len(writer.arrived)
         record = writer.commit()
         job.ledger.hold(shard.id)
     finally:
@@ -90,6 +90,7 @@ async def bring_stored(
         rank=shard.rank,
         nbytes=record.nbytes,
         reused_chunks=reused_count,
+        arrived_chunks=arrived_count,
         fetched_bytes=sum(shard.chunks[index].stored_nbytes for index in wanted),
         origins=reader.store.description,
         seconds=round(job.context.environment.monotonic_s() - started_s, 3),
@@ -119,6 +120,8 @@ async def _open_writer(
             found = await loop.run_in_executor(
                 threads, bad_reused, writer.arena.memory, record, writer.reused
             )
+            if not found:
+                await loop.run_in_executor(threads, writer.check_arrived)
         except BaseException:
             writer.close()
             raise

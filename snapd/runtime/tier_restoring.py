@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
@@ -36,6 +36,7 @@ from snapd.errors import (
 from snapd.runtime.job import Job
 from snapd.runtime.tier_access import TierAccess, is_store_away
 from snapd.runtime.tier_bringing import Lacking, Progress, bring_stored
+from snapd.runtime.tier_chunks import TierChunks
 from snapd.store.base import Store
 from snapd.tier.reading import Candidate, Opened, TierReader
 
@@ -48,13 +49,14 @@ NOTED_MAX = 8  # generations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What a round of a restore asks for."""
+    """What a round of a restore asks for. `problems`: snapshots that earlier rounds found unusable."""
 
     world_size: int
     generation: int  # of the session that asks
     step: int | None
     accept_older: bool
     is_elastic: bool
+    problems: Mapping[SnapshotId, str] = field(default_factory=dict)
 
 
 class TierRestores(TierAccess):
@@ -62,6 +64,7 @@ class TierRestores(TierAccess):
 
     def __init__(self, url: str, open_store: Callable[[], Store], *, wait_s: float) -> None:
         super().__init__(url, open_store)
+        self.chunks = TierChunks(self)
         self._wait_s = wait_s
         self._quiet_until_s = 0.0
         self._served: dict[str, dict[int, float]] = {}  # job -> generation -> when a trainer was last served
@@ -171,7 +174,8 @@ class TierRestores(TierAccess):
 
     async def decide(self, job: Job, wish: Wish, memory: Decision) -> Decision:
         """The round's decision, when memory alone would give `memory`. A snapshot that is found is here when this
-        returns, whole and verified; the caller holds it at once.
+        returns, whole and verified, and the caller holds it at once; but for one of another number of ranks, which
+        stays where it is (`left_in_tier`).
 
         Raises:
             ConflictError: kind `tier_generation`. CapacityError: it does not fit.
@@ -226,6 +230,9 @@ class _Choosing:
                 reason = f"step {self.wish.step} was asked for"
                 found.append(Verdict(candidate.id, "other step", reason))
                 continue
+            if candidate.id in self.wish.problems:
+                found.append(Verdict(candidate.id, "unusable", self.wish.problems[candidate.id]))
+                continue
             try:
                 decision = await self._try(candidate, found)
             except (SnapdError, Lacking) as error:
@@ -248,17 +255,14 @@ class _Choosing:
     async def _try(self, candidate: Candidate, found: list[Verdict]) -> Decision | None:
         """The decision, if this is the snapshot; else a verdict on it is added."""
         reader = await self.tier.reader(self.job.name)
+        opened = await self.tier.ask(reader.open, candidate)
+        if isinstance(opened, Opened) and opened.record.world_size != self.wish.world_size:
+            return self._of_another_world(opened, found, reader.store.description)
         opened = await self.tier.ask(reader.open, candidate, None)
         if not isinstance(opened, Opened):
             if not opened.is_void:
                 found.append(Verdict(candidate.id, "unusable", opened.reason))
             return None
-        if opened.record.world_size != self.wish.world_size and not self.wish.is_elastic:
-            reason = (
-                f"{opened.id} was captured by {opened.record.world_size} ranks, this world has"
-                f" {self.wish.world_size}"
-            )
-            return Decision(Outcome.WORLD_SIZE_DIFFERS, opened.id, tuple(found), reason)
         from_memory, problem = await bring_snapshot(self.tier, self.job, reader, opened)
         if problem:
             found.append(Verdict(candidate.id, "unusable", problem))
@@ -266,6 +270,15 @@ class _Choosing:
             return None
         where = reader.store.description
         return chosen_from_tier(opened.id, where, self.memory, found, from_memory=from_memory)
+
+    def _of_another_world(self, opened: Opened, found: list[Verdict], where: str) -> Decision:
+        """Ranks that cut it anew say themselves what they need of it: nothing is brought before."""
+        world_size = opened.record.world_size
+        if not self.wish.is_elastic:
+            reason = f"{opened.id} was captured by {world_size} ranks, this world has {self.wish.world_size}"
+            return Decision(Outcome.WORLD_SIZE_DIFFERS, opened.id, tuple(found), reason)
+        self.tier.chunks.note(opened.record)
+        return chosen_from_tier(opened.id, where, self.memory, found, left_in_tier=world_size)
 
 
 async def bring_snapshot(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from snapd_client.state.apply import prepare_restore
+from snapd_client.state.layouts import Layouts
 from snapd_client.state.resharding import Elastic
 from snapd_native import CopyPlan
 from torch import nn
@@ -113,7 +114,7 @@ def restore(tree: Any, shards: dict[int, Snapshot]) -> float:
         tree,
         shards[base].layout,
         shards[base].early,
-        elastic=Elastic({rank: shard.layout for rank, shard in shards.items()}),
+        elastic=Elastic(Layouts.given({rank: shard.layout for rank, shard in shards.items()})),
     )
     plan = CopyPlan(*pending.plan)
     bases = array("Q", [

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from snapd_client import restore as restoring
-from snapd_client.elastic import Fetcher
+from snapd_client.elastic import SavedShards
 from snapd_client.errors import NotRestorable, SnapdError, UnavailableError, from_daemon
-from snapd_client.restore import BadChunks
 from snapd_client.session import ShardMemory
+from snapd_client.shard_source import BadChunks, ShardSource
 from snapd_proto import format_pb2
 from snapd_proto import trainer_pb2 as pb
 
@@ -91,17 +91,20 @@ def test_a_shard_of_another_rank_that_cannot_be_had_is_told_as_its_own(
 
 
 def test_a_fetch_that_fails_names_the_rank() -> None:
-    session: Any = SimpleNamespace(session_id=1, rank=0, call=fails_for_rank_two)
-    record = format_pb2.ShardRecord(chunks=[format_pb2.Chunk()])
-    fetcher = Fetcher(session, "j", 0, {1: record, 2: record}, (1, 1), ShardMemory({(5, 0): None}, set()))  # type: ignore[dict-item]
+    session: Any = SimpleNamespace(session_id=1, rank=0, chunk_bytes=64, call=fails_for_rank_two)
+    memory = ShardMemory({(5, 0): None}, set())  # type: ignore[dict-item]
+    shards = SavedShards(session, "j", 0, (1, 1), memory)
+    for rank in (1, 2):
+        record = format_pb2.ShardRecord(rank=rank, chunks=[format_pb2.Chunk()])
+        shards.sources[rank] = ShardSource(record, memory, 64)
     with pytest.raises(NotRestorable) as caught:
-        fetcher.fetch({1: [0], 2: [0]})
+        shards.fetch({1: [0], 2: [0]})
     assert caught.value.context["rank"] == 2
 
 
 def fails_for_rank_two(invoke: Any, **_: object) -> Any:
     def answer(request: Any, **_: object) -> Any:
-        if request.wanted[0].rank == 2:
+        if any(shard.rank == 2 for shard in request.wanted):
             raise no_source()
         return pb.FetchChunksReply(found=[pb.ShardPlaces(segment_rank=[5], segment=[0], frame=[0])])
 

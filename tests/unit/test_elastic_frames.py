@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from snapd.core.ids import LaneKey, Place, SnapshotId
+from snapd.core.frames import FramePool
+from snapd.core.ids import Place, SnapshotId
+from snapd.core.manifest import Chunk
+from snapd.runtime.arriving import Arriving
 from snapd.runtime.elastic import fetch_chunks
 from snapd.runtime.fetched import Fetched
 
@@ -17,16 +21,14 @@ CHUNK_BYTES = 64
 SNAPSHOT = SnapshotId(1, 5)
 
 
-class Pool:
-    def __init__(self) -> None:
-        self.granted: dict[LaneKey, list[Place]] = {}
+class NoRows:
+    """No index: nothing is left of an earlier daemon."""
 
-    def grant(self, owner: LaneKey, count: int) -> list[Place]:
-        self.granted[owner] = [Place(0, frame) for frame in range(count)]
-        return self.granted[owner]
+    def all(self) -> list[Any]:
+        return []
 
-    def return_grant(self, owner: LaneKey) -> None:
-        del self.granted[owner]
+    def add(self, rank: int, chunks: Any) -> None: ...
+    def remove(self, rank: int) -> None: ...
 
 
 class Elsewhere:
@@ -35,8 +37,10 @@ class Elsewhere:
     def __init__(self) -> None:
         self.has_begun, self.may_end = asyncio.Event(), asyncio.Event()
         self.error: Exception | None = None
+        self.filled: list[int] = []
 
     async def fill(self, job: Any, record: Any, wanted: Any) -> None:
+        self.filled += [one.number for one in wanted]
         self.has_begun.set()
         await self.may_end.wait()
         if self.error is not None:
@@ -47,26 +51,34 @@ class Elsewhere:
 
 class Scene:
     def __init__(self) -> None:
-        self.pool, self.elsewhere = Pool(), Elsewhere()
-        self.memory = bytearray(4 * CHUNK_BYTES)
+        self.pool, self.elsewhere = FramePool(), Elsewhere()
+        self.pool.add_segment(0, 8)
+        self.memory = bytearray(8 * CHUNK_BYTES)
         self.kept: set[asyncio.Task[None]] = set()
         view = lambda at, nbytes: memoryview(self.memory)[at : at + nbytes]  # noqa: E731
         segment = SimpleNamespace(map_for_writing=lambda: SimpleNamespace(view=view))
         arena = SimpleNamespace(
-            pool=self.pool, memory=SimpleNamespace(chunk_bytes=CHUNK_BYTES, segments={0: segment})
+            rank=0, pool=self.pool, memory=SimpleNamespace(chunk_bytes=CHUNK_BYTES, segments={0: segment})
         )
         record = SimpleNamespace(
-            chunk_bytes=CHUNK_BYTES, rank=1, chunks=[SimpleNamespace(nbytes=CHUNK_BYTES)] * 2
+            chunk_bytes=CHUNK_BYTES,
+            rank=1,
+            chunks=[Chunk(CHUNK_BYTES, bytes([n]) * 16, Place(0, 0)) for n in (1, 2)],
         )
-        self.fetched = Fetched(records={(SNAPSHOT, 1): record})  # type: ignore[dict-item]
+        self.fetched = Fetched()
+        self.fetched.records.put((SNAPSHOT, 1), record, 2)  # type: ignore[arg-type]
         self.job: Any = SimpleNamespace(
             name="job",
             chunk_bytes=CHUNK_BYTES,
             ledger=SimpleNamespace(snapshots={}),
             fetched=self.fetched,
+            arriving=Arriving(NoRows()),  # type: ignore[arg-type]
             arenas={0: arena},
             arena=lambda rank: arena,
-            context=SimpleNamespace(environment=SimpleNamespace(random_id=lambda: 7), keep=self.keep),
+            served_sessions=list,
+            context=SimpleNamespace(
+                environment=SimpleNamespace(random_id=itertools.count(7).__next__), keep=self.keep
+            ),
         )
 
     def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -74,11 +86,14 @@ class Scene:
         self.kept.add(task)
         return task
 
-    async def begin(self) -> asyncio.Task[Any]:
-        session: Any = SimpleNamespace(rank=0, generation=2)
+    def ask(self, chunks: list[int], rank: int = 0) -> asyncio.Task[Any]:
+        session: Any = SimpleNamespace(rank=rank, generation=2)
         elsewhere: Any = self.elsewhere
-        work = fetch_chunks(self.job, session, elsewhere, (0, SNAPSHOT), {1: [0, 1]})
-        call = asyncio.ensure_future(work)
+        work = fetch_chunks(self.job, session, elsewhere, (0, SNAPSHOT), {1: chunks})
+        return asyncio.ensure_future(work)
+
+    async def begin(self) -> asyncio.Task[Any]:
+        call = self.ask([0, 1])
         await self.elsewhere.has_begun.wait()
         return call
 
@@ -91,10 +106,10 @@ def test_frames_of_a_killed_rank_are_free_only_when_they_are_filled() -> None:
         with pytest.raises(asyncio.CancelledError):
             await call
         scene.fetched.release(scene.job.arenas, (2, 0))
-        assert len(scene.pool.granted) == 1
+        assert scene.pool.granted_count == 2
         scene.elsewhere.may_end.set()
         await asyncio.gather(*scene.kept)
-        assert not scene.pool.granted
+        assert scene.pool.free_count == 8
         assert scene.memory[: 2 * CHUNK_BYTES] == b"x" * (2 * CHUNK_BYTES)
 
     asyncio.run(run())
@@ -106,9 +121,9 @@ def test_frames_stay_until_the_round_is_over() -> None:
         scene.elsewhere.may_end.set()
         found = await (await scene.begin())
         assert [one.place for one in found[1]] == [Place(0, 0), Place(0, 1)]
-        assert len(scene.pool.granted) == 1
+        assert scene.pool.granted_count == 2
         scene.fetched.release_below(scene.job.arenas, 3)
-        assert not scene.pool.granted
+        assert scene.pool.free_count == 8
 
     asyncio.run(run())
 
@@ -121,6 +136,38 @@ def test_a_fill_that_failed_gives_its_frames_back_with_the_round() -> None:
         with pytest.raises(OSError, match="away"):
             await (await scene.begin())
         scene.fetched.release(scene.job.arenas, (2, 0))
-        assert not scene.pool.granted
+        assert scene.pool.free_count == 8
+
+    asyncio.run(run())
+
+
+def test_what_two_ranks_need_is_brought_once() -> None:
+    async def run() -> None:
+        scene = Scene()
+        first = await scene.begin()
+        second = scene.ask([1, 0], rank=3)
+        await asyncio.sleep(0)
+        assert not second.done()  # what it needs is on its way, and not there yet
+        scene.elsewhere.may_end.set()
+        mine, theirs = (await first)[1], (await second)[1]
+        assert theirs == [mine[1], mine[0]] and {one.segment_rank for one in theirs} == {0}
+        assert scene.elsewhere.filled == [0, 1] and scene.pool.granted_count == 2
+        assert scene.fetched.segments(2, 0) == {0} and not scene.fetched.segments(2, 3)
+        scene.fetched.release(scene.job.arenas, (2, 0))
+        assert not scene.fetched.segments(2, 0)
+
+    asyncio.run(run())
+
+
+def test_what_failed_is_brought_anew_when_it_is_asked_for_again() -> None:
+    async def run() -> None:
+        scene = Scene()
+        scene.elsewhere.error = OSError("away")
+        scene.elsewhere.may_end.set()
+        with pytest.raises(OSError, match="away"):
+            await (await scene.begin())
+        scene.elsewhere.error = None
+        found = await scene.ask([1])
+        assert scene.elsewhere.filled == [0, 1, 1] and found[1][0].place == Place(0, 2)
 
     asyncio.run(run())

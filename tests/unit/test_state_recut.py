@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from snapd_client.errors import RestoreMismatch
 from snapd_client.state.apply import is_cut_alike, prepare_restore
+from snapd_client.state.layouts import Layouts
 from snapd_client.state.resharding import Elastic
 from snapd_native import CopyPlan
 from torch import nn
@@ -61,7 +62,9 @@ def load(make: Make, size: int, shards: dict[int, Snapshot]) -> list[State]:
 def fill(tree: Any, shards: dict[int, Snapshot]) -> None:
     base = tree.rank % len(shards)
     layouts = {rank: shard.layout for rank, shard in shards.items()}
-    pending = prepare_restore(tree, layouts[base], shards[base].early, elastic=Elastic(layouts))
+    pending = prepare_restore(
+        tree, layouts[base], shards[base].early, elastic=Elastic(Layouts.given(layouts))
+    )
     bases = array("Q", [
         shards[rank].data.ctypes.data + chunk * CHUNK_BYTES for rank, chunk in pending.sources
     ])  # fmt: skip

@@ -110,8 +110,7 @@ def prepare_restore(
     differences = Differences(allow_partial)
     anew = Recut(layout)
     if elastic is not None:
-        for one in elastic.layouts.values():
-            align_names(one, tree.state, names)
+        elastic.layouts.prepare(lambda one: align_names(one, tree.state, names))
         anew = recut(elastic.layouts[layout.rank], elastic.layouts, tree.state, names)
         layout, others = anew.layout, elastic.layouts
         differences.reshaped.extend(

@@ -13,7 +13,7 @@ refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +21,13 @@ from snapd_proto import format_pb2 as pb
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from ..errors import IntegrityError
-from .boxes import Box, Part, common_runs, contiguous
+from .boxes import Box, Part, contiguous
 from .classes import type_name
+from .layouts import Layouts
 from .names import Names, entries
+from .placing import box_at
+from .saved_boxes import SavedBoxes, box_of, no_box, outer, whole
 from .tensors import LOCAL, dtypes
-from .transfers import Elsewhere, check_bounds
 from .wrappers import renames_for
 
 DTENSOR = type_name(DTensor)
@@ -47,11 +48,12 @@ class Recut:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How a tensor is cut here. `mesh`: None: a plain tensor."""
+    """How a tensor is cut here. `mesh`: None: a plain tensor. `problem`: why its parts are no boxes; else empty."""
 
     box: Box
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
+    problem: str = ""
 
 
 def needs_recut(layout: pb.ShardLayout, state: Mapping[str, object], names: Names) -> bool:
@@ -59,36 +61,42 @@ def needs_recut(layout: pb.ShardLayout, state: Mapping[str, object], names: Name
     if renames_for(layout, state, names):
         return True
     cuts = _Cuts(layout, _live_tensors(state, names))
-    found = ((number, cuts.of(tensor)) for number, tensor in _outer(layout))
+    found = ((number, cuts.of(tensor)) for number, tensor in outer(layout))
     return any(isinstance(cut, str) or (cut and _differs(layout, number, cut)) for number, cut in found)
 
 
 def recut(
     base: pb.ShardLayout,
-    layouts: Mapping[int, pb.ShardLayout],
+    layouts: Layouts,
     state: Mapping[str, object],
     names: Names,
 ) -> Recut:
     """Cut `base`, the layout of one saved rank, as the live state is cut.
 
     Args:
-        layouts: of all saved ranks, `base` among them (rank -> layout).
+        layouts: of all saved ranks, `base` among them; only those that are needed are read.
     Raises:
         IntegrityError: the saved boxes of a tensor do not cover it: shards are missing, or do not belong together.
     """
-    for layout in layouts.values():
-        check_bounds(layout)
     made = pb.ShardLayout()
     made.CopyFrom(base)
     result = Recut(made, next_alias=1 + max((tensor.storage_alias for tensor in made.tensors), default=0))
     cuts = _Cuts(base, _live_tensors(state, names))
-    saved = _SavedBoxes(base.rank, layouts)
-    for number, tensor in _outer(base):
+    saved = SavedBoxes(base.rank, layouts)
+    anew: dict[int, _Cut] = {}
+    for number, tensor in outer(base):
         cut = cuts.of(tensor)
         if isinstance(cut, str):
             result.refused.append((tensor.name, cut))
-        elif cut is not None and _differs(base, number, cut) and saved.has(tensor.name):
-            _cut_anew(result, number, cut, saved)
+        elif cut is not None and _differs(base, number, cut):
+            why = cut.problem or saved.problem(tensor.name)
+            if why:
+                result.refused.append((tensor.name, why))
+            elif saved.has(tensor.name):
+                anew[number] = cut
+    saved.need((base.tensors[number].name, cut.box) for number, cut in anew.items())
+    for number, cut in anew.items():
+        _cut_anew(result, number, cut, saved)
     return result
 
 
@@ -106,19 +114,13 @@ def _live_tensors(state: Mapping[str, object], names: Names) -> dict[str, torch.
     return found
 
 
-def _outer(layout: pb.ShardLayout) -> Iterator[tuple[int, pb.Tensor]]:
-    """Tensors that are no component of another."""
-    inner = {part.tensor for tensor in layout.tensors for part in tensor.subclass.components}
-    return (entry for entry in enumerate(layout.tensors) if entry[0] not in inner)
-
-
 class _Cuts:
     """How the tensors of a layout have to be cut here."""
 
     def __init__(self, layout: pb.ShardLayout, lives: Mapping[str, torch.Tensor]) -> None:
         self._layout, self._lives = layout, lives
         self._parameters = {
-            tensor.parameter_name: number for number, tensor in _outer(layout) if tensor.is_parameter
+            tensor.parameter_name: number for number, tensor in outer(layout) if tensor.is_parameter
         }
 
     def of(self, tensor: pb.Tensor) -> _Cut | str | None:
@@ -147,7 +149,7 @@ class _Cuts:
             if math.prod(shape) > 1 and math.prod(shape) == self._cut_numel(saved_owner):
                 return "as large as the part of its parameter that the rank had, which is cut otherwise here"
             return None  # a step counter, a factor of its own: every rank has it whole
-        if _box_of(self._layout, tensor) is None:
+        if box_of(self._layout, tensor) is None:
             return f"{tensor.subclass.type_name} of a parameter that is cut otherwise here"
         is_alike = list(tensor.distributed.placements) == list(saved_owner.distributed.placements)
         return _cut_of(owner, shape, is_whole=not is_alike)
@@ -162,39 +164,20 @@ class _Cuts:
 def _cut_of(live: torch.Tensor, shape: tuple[int, ...], *, is_whole: bool = False) -> _Cut | None:
     """The box that this rank has of a tensor of that global shape, cut as `live` is. `is_whole`: on every rank."""
     if not isinstance(live, DTensor):
-        return None if type(live) not in (torch.Tensor, torch.nn.Parameter) else _Cut(_whole(shape))
+        return None if type(live) not in (torch.Tensor, torch.nn.Parameter) else _Cut(whole(shape))
     placements = tuple(live.placements)
     if any(isinstance(placement, Partial) for placement in placements):
         return None
+    if live.device_mesh.get_coordinate() is None:  # another rank's
+        return None
     if is_whole or any(getattr(placement, "dim", -1) >= len(shape) for placement in placements):
         placements = (Replicate(),) * len(placements)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    local, offset = compute_local_shape_and_global_offset(torch.Size(shape), live.device_mesh, placements)
-    if 0 in local:  # its offset is of no account, and lies beyond the end
-        offset = tuple(0 for _ in shape)
-    box = Box(tuple(map(int, offset)), tuple(map(int, local)))
-    return _Cut(box, live.device_mesh, placements)
-
-
-def _whole(shape: tuple[int, ...]) -> Box:
-    return Box((0,) * len(shape), shape)
-
-
-# --- what was saved -----------------------------------------------------------------------------------
-def _box_of(layout: pb.ShardLayout, tensor: pb.Tensor) -> tuple[Box, pb.Tensor] | None:
-    """(box, the tensor that has its bytes) of an outer tensor; None: it is no box of a whole."""
-    if not tensor.HasField("subclass"):
-        return _whole(tuple(tensor.shape)), tensor
-    if not tensor.HasField("distributed") or len(tensor.subclass.components) != 1:
-        return None
-    if any(text.startswith("P") for text in tensor.distributed.placements):
-        return None
-    local = layout.tensors[tensor.subclass.components[0].tensor]
-    if local.HasField("subclass"):
-        return None
-    offset = tuple(tensor.local_offset)
-    return Box(offset if 0 not in local.shape else (0,) * len(offset), tuple(local.shape)), local
+    mesh, texts = live.device_mesh, list(map(str, placements))
+    box = box_at(shape, mesh.shape, texts, mesh.get_coordinate() or ())
+    local = tuple(live._local_tensor.shape)
+    if box is None or (tuple(live.shape) == shape and not is_whole and box.shape != local):
+        return _Cut(whole(shape), mesh, placements, no_box(shape, mesh.shape, texts, local))
+    return _Cut(box, mesh, placements)
 
 
 def _differs(layout: pb.ShardLayout, number: int, cut: _Cut) -> bool:
@@ -212,80 +195,8 @@ def _differs(layout: pb.ShardLayout, number: int, cut: _Cut) -> bool:
     )
 
 
-class _SavedBoxes:
-    """Every saved box of every tensor, by name."""
-
-    def __init__(self, base: int, layouts: Mapping[int, pb.ShardLayout]) -> None:
-        self._layouts = layouts
-        self._base = base
-        self._numbers = {
-            rank: {tensor.name: number for number, tensor in _outer(layout)}
-            for rank, layout in layouts.items()
-        }
-        self._elsewhere: dict[int, Elsewhere] = {}
-
-    def has(self, name: str) -> bool:
-        layout, number = self._layouts[self._base], self._numbers[self._base].get(name)
-        return number is not None and _box_of(layout, layout.tensors[number]) is not None
-
-    def _boxes(self, name: str) -> Iterator[tuple[int, Box, pb.Tensor]]:
-        """(rank, box, the tensor that has its bytes): the base's first, then by rank; but of plain tensors that nobody
-        says are replicas, which may differ, all ranks take the same one.
-        """
-        first = self._layouts[self._base].tensors[self._numbers[self._base][name]]
-        is_alike = first.HasField("distributed") or bool(first.replica_set.ranks)
-        for rank in sorted(self._layouts, key=lambda rank: (is_alike and rank != self._base, rank)):
-            layout, number = self._layouts[rank], self._numbers[rank].get(name)
-            tensor = None if number is None else layout.tensors[number]
-            saved = None if tensor is None else _box_of(layout, tensor)
-            if tensor is None or saved is None:
-                continue
-            if (tensor.dtype, list(tensor.shape)) != (first.dtype, list(first.shape)):
-                raise IntegrityError(
-                    "two ranks of the snapshot have other tensors of one name", tensor=name, rank=rank
-                )
-            yield rank, *saved
-
-    def parts(self, name: str, wanted: Box, itemsize: int) -> list[Part]:
-        """What the wanted box is put together from: each byte once."""
-        found: list[Part] = []
-        used: set[Box] = set()
-        count = 0
-        for rank, box, tensor in self._boxes(name):
-            if count >= wanted.size:
-                break
-            if box in used or 0 in box.shape:
-                continue
-            used.add(box)
-            runs = common_runs(box, tensor.strides, wanted, itemsize)
-            if runs is not None:
-                holder, first = self._place(rank, tensor)
-                found.append(Part(holder, runs._replace(there=runs.there + first)))
-                count += runs.total_nbytes // itemsize
-        if count != wanted.size:
-            raise IntegrityError(
-                "the shards of the snapshot do not cover a tensor",
-                tensor=name,
-                found=count,
-                wanted=wanted.size,
-            )
-        return found
-
-    def _place(self, rank: int, tensor: pb.Tensor) -> tuple[int, int]:
-        """(rank whose shard has the bytes, shard offset of the tensor's first element)."""
-        layout = self._layouts[rank]
-        region = layout.regions[tensor.region]
-        holder, offset = rank, region.shard_offset
-        if region.held_by_rank_plus_one:
-            elsewhere = self._elsewhere.get(rank)
-            if elsewhere is None:
-                elsewhere = self._elsewhere[rank] = Elsewhere(layout, self._layouts)
-            holder, offset = elsewhere.shard_offset(tensor.region, region)
-        return holder, offset + tensor.region_offset
-
-
 # --- the new cut --------------------------------------------------------------------------------------
-def _cut_anew(result: Recut, number: int, cut: _Cut, saved: _SavedBoxes) -> None:
+def _cut_anew(result: Recut, number: int, cut: _Cut, saved: SavedBoxes) -> None:
     layout = result.layout
     tensor = layout.tensors[number]
     itemsize = dtypes[tensor.dtype].itemsize

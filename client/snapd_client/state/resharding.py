@@ -22,6 +22,7 @@ from snapd_proto import format_pb2 as pb
 from ..errors import ConfigError, IntegrityError
 from .classes import Vouched
 from .decode import Decoder
+from .layouts import Layouts
 
 Reshard = Literal["keep"] | Callable[[list[Any], int, int], Any]
 KEEP = "keep"
@@ -29,9 +30,9 @@ KEEP = "keep"
 
 @dataclass(frozen=True, slots=True)
 class Elastic:
-    """`layouts`, `early`: of all saved ranks; `early` may be empty if no function asks for the others' states."""
+    """`early`: of all saved ranks; may be empty if no function asks for the others' states."""
 
-    layouts: Mapping[int, pb.ShardLayout]
+    layouts: Layouts
     early: Mapping[int, pb.EarlyValues] = field(default_factory=dict)
     reshard: Mapping[str, Reshard] = field(default_factory=dict)
 
@@ -63,6 +64,7 @@ def check_reshard(reshard: Mapping[str, Reshard], names: Iterable[str]) -> None:
 def saved_states(elastic: Elastic, path: str, vouched: Vouched) -> list[Any]:
     """What the object at `path` of the user's mapping said of itself on every saved rank, in order."""
     found = []
+    elastic.layouts.need(elastic.layouts)
     for rank in sorted(elastic.layouts):
         value = value_at(elastic.layouts[rank].skeleton, path)
         number = value.opaque.fields.scalar if value is not None else -1

@@ -10,6 +10,7 @@ from snapd_proto import format_pb2 as pb
 from ..version import VERSION
 from .encode import encode_plain
 from .pieces import Pieces
+from .placing import box_at
 from .records import TensorRecord
 from .regions import Plan
 from .replicas import Replicas
@@ -118,7 +119,11 @@ def _add_distributed(tensor: pb.Tensor, record: TensorRecord) -> None:
     _add_components(tensor, record)
     spec = record.spec
     mesh = spec.mesh
-    _, offset = compute_local_shape_and_global_offset(record.shape, mesh, spec.placements)
+    box = box_at(record.shape, mesh.shape, list(map(str, spec.placements)), mesh.get_coordinate() or ())
+    if box is not None and 0 not in box.shape:
+        offset = box.offset
+    else:
+        _, offset = compute_local_shape_and_global_offset(record.shape, mesh, spec.placements)
     tensor.global_shape.extend(record.shape)
     tensor.local_offset.extend(offset)
     distributed = tensor.distributed

@@ -46,7 +46,7 @@ class Elsewhere:
             if not tensor.HasField("subclass"):
                 self._first.setdefault(tensor.region, tensor)
         wanted = {region.held_by_rank_plus_one - 1 for region in layout.regions} - {-1}
-        for rank in wanted:
+        for rank in sorted(wanted):
             if rank not in others:
                 raise IntegrityError("bytes of this shard lie in another one, which was not given", rank=rank)
             check_bounds(others[rank])
