@@ -102,6 +102,21 @@ def test_parts_that_are_no_boxes_are_refused_by_name() -> None:
         load(strided, 3, shards)
 
 
+def test_an_uneven_cut_that_fsdp_did_not_make_is_refused_by_name() -> None:
+    """By hand, from left to right: some ranks have other parts than FSDP2 would leave them."""
+
+    def by_hand(rank: int, size: int) -> State:
+        mesh = init_device_mesh("cpu", (3, 4))
+        placements = [_StridedShard(0, split_factor=4), Shard(0)]
+        return {"model": Holder(weight=distribute_tensor(whole(27), mesh, placements, src_data_rank=None))}
+
+    shards = save(by_hand, 12)
+    with pytest.raises(
+        RestoreMismatch, match=r"model\.weight \(27x3 as \[_S\(0, 4\), S\(0\)\] on a mesh of 3x4"
+    ):
+        load(lambda rank, size: {"model": Holder(weight=torch.zeros(27, 3))}, 1, shards)
+
+
 class Counted(Layouts):
     def __init__(self, layouts: dict[int, pb.ShardLayout]) -> None:
         self.calls: list[list[int]] = []

@@ -89,6 +89,30 @@ def box_at(
     return Box((0,) * len(shape), box.shape) if 0 in box.shape else box
 
 
+def is_read_otherwise(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[str]) -> bool:
+    """Whether a DTensor that torch distributed by these placements, from left to right, would have parts of other sizes
+    on some ranks than one that FSDP2 made. If all sizes are the same, so are the parts.
+    """
+    splits = _in_order(shape, mesh_shape, placements)
+    if splits is None or all(split.factor == 1 for split in splits):
+        return False
+    coordinates = all_coordinates(mesh_shape)
+    found = boxes_of(shape, mesh_shape, placements, coordinates)
+    shapes = np.tile(np.array(shape, dtype=np.int64), (len(coordinates), 1))
+    for split in sorted(splits):
+        size, count = shapes[:, split.dim], mesh_shape[split.mesh_dim]
+        at = coordinates[:, split.mesh_dim]
+        pieces = [_chunk(size, split.factor, np.full_like(size, number)) for number in range(split.factor)]
+        shapes[:, split.dim] = sum(_chunk(piece, count, at) for piece in pieces)
+    return found is not None and not np.array_equal(found.shapes, shapes)
+
+
+def _chunk(size: Numbers, count: int, number: Numbers) -> Numbers:
+    """The size of the chunk of that number when `torch.chunk` makes `count` of them."""
+    step = -(-size // count)
+    return np.minimum(size, step * (number + 1)) - np.minimum(size, step * number)
+
+
 def all_coordinates(mesh_shape: Sequence[int]) -> Numbers:
     """Of every rank of a mesh, in row-major order: as `mesh.mesh.flatten()` lists the ranks."""
     grid = np.indices(tuple(mesh_shape), dtype=np.int64)

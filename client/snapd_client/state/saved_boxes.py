@@ -14,7 +14,7 @@ from snapd_proto import format_pb2 as pb
 from ..errors import IntegrityError
 from .boxes import Box, Part, common_runs
 from .layouts import Layouts
-from .placing import Boxes, all_coordinates, box_at, boxes_of
+from .placing import Boxes, all_coordinates, box_at, boxes_of, is_read_otherwise
 from .transfers import Elsewhere
 
 BoxesKey = tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]
@@ -69,12 +69,22 @@ class SavedBoxes:
 
     def problem(self, name: str) -> str:
         """Why a DTensor of plain parts cannot be put together; empty: it can, or it is none."""
-        layout, tensor = self._layouts[self._base], self._tensor(self._base, name)
-        local = _local_of(layout, tensor) if tensor is not None else None
-        if tensor is None or local is None or box_of(layout, tensor) is not None:
+        tensor = self._tensor(self._base, name)
+        if tensor is None or not tensor.HasField("distributed"):
             return ""
         saved = tensor.distributed
-        return no_box(tensor.shape, saved.mesh_shape, saved.placements, local.shape)
+        ranks: Collection[int] = [self._base]
+        if is_read_otherwise(tensor.shape, saved.mesh_shape, saved.placements):
+            ranks = [
+                rank for rank in saved.mesh_ranks if rank in self._layouts
+            ]  # who made it shows on all of them
+            self._layouts.need(ranks)
+        for rank in ranks:
+            its = self._tensor(rank, name)
+            local = _local_of(self._layouts[rank], its) if its is not None else None
+            if its is not None and local is not None and box_of(self._layouts[rank], its) is None:
+                return no_box(its.shape, saved.mesh_shape, saved.placements, local.shape)
+        return ""
 
     def need(self, wanted: Iterable[tuple[str, Box]]) -> None:
         """Have the layouts read that these boxes (of tensors by name) take, all at once."""
