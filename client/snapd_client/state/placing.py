@@ -110,7 +110,8 @@ def is_read_otherwise(shape: Sequence[int], mesh_shape: Sequence[int], placement
 def _chunk(size: Numbers, count: int, number: Numbers) -> Numbers:
     """The size of the chunk of that number when `torch.chunk` makes `count` of them."""
     step = -(-size // count)
-    return np.minimum(size, step * (number + 1)) - np.minimum(size, step * number)
+    found: Numbers = np.minimum(size, step * (number + 1)) - np.minimum(size, step * number)
+    return found
 
 
 def all_coordinates(mesh_shape: Sequence[int]) -> Numbers:
