@@ -4,15 +4,18 @@
 # source: snapd/v1/trainer.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "snapd/v1/trainer.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'snapd/v1/trainer.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,91 +25,89 @@ _sym_db = _symbol_database.Default()
 from snapd_proto import format_pb2 as snapd_dot_v1_dot_format__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x16snapd/v1/trainer.proto\x12\x08snapd.v1\x1a\x15snapd/v1/format.proto"\xbc\x01\n\x10HandshakeRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.snapd.v1.HelloH\x00\x12\x31\n\x0e\x66\x65tch_segments\x18\x02 \x01(\x0b\x32\x17.snapd.v1.FetchSegmentsH\x00\x12+\n\x0b\x66\x65tch_shard\x18\x03 \x01(\x0b\x32\x14.snapd.v1.FetchShardH\x00\x12\x1e\n\x04ping\x18\x04 \x01(\x0b\x32\x0e.snapd.v1.PingH\x00\x42\x06\n\x04kind"\xb2\x01\n\x0eHandshakeReply\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.snapd.v1.WelcomeH\x00\x12,\n\x0b\x64\x65scriptors\x18\x02 \x01(\x0b\x32\x15.snapd.v1.DescriptorsH\x00\x12$\n\x07refusal\x18\x03 \x01(\x0b\x32\x11.snapd.v1.RefusalH\x00\x12\x1e\n\x04pong\x18\x04 \x01(\x0b\x32\x0e.snapd.v1.PongH\x00\x42\x06\n\x04kind"\x06\n\x04Ping"\x06\n\x04Pong"\x89\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.snapd.v1.PeerRole\x12\x12\n\nsession_id\x18\x04 \x01(\x04\x12\x16\n\x0esession_secret\x18\x05 \x01(\x0c"z\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x17\n\x0f\x64\x61\x65mon_instance\x18\x04 \x01(\x04\x12\x13\n\x0bis_embedded\x18\x05 \x01(\x08";\n\rFetchSegments\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x16\n\x0esession_secret\x18\x02 \x01(\x0c"Z\n\nFetchShard\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07\x66\x65tched\x18\x05 \x01(\x08"Q\n\x0bSegmentInfo\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r"P\n\x0b\x44\x65scriptors\x12\'\n\x08segments\x18\x01 \x03(\x0b\x32\x15.snapd.v1.SegmentInfo\x12\x18\n\x10has_control_page\x18\x02 \x01(\x08"6\n\x07Refusal\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t"\x8f\x02\n\x12OpenSessionRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nworld_size\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x18\n\x10local_world_size\x18\x06 \x01(\r\x12\x11\n\tnode_rank\x18\x07 \x01(\r\x12\x1c\n\x14state_bytes_estimate\x18\x08 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\t \x01(\x04\x12\r\n\x05slots\x18\n \x01(\r\x12\x16\n\x0einterval_steps\x18\x0b \x01(\x04\x12\r\n\x05\x66resh\x18\x0c \x01(\x08\x12\x0b\n\x03pid\x18\r \x01(\r"\xd4\x01\n\x10OpenSessionReply\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x16\n\x0esession_secret\x18\x02 \x01(\x0c\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\x12\x12\n\nlane_count\x18\x05 \x01(\r\x12\x12\n\nhas_parent\x18\x06 \x01(\x08\x12\x19\n\x11newest_generation\x18\x07 \x01(\x04\x12\x13\n\x0bnewest_step\x18\x08 \x01(\x04\x12\x13\n\x0b\x61rena_bytes\x18\t \x01(\x04"9\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x02 \x01(\x04"#\n\x0cReserveReply\x12\x13\n\x0b\x61rena_bytes\x18\x01 \x01(\x04"~\n\x12PlanRestoreRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\x10\n\x08has_step\x18\x03 \x01(\x08\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x14\n\x0c\x61\x63\x63\x65pt_older\x18\x05 \x01(\x08\x12\x0f\n\x07\x65lastic\x18\x06 \x01(\x08"N\n\tCandidate\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t"\xd5\x02\n\x10PlanRestoreReply\x12\x33\n\x07outcome\x18\x01 \x01(\x0e\x32".snapd.v1.PlanRestoreReply.Outcome\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12%\n\x06shards\x18\x04 \x03(\x0b\x32\x15.snapd.v1.ShardRecord\x12\'\n\ncandidates\x18\x05 \x03(\x0b\x32\x13.snapd.v1.Candidate\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x18\n\x10saved_world_size\x18\x07 \x01(\r"p\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\t\n\x05\x46OUND\x10\x01\x12\n\n\x06\x41\x42SENT\x10\x02\x12\x0c\n\x08UNUSABLE\x10\x03\x12\x0f\n\x0bUNREACHABLE\x10\x04\x12\x16\n\x12WORLD_SIZE_DIFFERS\x10\x05"E\n\x11ListShardsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05ranks\x18\x03 \x03(\r"8\n\x0fListShardsReply\x12%\n\x06shards\x18\x01 \x03(\x0b\x32\x15.snapd.v1.ShardRecord"^\n\x12\x46\x65tchChunksRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12%\n\x06wanted\x18\x03 \x03(\x0b\x32\x15.snapd.v1.ShardChunks"+\n\x0bShardChunks\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r"8\n\x10\x46\x65tchChunksReply\x12$\n\x05\x66ound\x18\x01 \x03(\x0b\x32\x15.snapd.v1.ShardPlaces"C\n\x0bShardPlaces\x12\x14\n\x0csegment_rank\x18\x01 \x03(\r\x12\x0f\n\x07segment\x18\x02 \x03(\r\x12\r\n\x05\x66rame\x18\x03 \x03(\r"\x95\x01\n\x14\x46inishRestoreRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\x11\n\tsucceeded\x18\x03 \x01(\x08\x12&\n\nbad_chunks\x18\x04 \x03(\x0b\x32\x12.snapd.v1.BadChunk\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12\x0e\n\x06mended\x18\x06 \x01(\x08";\n\x08\x42\x61\x64\x43hunk\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x0c\n\x04what\x18\x03 \x01(\t"[\n\x12\x46inishRestoreReply\x12\x11\n\tcommitted\x18\x01 \x01(\x08\x12\x11\n\ttry_again\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t"B\n\x14\x42\x65ginRollbackRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x16\n\x0erollback_count\x18\x02 \x01(\r"(\n\x12\x42\x65ginRollbackReply\x12\x12\n\ngeneration\x18\x01 \x01(\x04"g\n\x10WaitLevelRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x1e\n\x05level\x18\x03 \x01(\x0e\x32\x0f.snapd.v1.Level\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01"b\n\x0eWaitLevelReply\x12\x0f\n\x07reached\x18\x01 \x01(\x08\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1e\n\x05level\x18\x04 \x01(\x0e\x32\x0f.snapd.v1.Level"A\n\x0bLastRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x1e\n\x05level\x18\x02 \x01(\x0e\x32\x0f.snapd.v1.Level"X\n\tLastReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x1a\n\x12replica_difference\x18\x04 \x01(\t"8\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x66inal\x18\x02 \x01(\x08"\x13\n\x11\x43loseSessionReply*Q\n\x08PeerRole\x12\x19\n\x15PEER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11PEER_ROLE_TRAINER\x10\x01\x12\x13\n\x0fPEER_ROLE_ADMIN\x10\x02*Z\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLEVEL_CAPTURED\x10\x01\x12\x13\n\x0fLEVEL_PROTECTED\x10\x02\x12\x11\n\rLEVEL_DURABLE\x10\x03\x32\xc8\x05\n\x07Trainer\x12G\n\x0bOpenSession\x12\x1c.snapd.v1.OpenSessionRequest\x1a\x1a.snapd.v1.OpenSessionReply\x12;\n\x07Reserve\x12\x18.snapd.v1.ReserveRequest\x1a\x16.snapd.v1.ReserveReply\x12G\n\x0bPlanRestore\x12\x1c.snapd.v1.PlanRestoreRequest\x1a\x1a.snapd.v1.PlanRestoreReply\x12\x44\n\nListShards\x12\x1b.snapd.v1.ListShardsRequest\x1a\x19.snapd.v1.ListShardsReply\x12G\n\x0b\x46\x65tchChunks\x12\x1c.snapd.v1.FetchChunksRequest\x1a\x1a.snapd.v1.FetchChunksReply\x12M\n\rFinishRestore\x12\x1e.snapd.v1.FinishRestoreRequest\x1a\x1c.snapd.v1.FinishRestoreReply\x12M\n\rBeginRollback\x12\x1e.snapd.v1.BeginRollbackRequest\x1a\x1c.snapd.v1.BeginRollbackReply\x12\x41\n\tWaitLevel\x12\x1a.snapd.v1.WaitLevelRequest\x1a\x18.snapd.v1.WaitLevelReply\x12\x32\n\x04Last\x12\x15.snapd.v1.LastRequest\x1a\x13.snapd.v1.LastReply\x12J\n\x0c\x43loseSession\x12\x1d.snapd.v1.CloseSessionRequest\x1a\x1b.snapd.v1.CloseSessionReplyb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16snapd/v1/trainer.proto\x12\x08snapd.v1\x1a\x15snapd/v1/format.proto\"\xbc\x01\n\x10HandshakeRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.snapd.v1.HelloH\x00\x12\x31\n\x0e\x66\x65tch_segments\x18\x02 \x01(\x0b\x32\x17.snapd.v1.FetchSegmentsH\x00\x12+\n\x0b\x66\x65tch_shard\x18\x03 \x01(\x0b\x32\x14.snapd.v1.FetchShardH\x00\x12\x1e\n\x04ping\x18\x04 \x01(\x0b\x32\x0e.snapd.v1.PingH\x00\x42\x06\n\x04kind\"\xb2\x01\n\x0eHandshakeReply\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.snapd.v1.WelcomeH\x00\x12,\n\x0b\x64\x65scriptors\x18\x02 \x01(\x0b\x32\x15.snapd.v1.DescriptorsH\x00\x12$\n\x07refusal\x18\x03 \x01(\x0b\x32\x11.snapd.v1.RefusalH\x00\x12\x1e\n\x04pong\x18\x04 \x01(\x0b\x32\x0e.snapd.v1.PongH\x00\x42\x06\n\x04kind\"\x06\n\x04Ping\"\x06\n\x04Pong\"\x89\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12 \n\x04role\x18\x03 \x01(\x0e\x32\x12.snapd.v1.PeerRole\x12\x12\n\nsession_id\x18\x04 \x01(\x04\x12\x16\n\x0esession_secret\x18\x05 \x01(\x0c\"z\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x17\n\x0f\x64\x61\x65mon_instance\x18\x04 \x01(\x04\x12\x13\n\x0bis_embedded\x18\x05 \x01(\x08\";\n\rFetchSegments\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x16\n\x0esession_secret\x18\x02 \x01(\x0c\"Z\n\nFetchShard\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07\x66\x65tched\x18\x05 \x01(\x08\"Q\n\x0bSegmentInfo\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\"P\n\x0b\x44\x65scriptors\x12\'\n\x08segments\x18\x01 \x03(\x0b\x32\x15.snapd.v1.SegmentInfo\x12\x18\n\x10has_control_page\x18\x02 \x01(\x08\"6\n\x07Refusal\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\"\x8f\x02\n\x12OpenSessionRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nworld_size\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x18\n\x10local_world_size\x18\x06 \x01(\r\x12\x11\n\tnode_rank\x18\x07 \x01(\r\x12\x1c\n\x14state_bytes_estimate\x18\x08 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\t \x01(\x04\x12\r\n\x05slots\x18\n \x01(\r\x12\x16\n\x0einterval_steps\x18\x0b \x01(\x04\x12\r\n\x05\x66resh\x18\x0c \x01(\x08\x12\x0b\n\x03pid\x18\r \x01(\r\"\xd4\x01\n\x10OpenSessionReply\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x16\n\x0esession_secret\x18\x02 \x01(\x0c\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\x12\x12\n\nlane_count\x18\x05 \x01(\r\x12\x12\n\nhas_parent\x18\x06 \x01(\x08\x12\x19\n\x11newest_generation\x18\x07 \x01(\x04\x12\x13\n\x0bnewest_step\x18\x08 \x01(\x04\x12\x13\n\x0b\x61rena_bytes\x18\t \x01(\x04\"9\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x02 \x01(\x04\"#\n\x0cReserveReply\x12\x13\n\x0b\x61rena_bytes\x18\x01 \x01(\x04\"~\n\x12PlanRestoreRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\x10\n\x08has_step\x18\x03 \x01(\x08\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x14\n\x0c\x61\x63\x63\x65pt_older\x18\x05 \x01(\x08\x12\x0f\n\x07\x65lastic\x18\x06 \x01(\x08\"N\n\tCandidate\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\xd5\x02\n\x10PlanRestoreReply\x12\x33\n\x07outcome\x18\x01 \x01(\x0e\x32\".snapd.v1.PlanRestoreReply.Outcome\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12%\n\x06shards\x18\x04 \x03(\x0b\x32\x15.snapd.v1.ShardRecord\x12\'\n\ncandidates\x18\x05 \x03(\x0b\x32\x13.snapd.v1.Candidate\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x18\n\x10saved_world_size\x18\x07 \x01(\r\"p\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\t\n\x05\x46OUND\x10\x01\x12\n\n\x06\x41\x42SENT\x10\x02\x12\x0c\n\x08UNUSABLE\x10\x03\x12\x0f\n\x0bUNREACHABLE\x10\x04\x12\x16\n\x12WORLD_SIZE_DIFFERS\x10\x05\"E\n\x11ListShardsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05ranks\x18\x03 \x03(\r\"8\n\x0fListShardsReply\x12%\n\x06shards\x18\x01 \x03(\x0b\x32\x15.snapd.v1.ShardRecord\"^\n\x12\x46\x65tchChunksRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12%\n\x06wanted\x18\x03 \x03(\x0b\x32\x15.snapd.v1.ShardChunks\"+\n\x0bShardChunks\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r\"8\n\x10\x46\x65tchChunksReply\x12$\n\x05\x66ound\x18\x01 \x03(\x0b\x32\x15.snapd.v1.ShardPlaces\"C\n\x0bShardPlaces\x12\x14\n\x0csegment_rank\x18\x01 \x03(\r\x12\x0f\n\x07segment\x18\x02 \x03(\r\x12\r\n\x05\x66rame\x18\x03 \x03(\r\"\x95\x01\n\x14\x46inishRestoreRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\x11\n\tsucceeded\x18\x03 \x01(\x08\x12&\n\nbad_chunks\x18\x04 \x03(\x0b\x32\x12.snapd.v1.BadChunk\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12\x0e\n\x06mended\x18\x06 \x01(\x08\";\n\x08\x42\x61\x64\x43hunk\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x0c\n\x04what\x18\x03 \x01(\t\"[\n\x12\x46inishRestoreReply\x12\x11\n\tcommitted\x18\x01 \x01(\x08\x12\x11\n\ttry_again\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07problem\x18\x04 \x01(\t\"B\n\x14\x42\x65ginRollbackRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x16\n\x0erollback_count\x18\x02 \x01(\r\"(\n\x12\x42\x65ginRollbackReply\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"g\n\x10WaitLevelRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x1e\n\x05level\x18\x03 \x01(\x0e\x32\x0f.snapd.v1.Level\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\"b\n\x0eWaitLevelReply\x12\x0f\n\x07reached\x18\x01 \x01(\x08\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1e\n\x05level\x18\x04 \x01(\x0e\x32\x0f.snapd.v1.Level\"A\n\x0bLastRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x1e\n\x05level\x18\x02 \x01(\x0e\x32\x0f.snapd.v1.Level\"X\n\tLastReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x1a\n\x12replica_difference\x18\x04 \x01(\t\"8\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\"\x13\n\x11\x43loseSessionReply*Q\n\x08PeerRole\x12\x19\n\x15PEER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11PEER_ROLE_TRAINER\x10\x01\x12\x13\n\x0fPEER_ROLE_ADMIN\x10\x02*Z\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLEVEL_CAPTURED\x10\x01\x12\x13\n\x0fLEVEL_PROTECTED\x10\x02\x12\x11\n\rLEVEL_DURABLE\x10\x03\x32\xc8\x05\n\x07Trainer\x12G\n\x0bOpenSession\x12\x1c.snapd.v1.OpenSessionRequest\x1a\x1a.snapd.v1.OpenSessionReply\x12;\n\x07Reserve\x12\x18.snapd.v1.ReserveRequest\x1a\x16.snapd.v1.ReserveReply\x12G\n\x0bPlanRestore\x12\x1c.snapd.v1.PlanRestoreRequest\x1a\x1a.snapd.v1.PlanRestoreReply\x12\x44\n\nListShards\x12\x1b.snapd.v1.ListShardsRequest\x1a\x19.snapd.v1.ListShardsReply\x12G\n\x0b\x46\x65tchChunks\x12\x1c.snapd.v1.FetchChunksRequest\x1a\x1a.snapd.v1.FetchChunksReply\x12M\n\rFinishRestore\x12\x1e.snapd.v1.FinishRestoreRequest\x1a\x1c.snapd.v1.FinishRestoreReply\x12M\n\rBeginRollback\x12\x1e.snapd.v1.BeginRollbackRequest\x1a\x1c.snapd.v1.BeginRollbackReply\x12\x41\n\tWaitLevel\x12\x1a.snapd.v1.WaitLevelRequest\x1a\x18.snapd.v1.WaitLevelReply\x12\x32\n\x04Last\x12\x15.snapd.v1.LastRequest\x1a\x13.snapd.v1.LastReply\x12J\n\x0c\x43loseSession\x12\x1d.snapd.v1.CloseSessionRequest\x1a\x1b.snapd.v1.CloseSessionReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "snapd_proto.trainer_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'snapd_proto.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_PEERROLE"]._serialized_start = 3476
-    _globals["_PEERROLE"]._serialized_end = 3557
-    _globals["_LEVEL"]._serialized_start = 3559
-    _globals["_LEVEL"]._serialized_end = 3649
-    _globals["_HANDSHAKEREQUEST"]._serialized_start = 60
-    _globals["_HANDSHAKEREQUEST"]._serialized_end = 248
-    _globals["_HANDSHAKEREPLY"]._serialized_start = 251
-    _globals["_HANDSHAKEREPLY"]._serialized_end = 429
-    _globals["_PING"]._serialized_start = 431
-    _globals["_PING"]._serialized_end = 437
-    _globals["_PONG"]._serialized_start = 439
-    _globals["_PONG"]._serialized_end = 445
-    _globals["_HELLO"]._serialized_start = 448
-    _globals["_HELLO"]._serialized_end = 585
-    _globals["_WELCOME"]._serialized_start = 587
-    _globals["_WELCOME"]._serialized_end = 709
-    _globals["_FETCHSEGMENTS"]._serialized_start = 711
-    _globals["_FETCHSEGMENTS"]._serialized_end = 770
-    _globals["_FETCHSHARD"]._serialized_start = 772
-    _globals["_FETCHSHARD"]._serialized_end = 862
-    _globals["_SEGMENTINFO"]._serialized_start = 864
-    _globals["_SEGMENTINFO"]._serialized_end = 945
-    _globals["_DESCRIPTORS"]._serialized_start = 947
-    _globals["_DESCRIPTORS"]._serialized_end = 1027
-    _globals["_REFUSAL"]._serialized_start = 1029
-    _globals["_REFUSAL"]._serialized_end = 1083
-    _globals["_OPENSESSIONREQUEST"]._serialized_start = 1086
-    _globals["_OPENSESSIONREQUEST"]._serialized_end = 1357
-    _globals["_OPENSESSIONREPLY"]._serialized_start = 1360
-    _globals["_OPENSESSIONREPLY"]._serialized_end = 1572
-    _globals["_RESERVEREQUEST"]._serialized_start = 1574
-    _globals["_RESERVEREQUEST"]._serialized_end = 1631
-    _globals["_RESERVEREPLY"]._serialized_start = 1633
-    _globals["_RESERVEREPLY"]._serialized_end = 1668
-    _globals["_PLANRESTOREREQUEST"]._serialized_start = 1670
-    _globals["_PLANRESTOREREQUEST"]._serialized_end = 1796
-    _globals["_CANDIDATE"]._serialized_start = 1798
-    _globals["_CANDIDATE"]._serialized_end = 1876
-    _globals["_PLANRESTOREREPLY"]._serialized_start = 1879
-    _globals["_PLANRESTOREREPLY"]._serialized_end = 2220
-    _globals["_PLANRESTOREREPLY_OUTCOME"]._serialized_start = 2108
-    _globals["_PLANRESTOREREPLY_OUTCOME"]._serialized_end = 2220
-    _globals["_LISTSHARDSREQUEST"]._serialized_start = 2222
-    _globals["_LISTSHARDSREQUEST"]._serialized_end = 2291
-    _globals["_LISTSHARDSREPLY"]._serialized_start = 2293
-    _globals["_LISTSHARDSREPLY"]._serialized_end = 2349
-    _globals["_FETCHCHUNKSREQUEST"]._serialized_start = 2351
-    _globals["_FETCHCHUNKSREQUEST"]._serialized_end = 2445
-    _globals["_SHARDCHUNKS"]._serialized_start = 2447
-    _globals["_SHARDCHUNKS"]._serialized_end = 2490
-    _globals["_FETCHCHUNKSREPLY"]._serialized_start = 2492
-    _globals["_FETCHCHUNKSREPLY"]._serialized_end = 2548
-    _globals["_SHARDPLACES"]._serialized_start = 2550
-    _globals["_SHARDPLACES"]._serialized_end = 2617
-    _globals["_FINISHRESTOREREQUEST"]._serialized_start = 2620
-    _globals["_FINISHRESTOREREQUEST"]._serialized_end = 2769
-    _globals["_BADCHUNK"]._serialized_start = 2771
-    _globals["_BADCHUNK"]._serialized_end = 2830
-    _globals["_FINISHRESTOREREPLY"]._serialized_start = 2832
-    _globals["_FINISHRESTOREREPLY"]._serialized_end = 2923
-    _globals["_BEGINROLLBACKREQUEST"]._serialized_start = 2925
-    _globals["_BEGINROLLBACKREQUEST"]._serialized_end = 2991
-    _globals["_BEGINROLLBACKREPLY"]._serialized_start = 2993
-    _globals["_BEGINROLLBACKREPLY"]._serialized_end = 3033
-    _globals["_WAITLEVELREQUEST"]._serialized_start = 3035
-    _globals["_WAITLEVELREQUEST"]._serialized_end = 3138
-    _globals["_WAITLEVELREPLY"]._serialized_start = 3140
-    _globals["_WAITLEVELREPLY"]._serialized_end = 3238
-    _globals["_LASTREQUEST"]._serialized_start = 3240
-    _globals["_LASTREQUEST"]._serialized_end = 3305
-    _globals["_LASTREPLY"]._serialized_start = 3307
-    _globals["_LASTREPLY"]._serialized_end = 3395
-    _globals["_CLOSESESSIONREQUEST"]._serialized_start = 3397
-    _globals["_CLOSESESSIONREQUEST"]._serialized_end = 3453
-    _globals["_CLOSESESSIONREPLY"]._serialized_start = 3455
-    _globals["_CLOSESESSIONREPLY"]._serialized_end = 3474
-    _globals["_TRAINER"]._serialized_start = 3652
-    _globals["_TRAINER"]._serialized_end = 4364
+  DESCRIPTOR._loaded_options = None
+  _globals['_PEERROLE']._serialized_start=3476
+  _globals['_PEERROLE']._serialized_end=3557
+  _globals['_LEVEL']._serialized_start=3559
+  _globals['_LEVEL']._serialized_end=3649
+  _globals['_HANDSHAKEREQUEST']._serialized_start=60
+  _globals['_HANDSHAKEREQUEST']._serialized_end=248
+  _globals['_HANDSHAKEREPLY']._serialized_start=251
+  _globals['_HANDSHAKEREPLY']._serialized_end=429
+  _globals['_PING']._serialized_start=431
+  _globals['_PING']._serialized_end=437
+  _globals['_PONG']._serialized_start=439
+  _globals['_PONG']._serialized_end=445
+  _globals['_HELLO']._serialized_start=448
+  _globals['_HELLO']._serialized_end=585
+  _globals['_WELCOME']._serialized_start=587
+  _globals['_WELCOME']._serialized_end=709
+  _globals['_FETCHSEGMENTS']._serialized_start=711
+  _globals['_FETCHSEGMENTS']._serialized_end=770
+  _globals['_FETCHSHARD']._serialized_start=772
+  _globals['_FETCHSHARD']._serialized_end=862
+  _globals['_SEGMENTINFO']._serialized_start=864
+  _globals['_SEGMENTINFO']._serialized_end=945
+  _globals['_DESCRIPTORS']._serialized_start=947
+  _globals['_DESCRIPTORS']._serialized_end=1027
+  _globals['_REFUSAL']._serialized_start=1029
+  _globals['_REFUSAL']._serialized_end=1083
+  _globals['_OPENSESSIONREQUEST']._serialized_start=1086
+  _globals['_OPENSESSIONREQUEST']._serialized_end=1357
+  _globals['_OPENSESSIONREPLY']._serialized_start=1360
+  _globals['_OPENSESSIONREPLY']._serialized_end=1572
+  _globals['_RESERVEREQUEST']._serialized_start=1574
+  _globals['_RESERVEREQUEST']._serialized_end=1631
+  _globals['_RESERVEREPLY']._serialized_start=1633
+  _globals['_RESERVEREPLY']._serialized_end=1668
+  _globals['_PLANRESTOREREQUEST']._serialized_start=1670
+  _globals['_PLANRESTOREREQUEST']._serialized_end=1796
+  _globals['_CANDIDATE']._serialized_start=1798
+  _globals['_CANDIDATE']._serialized_end=1876
+  _globals['_PLANRESTOREREPLY']._serialized_start=1879
+  _globals['_PLANRESTOREREPLY']._serialized_end=2220
+  _globals['_PLANRESTOREREPLY_OUTCOME']._serialized_start=2108
+  _globals['_PLANRESTOREREPLY_OUTCOME']._serialized_end=2220
+  _globals['_LISTSHARDSREQUEST']._serialized_start=2222
+  _globals['_LISTSHARDSREQUEST']._serialized_end=2291
+  _globals['_LISTSHARDSREPLY']._serialized_start=2293
+  _globals['_LISTSHARDSREPLY']._serialized_end=2349
+  _globals['_FETCHCHUNKSREQUEST']._serialized_start=2351
+  _globals['_FETCHCHUNKSREQUEST']._serialized_end=2445
+  _globals['_SHARDCHUNKS']._serialized_start=2447
+  _globals['_SHARDCHUNKS']._serialized_end=2490
+  _globals['_FETCHCHUNKSREPLY']._serialized_start=2492
+  _globals['_FETCHCHUNKSREPLY']._serialized_end=2548
+  _globals['_SHARDPLACES']._serialized_start=2550
+  _globals['_SHARDPLACES']._serialized_end=2617
+  _globals['_FINISHRESTOREREQUEST']._serialized_start=2620
+  _globals['_FINISHRESTOREREQUEST']._serialized_end=2769
+  _globals['_BADCHUNK']._serialized_start=2771
+  _globals['_BADCHUNK']._serialized_end=2830
+  _globals['_FINISHRESTOREREPLY']._serialized_start=2832
+  _globals['_FINISHRESTOREREPLY']._serialized_end=2923
+  _globals['_BEGINROLLBACKREQUEST']._serialized_start=2925
+  _globals['_BEGINROLLBACKREQUEST']._serialized_end=2991
+  _globals['_BEGINROLLBACKREPLY']._serialized_start=2993
+  _globals['_BEGINROLLBACKREPLY']._serialized_end=3033
+  _globals['_WAITLEVELREQUEST']._serialized_start=3035
+  _globals['_WAITLEVELREQUEST']._serialized_end=3138
+  _globals['_WAITLEVELREPLY']._serialized_start=3140
+  _globals['_WAITLEVELREPLY']._serialized_end=3238
+  _globals['_LASTREQUEST']._serialized_start=3240
+  _globals['_LASTREQUEST']._serialized_end=3305
+  _globals['_LASTREPLY']._serialized_start=3307
+  _globals['_LASTREPLY']._serialized_end=3395
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=3397
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=3453
+  _globals['_CLOSESESSIONREPLY']._serialized_start=3455
+  _globals['_CLOSESESSIONREPLY']._serialized_end=3474
+  _globals['_TRAINER']._serialized_start=3652
+  _globals['_TRAINER']._serialized_end=4364
 # @@protoc_insertion_point(module_scope)
