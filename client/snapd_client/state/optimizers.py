@@ -147,3 +147,21 @@ def _write_attributes(walk: Structure, optimizer: torch.optim.Optimizer, out: Va
             continue
         out.mapping.keys.add().text = name
         walk.encode(value, out.mapping.values.add(), f"{path}.{name}", first + index)
+
+
+def group_difference(saved: list[torch.nn.Parameter | None], groups: list[dict[str, Any]], index: int) -> str:
+    """How the parameters of a saved group differ from those of the live one, and what to do about it.
+
+    Args:
+        saved: their live counterparts; None: not here.
+    """
+    here = [{id(parameter) for parameter in group["params"]} for group in groups]
+    wanted = {id(parameter) for parameter in saved}
+    if wanted == here[index]:
+        return "the same parameters in another order: give them in the order in which they were saved"
+    if wanted in here:
+        return (
+            f"they are group {here.index(wanted)} here: give the groups in the order in which they were saved;"
+            " schedulers go by it"
+        )
+    return f"{len(saved)} in the snapshot, {len(here[index])} others here"

@@ -14,7 +14,7 @@ from . import modules
 from .classes import find_class, type_name
 from .loaders import is_loader, restore_loader
 from .match import ABSENT, Builder, Matcher
-from .optimizers import SKIPPED_ATTRIBUTES
+from .optimizers import SKIPPED_ATTRIBUTES, group_difference
 from .resharding import Elastic, saved_states
 
 _ENTRY_KINDS = ("module", "optimizer", "loader", "state_dict")
@@ -311,7 +311,7 @@ class Parts:
             numbers = [item.parameter for item in members if item.WhichOneof("kind") == "parameter"]
             there = [self._matcher.live_parameter(number) for number in numbers]
             if [id(parameter) for parameter in there] != [id(parameter) for parameter in group["params"]]:
-                why = f"{len(numbers)} in the snapshot, {len(group['params'])} here, or in another order"
+                why = group_difference(there, live.param_groups, index)
                 self._differences.note("reshaped", f"{path}.param_groups.{index}.params", why)
 
     def _new_optimizer(self, opaque: pb.Opaque, parts: dict[str, pb.Value], path: str, node: int) -> Builder:
