@@ -279,6 +279,8 @@ def test_a_daemon_that_is_killed_while_it_brings_a_shard() -> None:
         trainer.disconnect()
         scene.daemon.start()
         assert opened(scene, "three").restore(SEED) == 4
+        brought = scene.daemon.events("shard.brought")  # all had arrived: it is hashed, and not read again
+        assert [(event["arrived_chunks"], event["fetched_bytes"]) for event in brought] == [(6, 0)]
 
 
 def test_the_arena_is_filled_before_the_trainer_starts() -> None:
