@@ -21,8 +21,9 @@ from .errors import NotRestorable, SnapdError, UnavailableError
 from .restore_device import ToDevices, split_ways
 from .session import Session, ShardMemory
 from .shard_source import BadChunks, ShardSource
-from .state.apply import PendingRestore, is_cut_alike, prepare_restore
+from .state.apply import PendingRestore, is_cut_alike, names_of, prepare_restore
 from .state.layouts import Layouts
+from .state.names import Names
 from .state.resharding import Elastic, Reshard
 from .state.tree import StateTree
 from .world import World
@@ -133,25 +134,30 @@ def _ask(context: Context, turn: int, asked: Asked) -> pb.PlanRestoreReply | Non
 
 
 def _fill(context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked) -> None:
-    session = context.session
+    session, names = context.session, names_of(context.tree)
     with session.shard_memory(context.job, plan.generation, plan.step, plan.shards) as memory:
         if plan.shards:
             sources = {one.rank: ShardSource(one, memory, session.chunk_bytes) for one in plan.shards}
             own = sources[plan.shards[0].rank]
             layout = own.layout()
-            if plan.saved_world_size == 0 or is_cut_alike(context.tree, layout):
+            if plan.saved_world_size == 0 or is_cut_alike(context.tree, layout, names):
                 others = {rank: source.layout() for rank, source in sources.items() if source is not own}
                 pending = prepare_restore(
-                    context.tree, layout, own.early(), allow_partial=asked.allow_partial, others=others
+                    context.tree,
+                    layout,
+                    own.early(),
+                    allow_partial=asked.allow_partial,
+                    others=others,
+                    names=names,
                 )
                 faults.point("client.restore.prepared")
                 _finish(context, pending, sources)
                 return
-        _fill_elastic(context, turn, plan, asked, memory)
+        _fill_elastic(context, turn, plan, asked, memory, names)
 
 
 def _fill_elastic(
-    context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked, memory: ShardMemory
+    context: Context, turn: int, plan: pb.PlanRestoreReply, asked: Asked, memory: ShardMemory, names: Names
 ) -> None:
     """The shards were cut otherwise than the live state is: only the chunks that this rank needs are brought."""
     snapshot, world_size = (plan.generation, plan.step), plan.saved_world_size
@@ -167,6 +173,7 @@ def _fill_elastic(
         early[base],
         allow_partial=asked.allow_partial,
         elastic=Elastic(layouts, early, asked.reshard),
+        names=names,
     )
     faults.point("client.restore.prepared")
     shards.fetch(chunks_read(pending.sources, pending.pieces_of_chunk))

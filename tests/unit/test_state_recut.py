@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from snapd_client.errors import RestoreMismatch
-from snapd_client.state.apply import is_cut_alike, prepare_restore
+from snapd_client.state.apply import is_cut_alike, names_of, prepare_restore
 from snapd_client.state.layouts import Layouts
 from snapd_client.state.resharding import Elastic
 from snapd_native import CopyPlan
@@ -224,7 +224,7 @@ def test_a_wrapper_that_comes_back_is_renamed_too() -> None:
     with world(0, 1):
         state = {"model": torch.compile(Tied(torch.zeros(400, 3), ""))}
         tree = make_tree(state)
-        assert not is_cut_alike(tree, shards[0].layout)
+        assert not is_cut_alike(tree, shards[0].layout, names_of(tree))
         fill(tree, shards)
         assert torch.equal(state["model"].head.weight, whole(400)) and state["model"].said == "saved"
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from snapd_client.errors import IntegrityError, RestoreMismatch
-from snapd_client.state.apply import prepare_restore
+from snapd_client.state import apply
+from snapd_client.state.apply import is_cut_alike, names_of, prepare_restore
 from torch import nn
 
 from tests.support.loopback import Loopback, Snapshot, make_tree, restore
@@ -280,6 +281,22 @@ def test_preparing_touches_nothing_and_may_be_repeated() -> None:
     for _ in range(3):
         prepare_restore(make_tree(live), snapshot.layout, snapshot.early)
     assert contents(live) == before
+
+
+def test_names_are_found_once_for_a_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of tensors that is a good part of preparing."""
+    _, snapshot = saved_world()
+    tree = make_tree(live_world())
+    names = names_of(tree)
+
+    def again(*_: object) -> None:
+        raise AssertionError("the names were known")
+
+    monkeypatch.setattr(apply, "Names", again)
+    assert is_cut_alike(tree, snapshot.layout, names)
+    prepare_restore(tree, snapshot.layout, snapshot.early, names=names)
+    with pytest.raises(AssertionError, match="were known"):
+        prepare_restore(tree, snapshot.layout, snapshot.early)
 
 
 def _break_region(layout: Any) -> None:

@@ -27,7 +27,7 @@ from .wrappers import align_names
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["PendingRestore", "prepare_restore"]
+__all__ = ["PendingRestore", "is_cut_alike", "names_of", "prepare_restore"]
 
 
 class PendingRestore:
@@ -80,9 +80,14 @@ class PendingRestore:
             _log.warning("snapd: restored in part (%d names differ): %s", len(self.report), shown)
 
 
-def is_cut_alike(tree: StateTree, layout: pb.ShardLayout) -> bool:
+def names_of(tree: StateTree) -> Names:
+    """What the live state is called now; with thousands of tensors it takes a while, so a restore asks once."""
+    return Names(tree.state, tree.vouched)
+
+
+def is_cut_alike(tree: StateTree, layout: pb.ShardLayout, names: Names) -> bool:
     """Whether the live state is cut as the layout's rank was: nothing has to be put together from several shards."""
-    return not needs_recut(layout, tree.state, Names(tree.state, tree.vouched))
+    return not needs_recut(layout, tree.state, names)
 
 
 def prepare_restore(
@@ -93,19 +98,21 @@ def prepare_restore(
     allow_partial: Sequence[str] = (),
     others: Mapping[int, pb.ShardLayout] | None = None,
     elastic: Elastic | None = None,
+    names: Names | None = None,
 ) -> PendingRestore:
     """Compare a snapshot with the live state and choose where each byte goes. Nothing live is changed.
 
     Args:
         others: layouts of other ranks' shards, where replicas share out their bytes (rank -> layout).
         elastic: the state may be cut otherwise here, or by another number of ranks.
+        names: of the live state, if they were asked for before.
         allow_partial: patterns (fnmatch) of names that may be missing, extra or reshaped; they are left as
             they are.
     Raises:
         RestoreMismatch: with the three lists.
         IntegrityError: the layout or the values are malformed.
     """
-    names = Names(tree.state, tree.vouched)
+    names = names or names_of(tree)
     tree.vouch_for_optimizers()
     differences = Differences(allow_partial)
     anew = Recut(layout)
