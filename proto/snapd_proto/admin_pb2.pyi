@@ -840,6 +840,7 @@ class VerifyProgress(_message.Message):
     REPAIR_WAITS_FIELD_NUMBER: _builtins.int
     FRAGMENTS_CHECKED_FIELD_NUMBER: _builtins.int
     FRAGMENTS_BAD_FIELD_NUMBER: _builtins.int
+    REPAIRED_FROM_FIELD_NUMBER: _builtins.int
     nbytes_done: _builtins.int
     nbytes_total: _builtins.int
     finished: _builtins.bool
@@ -853,11 +854,13 @@ class VerifyProgress(_message.Message):
     """parity fragments of the snapshot that this node holds"""
     fragments_bad: _builtins.int
     """of these; forgotten, to be coded again"""
+    repaired_from: _builtins.str
+    """in words: other nodes, or the URL of a tier; of several, joined by "and" """
     @_builtins.property
     def bad_chunks(self) -> _containers.RepeatedCompositeFieldContainer[_trainer_pb2.BadChunk]: ...
     @_builtins.property
     def repaired_chunks(self) -> _containers.RepeatedCompositeFieldContainer[_trainer_pb2.BadChunk]:
-        """were bad, and have been brought back from other nodes"""
+        """were bad, and have been brought back"""
 
     def __init__(
         self,
@@ -873,10 +876,11 @@ class VerifyProgress(_message.Message):
         repair_waits: _builtins.bool = ...,
         fragments_checked: _builtins.int = ...,
         fragments_bad: _builtins.int = ...,
+        repaired_from: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_chunks", b"bad_chunks", "finished", b"finished", "fragments_bad", b"fragments_bad", "fragments_checked", b"fragments_checked", "generation", b"generation", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "repair", b"repair", "repair_waits", b"repair_waits", "repaired_chunks", b"repaired_chunks", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_chunks", b"bad_chunks", "finished", b"finished", "fragments_bad", b"fragments_bad", "fragments_checked", b"fragments_checked", "generation", b"generation", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "repair", b"repair", "repair_waits", b"repair_waits", "repaired_chunks", b"repaired_chunks", "repaired_from", b"repaired_from", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,7 +43,8 @@ class Verdict:
     step: int
     nbytes: int
     bad: Sequence[BadChunk] = ()
-    repaired: Sequence[BadChunk] = ()  # brought back from other nodes
+    repaired: Sequence[BadChunk] = ()  # brought back from `source`
+    source: str = ""
     why: str = ""  # the bad ones were not brought back
     is_waiting: bool = False  # they may still be: a node does not answer
     fragments: tuple[int, int] = (0, 0)  # parity on this node: hashed, of it bad
@@ -112,6 +113,7 @@ def verify_snapshot(
         nbytes=last.nbytes_done,
         bad=bad,
         repaired=repaired,
+        source=last.repaired_from or "other nodes",  # a daemon of before that was known had no other
         why=last.repair,
         is_waiting=last.repair_waits,
         fragments=(last.fragments_checked, last.fragments_bad),
@@ -146,7 +148,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     head += f"{format_size(verdict.nbytes)} hashed, "
     lines = [head + ("all good" if not verdict.bad and not verdict.repaired else "")]
     if verdict.repaired:
-        lines[0] += f"{_chunks(verdict.repaired)} brought back from other nodes"
+        lines[0] += f"{_chunks(verdict.repaired)} brought back from {verdict.source}"
     if verdict.bad:
         lines[0] += ("; " if verdict.repaired else "") + _chunks(verdict.bad)
     lines += [bad_chunk_line(bad) for bad in [*verdict.repaired, *verdict.bad]]
@@ -180,6 +182,7 @@ def verdict_json(verdict: Verdict) -> dict[str, object]:
         "is_gone": verdict.is_gone,
         "bad_chunks": [_chunk_json(bad) for bad in verdict.bad],
         "repaired_chunks": [_chunk_json(bad) for bad in verdict.repaired],
+        "repaired_from": verdict.source if verdict.repaired else None,
         "not_repaired": verdict.why or None,
         "repair_waits": verdict.is_waiting,
         "fragments_checked": verdict.fragments[0],

@@ -117,12 +117,13 @@ class RankReport:
 @dataclass(frozen=True, slots=True)
 class Repair:
     """What came of bringing back a shard that has bad chunks. `is_proved`: not whole, and no node that may still come
-    can change that.
+    can change that. `source`: where the chunks came from, in words.
     """
 
     is_whole: bool
     is_proved: bool = False
     why: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

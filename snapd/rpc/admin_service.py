@@ -145,6 +145,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             last.bad_chunks.extend(_bad_chunks(result.bad))
             last.repaired_chunks.extend(_bad_chunks(result.repaired))
             last.repair, last.repair_waits = result.why, result.is_waiting
+            last.repaired_from = result.source
         last.fragments_checked, last.fragments_bad = fragments or (0, 0)
         yield last
 

@@ -14,7 +14,7 @@ from snapd.errors import NotRestorable, UnavailableError
 from snapd.runtime.elastic import Wanted
 from snapd.runtime.job import Job
 from snapd.runtime.parity_mending import mend_parity
-from snapd.runtime.peers import ShardSource
+from snapd.runtime.peers import Brought, ShardSource
 from snapd.runtime.recovering import (
     RecoveryMeans,
     ShardSources,
@@ -32,10 +32,10 @@ R = TypeVar("R")
 
 async def _from_tier_after(
     tier: TierRestores, job: Job, snapshot: SnapshotId, rank: int, error: NotRestorable | UnavailableError
-) -> ShardRecord:
+) -> Brought:
     """Raises both reasons; unreachable if one of the sources is."""
     try:
-        return await bring_from_tier(tier, job, snapshot, rank)
+        return Brought(await bring_from_tier(tier, job, snapshot, rank), tier.url)
     except (NotRestorable, UnavailableError) as second:
         is_away = isinstance(error, UnavailableError) or isinstance(second, UnavailableError)
         cls = UnavailableError if is_away else NotRestorable
@@ -65,7 +65,7 @@ class Bringer:
         sources: Sequence[ShardSource],
         *,
         is_here_bad: bool,
-    ) -> ShardRecord:
+    ) -> Brought:
         """Bring the shard of `rank`; the snapshot is then held once more. `is_here_bad`: this node has it, with chunks
         that are not what they were: only these are brought, and its record is replaced then.
 
@@ -74,10 +74,10 @@ class Bringer:
         """
         tier = self._tier()
         if tier is not None and _is_only_stored(sources, rank):
-            return await bring_from_tier(tier, job, snapshot, rank)
+            return Brought(await bring_from_tier(tier, job, snapshot, rank), tier.url)
         found = self._sources(sources, rank, is_here_bad)
         try:
-            return await bring_shard(job, self._means, snapshot, rank, found)
+            return Brought(await bring_shard(job, self._means, snapshot, rank, found))
         except (NotRestorable, UnavailableError) as error:
             if tier is None or error.kind != NO_SOURCE:
                 raise

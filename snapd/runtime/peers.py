@@ -61,6 +61,17 @@ class ShardSource:
     record_nodes: tuple[str, ...] = ()
 
 
+FROM_NODES = "other nodes"
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A shard that is here now. `source`: where its bytes came from, in words: `FROM_NODES`, or the tier's URL."""
+
+    record: ShardRecord
+    source: str = FROM_NODES
+
+
 @dataclass(frozen=True, slots=True)
 class WorldPlan:
     decision: Decision

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from snapd.core.ids import SnapshotId
-from snapd.core.manifest import ShardRecord
 from snapd.core.recovery import Inventory
 from snapd.core.restore import Repair
 from snapd.errors import IntegrityError, NotFoundError, NotRestorable, SnapdError
@@ -23,7 +22,7 @@ from snapd.runtime.bulk_store import discard_fragment
 from snapd.runtime.faultpoints import point
 from snapd.runtime.inventories import gather_inventories
 from snapd.runtime.job import Job
-from snapd.runtime.peers import ShardSource
+from snapd.runtime.peers import Brought, ShardSource
 
 CHUNKS_SHOWN = 4
 BadChunk = tuple[int, str]
@@ -46,7 +45,7 @@ class Bringing(Protocol):
 
     async def bring(
         self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource], *, is_here_bad: bool
-    ) -> ShardRecord: ...
+    ) -> Brought: ...
 
     async def mend_parity(self, job: Job, snapshot: SnapshotId) -> str: ...
 
@@ -132,7 +131,7 @@ class Repairs:
         job.ledger.hold(snapshot)
         try:
             sources, silent = await self._sources(job.name, snapshot)
-            await self._bringing.bring(job, snapshot, rank, sources, is_here_bad=True)
+            found = await self._bringing.bring(job, snapshot, rank, sources, is_here_bad=True)
         except NotRestorable as error:
             doubt = f"; {', '.join(silent)} did not answer" if silent else ""
             return Repair(False, self._cluster.sees_all and not silent, error.message + doubt)
@@ -141,7 +140,7 @@ class Repairs:
         finally:
             job.ledger.unhold(snapshot)
         job.ledger.unhold(snapshot)  # what `bring` holds for a restore
-        return Repair(True)
+        return Repair(True, source=found.source)
 
     async def _sources(self, job: str, snapshot: SnapshotId) -> tuple[list[ShardSource], list[str]]:
         """Where each shard of the snapshot is, and who did not say what it has."""
@@ -164,6 +163,7 @@ class Repairs:
                 step=step,
                 rank=rank,
                 chunks=count,
+                source=outcome.source,
                 reason=listed,
             )
             job.settle()

@@ -135,18 +135,20 @@ async def _decide(job: Job, session: Session, step: int | None, is_elastic: bool
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What hashing a snapshot again found: (rank, index, what). `repaired`: bad, and brought back from other nodes;
-    `bad`: not. `is_waiting`: they may still be brought, so that the snapshot is not condemned; `why` they were not.
+    """What hashing a snapshot again found: (rank, index, what). `repaired`: bad, and brought back from `source` (in
+    words); `bad`: not. `is_waiting`: they may still be brought, so that the snapshot is not condemned; `why` they were
+    not.
     """
 
     bad: tuple[tuple[int, int, str], ...] = ()
     repaired: tuple[tuple[int, int, str], ...] = ()
     is_waiting: bool = False
     why: str = ""
+    source: str = ""
 
 
 async def verify(job: Job, snapshot: SnapshotId, progress: Progress | None = None) -> Verified:
-    """Hash every chunk of a snapshot again, and bring back what is bad, where there are other nodes; mark it verified,
+    """Hash every chunk of a snapshot again, and bring back what is bad, where others have it; mark it verified,
     or unusable if it is proved to be.
     """
     facts = job.ledger.snapshots.get(snapshot)
@@ -203,15 +205,18 @@ async def _repaired(job: Job, snapshot: SnapshotId, found: Sequence[tuple[int, i
     bad: list[tuple[int, int, str]] = []
     repaired: list[tuple[int, int, str]] = []
     reasons: list[str] = []
+    sources: dict[str, None] = {}
     is_waiting = False
     for rank in sorted({rank for rank, _, _ in found}):
         mine = [entry for entry in found if entry[0] == rank]
         result = await job.repairs.repair(job, snapshot, rank, [(index, what) for _, index, what in mine])
         (repaired if result.is_whole else bad).extend(mine)
-        if not result.is_whole:
+        if result.is_whole:
+            sources[result.source] = None
+        else:
             reasons.append(result.why)
             is_waiting = is_waiting or not result.is_proved
-    return Verified(tuple(bad), tuple(repaired), is_waiting, "; ".join(reasons[:4]))
+    return Verified(tuple(bad), tuple(repaired), is_waiting, "; ".join(reasons[:4]), " and ".join(sources))
 
 
 async def _verify_piece(

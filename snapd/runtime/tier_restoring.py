@@ -168,7 +168,17 @@ class TierRestores(TierAccess):
         except SnapdError as error:  # a restore asks the tier again, and waits for it
             return Repair(False, is_proved=True, why=error.message)
         job.ledger.unhold(snapshot)
-        return Repair(True)
+        job.context.log.warning(
+            "shard.repaired",
+            job=job.name,
+            generation=snapshot.generation,
+            step=snapshot.step,
+            rank=rank,
+            chunks=len(bad),
+            source=self.url,
+            reason=told,
+        )
+        return Repair(True, source=self.url)
 
     # a round
 

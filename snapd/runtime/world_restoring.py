@@ -18,7 +18,7 @@ from snapd.errors import NotFoundError, SnapdError
 from snapd.memory.hashing import bad_chunks
 from snapd.runtime.elastic import Wanted
 from snapd.runtime.job import Job
-from snapd.runtime.peers import ShardSource, WorldAsk, WorldPlan
+from snapd.runtime.peers import Brought, ShardSource, WorldAsk, WorldPlan
 from snapd.runtime.restoring import condemn, holders_of
 from snapd.runtime.session import Session
 
@@ -40,7 +40,7 @@ class Bringing(Protocol):
 
     async def bring(
         self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource], *, is_here_bad: bool
-    ) -> ShardRecord: ...
+    ) -> Brought: ...
 
     async def find_record(
         self, job: Job, snapshot: SnapshotId, rank: int, sources: Sequence[ShardSource]
@@ -194,13 +194,13 @@ class WorldRestores:
             job.ledger.hold(chosen)
             round_.hold_count += 1
             return shard.record
-        record = await self._bringing.bring(job, chosen, rank, round_.plan.sources, is_here_bad=is_here_bad)
+        found = await self._bringing.bring(job, chosen, rank, round_.plan.sources, is_here_bad=is_here_bad)
         round_.hold_count += 1
         brought = job.ledger.snapshots[chosen].shards.get(rank)
         if brought is not None:
             brought.is_verified = True
         job.ledger.announce(chosen)
-        return record
+        return found.record
 
     async def _bad_here(self, job: Job, record: ShardRecord) -> list[tuple[int, str]]:
         loop, memory = asyncio.get_running_loop(), job.arena(record.rank).memory

@@ -6,6 +6,8 @@ import contextlib
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from snapd.core.ids import SnapshotId
 from snapd.core.stored import StoredShard
 from snapd.core.tier_keys import TierKeys
 from snapd.tier.known_chunks import read_record
-from tests.support.daemon_process import wait_for
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.flush_scene import ON_DEMAND, TierDaemon, capture_steps, shards_of, tier_daemon
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 SEED = 1
@@ -143,19 +145,44 @@ def test_what_is_damaged_is_named_and_the_next_is_taken(damage: Callable[[TierDa
         assert not bad and len(found) == 6
 
 
+def flip_in_memory(scene: TierDaemon, step: int, index: int) -> None:
+    record = scene.record(step)
+    chunk = record.chunks[index]
+    path = scene.daemon.arena / "jobs" / "a" / f"rank-0.seg-{chunk.segment}"
+    changed_at = chunk.frame * record.chunk_bytes + 5
+    with path.open("r+b") as file:
+        file.seek(changed_at)
+        byte = file.read(1)[0]
+        file.seek(changed_at)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_verify_mends_from_the_tier_and_says_so() -> None:
+    with tier_daemon() as scene:
+        captured(scene)
+        flip_in_memory(scene, 4, 3)
+
+        def verify(*arguments: str) -> tuple[int, str]:
+            command = [sys.executable, "-m", "snapd", "verify", "a", *arguments]
+            done = subprocess.run(command, env=scene.daemon.env, capture_output=True, text=True, check=False)
+            return done.returncode, done.stdout + done.stderr
+
+        code, text = verify()
+        assert code == 0 and f"1 bad chunk brought back from {scene.root}\n" in text, text
+        assert scene.daemon.events("shard.repaired")[-1]["source"] == str(scene.root)
+        flip_in_memory(scene, 4, 2)
+        code, text = verify("--json")
+        (found,) = (each for each in json.loads(text) if each["step"] == 4)
+        assert code == 0 and found["repaired_from"] == str(scene.root)
+        assert [chunk["chunk"] for chunk in found["repaired_chunks"]] == [2]
+        assert {each["repaired_from"] for each in json.loads(verify("--json")[1])} == {None}
+
+
 def test_memory_and_tier_together_make_a_snapshot_whole() -> None:
     """A chunk that is bad in memory comes from the tier, what is good stays where it is."""
     with tier_daemon() as scene:
         captured(scene)
-        record = scene.record(4)
-        chunk = record.chunks[3]
-        path = scene.daemon.arena / "jobs" / "a" / f"rank-0.seg-{chunk.segment}"
-        changed_at = chunk.frame * record.chunk_bytes + 5
-        with path.open("r+b") as file:
-            file.seek(changed_at)
-            byte = file.read(1)[0]
-            file.seek(changed_at)
-            file.write(bytes([byte ^ 1]))
+        flip_in_memory(scene, 4, 3)
         scene.daemon.kill()
         scene.daemon.start()
         trainer = opened(scene, "two")

@@ -188,7 +188,9 @@ def test_verdicts() -> None:
 
 def test_verdicts_of_what_other_nodes_brought_back() -> None:
     bad = BadChunk(rank=1, chunk=4, what="hash differs", contents=["w"])
-    mended = Verdict(job="j", generation=2, step=9, nbytes=1 << 20, repaired=[bad], fragments=(8, 1))
+    mended = Verdict(
+        job="j", generation=2, step=9, nbytes=1 << 20, repaired=[bad], source="other nodes", fragments=(8, 1)
+    )
     lines = verdict_lines(mended)
     assert lines[0].endswith("1 MiB hashed, 1 bad chunk brought back from other nodes")
     assert "rank 1 chunk 4" in lines[1] and lines[2].endswith("1 bad, forgotten and coded again")

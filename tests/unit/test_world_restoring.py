@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from snapd.core.ids import SnapshotId
-from snapd.core.manifest import ShardRecord
 from snapd.core.restore import Decision, Outcome, RankReport, RestoreRound, Verdicts
 from snapd.errors import ConflictError, NotFoundError, NotRestorable, UnavailableError
 from snapd.runtime.fetched import Fetched
-from snapd.runtime.peers import ShardSource, WorldAsk, WorldPlan
+from snapd.runtime.peers import Brought, ShardSource, WorldAsk, WorldPlan
 from snapd.runtime.world_restoring import WorldRestores
 from tests.support.collector_reports import snap
 from tests.support.virtual_time import pass_time, run_virtually
@@ -89,14 +88,14 @@ class Bringing:
         sources: Sequence[ShardSource],
         *,
         is_here_bad: bool,
-    ) -> ShardRecord:
+    ) -> Brought:
         self.brought.append((snapshot, rank))
         await pass_time(0.1)
         if self.errors:
             raise self.errors.pop(0)
         job.capture(snapshot.step, rank)
         job.ledger.hold(snapshot)
-        return job.ledger.snapshots[snapshot].shards[rank].record  # type: ignore[no-any-return]
+        return Brought(job.ledger.snapshots[snapshot].shards[rank].record)
 
 
 @dataclass
