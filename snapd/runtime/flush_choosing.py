@@ -5,8 +5,10 @@ from __future__ import annotations
 from snapd.core.flushing import PAUSE_GENERATION, FlushChoice, FlushRules, FlushSituation, choose_flush
 from snapd.core.ids import SnapshotId
 from snapd.core.reports import FlushNews
+from snapd.core.tier_failures import may_pass
 from snapd.runtime.job import Job
 
+LASTING_TRIES = 2
 STUCK_AFTER_S = 30.0  # nothing counts as stuck before: another snapshot is named then, and all begin anew
 
 
@@ -21,6 +23,7 @@ class FlushChooser:
         self.durable: SnapshotId | None = None
         self.current: SnapshotId | None = None
         self.is_ending = False
+        self._lasting = 0  # attempts in a row, while ending, that failed in a way that waiting does not mend
         self.dropped: set[SnapshotId] = set()  # by retention, in the tier: never again
         self._wanted: SnapshotId | None = None
         self._first_steps: dict[int, int] = {}
@@ -72,6 +75,17 @@ class FlushChooser:
         if newest is None or self.is_durable(newest) or newest in self.dropped:
             return False
         return self._own(None, "").pause != PAUSE_GENERATION
+
+    def note_failed(self, kind: str) -> None:
+        """An attempt ended with an error of that kind."""
+        self._lasting = self._lasting + 1 if self.is_ending and not may_pass(kind) else 0
+
+    @property
+    def is_hopeless(self) -> bool:
+        """While ending: waiting does not help. Said after a second try: a refusal has the store look for other
+        credentials.
+        """
+        return self._lasting >= LASTING_TRIES
 
     def begin(self, snapshot: SnapshotId) -> None:
         """It is being flushed from now on."""

@@ -29,6 +29,7 @@ from snapd.tier.writing import ShardBytes, Stopped
 WATCH_S = 0.25
 LOOK_S = 60.0
 LOOKED_S = 10.0  # what the tier has is not looked at again so soon: all ranks of a node open at once
+ENDING_RETRY_S = 1.0  # little time is left
 OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the tier to say which generations it has
 
 
@@ -111,6 +112,11 @@ class JobFlusher:
     def is_behind(self) -> bool:
         """Whether the newest complete snapshot may still become durable, and is not."""
         return self._chooser.is_behind()
+
+    @property
+    def is_hopeless(self) -> bool:
+        """After `finish`: it failed in a way that waiting does not mend."""
+        return self._chooser.is_hopeless
 
     def news(self) -> FlushNews:
         """What the job's collector is told."""
@@ -226,6 +232,7 @@ class JobFlusher:
     async def _failed(self, error: SnapdError) -> None:
         """Say why, and wait before the next attempt."""
         self._failures += 1
+        self._chooser.note_failed(error.kind)
         self._tell_collector()
         self.tier.metrics.failures.labels(kind=error.kind).inc()
         current = self._chooser.current
@@ -237,14 +244,13 @@ class JobFlusher:
             self.job.context.log.info("flush.again", job=self.job.name, reason=error.message)
         else:
             self._tell(Trouble.of(error))
-        until_s = self.job.context.environment.monotonic_s() + retry_s(self._failures)
         was_ending = self._chooser.is_ending
 
         def is_over() -> bool:
             return self.job.is_removed or self._chooser.is_ending != was_ending
 
-        left_s = until_s - self.job.context.environment.monotonic_s()
-        await self.job.changes.wait_until(is_over, max(0.0, left_s))
+        wait_s = retry_s(self._failures)
+        await self.job.changes.wait_until(is_over, min(wait_s, ENDING_RETRY_S) if was_ending else wait_s)
 
     def _doubt(self, snapshot: SnapshotId, error: SnapdError) -> None:
         """Memory does not have what was recorded: look at all of the snapshot, mend it or condemn it."""

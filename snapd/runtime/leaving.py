@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 
 from snapd.core.ids import SnapshotId
+from snapd.runtime.flushing import JobFlusher
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
 
@@ -21,7 +22,7 @@ async def finish_levels(
     node: Node, grace_s: float, *, tier_grace_s: float = 0.0, is_failing: Callable[[], bool]
 ) -> None:
     """Return when it is done, when nothing more can be done, or after `grace_s`; what becomes durable has until
-    `tier_grace_s`. `is_failing`: the daemon must end.
+    `tier_grace_s`, but a store that refuses us for good is not waited for. `is_failing`: the daemon must end.
     """
     began_s = node.context.environment.monotonic_s()
     deadline_s = began_s + grace_s
@@ -40,16 +41,18 @@ async def finish_levels(
         goals = {name: goals[name] for name in open_jobs}
     left = _unprotected(node, goals)
     tier_deadline_s = began_s + tier_grace_s
-    while not is_failing() and (not_durable := _not_durable(node)):
+    while not is_failing() and not all(each.is_hopeless for each in _not_durable(node)):
         if node.context.environment.monotonic_s() >= tier_deadline_s:
             break
         await asyncio.sleep(LOOK_S)
     not_durable = _not_durable(node)
+    for flusher in not_durable:
+        _tell_left(node, flusher)
     node.context.log.info(
         "levels.finished",
         is_captured=is_captured,
         unprotected_jobs=left,
-        not_durable_jobs=not_durable,
+        not_durable_jobs=[flusher.job.name for flusher in not_durable],
         seconds=round(node.context.environment.monotonic_s() - began_s, 3),
     )
 
@@ -83,6 +86,20 @@ def _unprotected(node: Node, goals: dict[str, SnapshotId | None]) -> list[str]:
     return found
 
 
-def _not_durable(node: Node) -> list[str]:
+def _not_durable(node: Node) -> list[JobFlusher]:
     """The jobs whose newest complete snapshot may still become durable, and is not."""
-    return sorted(name for name, flusher in node.flushers.items() if flusher.is_behind())
+    return [flusher for _, flusher in sorted(node.flushers.items()) if flusher.is_behind()]
+
+
+def _tell_left(node: Node, flusher: JobFlusher) -> None:
+    """What is lost with this machine, unless another has it."""
+    trouble, durable = flusher.trouble, flusher.durable
+    node.context.log.warning(
+        "snapshot.not_durable",
+        job=flusher.job.name,
+        snapshot=str(flusher.newest),
+        durable=str(durable) if durable is not None else None,
+        kind=trouble.kind if trouble is not None else "grace",
+        is_waited_for=not flusher.is_hopeless,
+        reason=flusher.reason,
+    )

@@ -7,7 +7,8 @@ Every method may be called from any thread and blocks. Each takes part in the st
 `deadline_s` (seconds from the call; None: the store's default), and then raises. What a caller may catch:
 
     NotFoundError     kind `object`, or `bucket`: no such object; the bucket or the root directory is missing
-    UnavailableError  kinds `store_unreachable`, `store_slow`, `store_throttled`, `store_failing`: try again later
+    UnavailableError  kinds `store_unreachable`, `store_slow`, `store_throttled`, `store_failing`: try again later;
+                      `store_tls`: a person must act
     AuthError         kinds `store_credentials`, `store_denied`: a person must act
     CapacityError     kind `store_full`: disk, quota
     ConfigError       kinds `store`, `store_clock`, ...: a person must act

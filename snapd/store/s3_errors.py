@@ -59,6 +59,11 @@ _DAMAGED = {
     "InvalidChecksum",
 }  # fmt: skip
 _SHORT = {"InvalidRange", "416"}
+# What OpenSSL says when another try cannot help: trust, names, versions, a server that does not speak TLS.
+_NO_TLS = (
+    "CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "NO_PROTOCOLS_AVAILABLE",
+    "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "HANDSHAKE_FAILURE", "ALERT_PROTOCOL_VERSION", "ALERT_UNKNOWN_CA",
+)  # fmt: skip
 
 
 class Refused(Exception):
@@ -107,9 +112,10 @@ def failure_of(error: BaseException, doing: str, wall_s: float) -> Failure:
     if isinstance(error, boto.TokenRetrievalError | boto.SSOError | boto.ProfileNotFound | boto.LoginError):
         return Failure(_no_credentials(text), False)
     if isinstance(error, boto.SSLError):
-        is_trust = "CERTIFICATE_VERIFY_FAILED" in str(error)
-        hint = "tier.ca names the authority of the server's certificate" if is_trust else ""
-        return Failure(UnavailableError(text, kind="store_unreachable", hint=hint), not is_trust)
+        if any(word in str(error).upper().replace(" ", "_") for word in _NO_TLS):
+            hint = "tier.ca names the authority of the server's certificate; tier.endpoint says http or https"
+            return Failure(UnavailableError(text, kind="store_tls", hint=hint), False)
+        return Failure(UnavailableError(text, kind="store_unreachable"), True)
     if isinstance(error, boto.ReadTimeoutError | TimeoutError | urllib3.exceptions.TimeoutError):
         return Failure(UnavailableError(text, kind="store_slow"), True)
     if isinstance(error, boto.FlexibleChecksumError):

@@ -157,8 +157,13 @@ def test_a_certificate_of_an_own_authority(weed: Seaweed, prefix: str, tmp_path:
     stranger = weed.store(prefix, endpoint=weed.tls_endpoint)
     with pytest.raises(UnavailableError) as error:
         stranger.create("a", b"x")
-    assert error.value.kind == "store_unreachable" and "tier.ca" in error.value.hint
+    assert error.value.kind == "store_tls" and "tier.ca" in error.value.hint
     assert stranger.requests.retries == 0
+    wrong = weed.store(prefix, endpoint=weed.endpoint.replace("http:", "https:"))
+    with pytest.raises(UnavailableError) as error:
+        wrong.create("a", b"x")
+    assert error.value.kind == "store_tls" and "tier.endpoint" in error.value.hint
+    assert wrong.requests.retries == 0
     with pytest.raises(ConfigError) as missing:
         weed.store(prefix, endpoint=weed.tls_endpoint, ca=str(tmp_path / "none.pem")).create("a", b"x")
     assert missing.value.kind == "store"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from snapd.core.ids import SnapshotId
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.flush_scene import BY_STEPS, TierDaemon, capture_steps, intents, read_tier
+from tests.support.s3_gate import gate_before
 from tests.support.seaweed import BUCKET, READ_ONLY_KEY, READ_ONLY_SECRET, Seaweed, running
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 PATIENT = {"SNAPD_TIER_DEADLINE": "3s", "SNAPD_TIER_STALL": "1s", "SNAPD_TIER_CONNECT": "1s"}
@@ -110,13 +114,49 @@ def test_a_server_that_is_killed_and_comes_back(scene: Scene, server: Seaweed) -
     assert max(read_tier(scene.store, "a")) >= SnapshotId(1, 7)
 
 
-def test_credentials_that_may_not_write(scene: Scene) -> None:
-    refused = {"AWS_ACCESS_KEY_ID": READ_ONLY_KEY, "AWS_SECRET_ACCESS_KEY": READ_ONLY_SECRET}
-    scene.daemon.start(SNAPD_TIER_GRACE="1s", **refused)
+def lasting(server: Seaweed) -> dict[str, tuple[str, dict[str, str]]]:
+    """Settings of a daemon whose tier can never take anything -> the kind of what it says."""
+    read_only = {"AWS_ACCESS_KEY_ID": READ_ONLY_KEY, "AWS_SECRET_ACCESS_KEY": READ_ONLY_SECRET}
+    return {
+        "rights": ("store_denied", read_only),
+        "credentials": ("store_credentials", {"AWS_SECRET_ACCESS_KEY": "of somebody else"}),
+        "bucket": ("bucket", {"SNAPD_TIER_SHARED": "s3://no-such-bucket/x"}),
+        "tls": ("store_tls", {"SNAPD_TIER_ENDPOINT": server.endpoint.replace("http:", "https:")}),
+    }
+
+
+@pytest.mark.parametrize("what", ["rights", "credentials", "bucket", "tls"])
+def test_what_waiting_cannot_mend_does_not_hold_up_the_end(scene: Scene, server: Seaweed, what: str) -> None:
+    kind, settings = lasting(server)[what]
+    scene.daemon.start(SNAPD_TIER_GRACE="60s", **settings)
     trainer = opened(scene)
     capture_steps(trainer, 1, 4)
-    scene.wait_pause("store_denied")
+    scene.wait_pause(kind)
+    began_s = time.monotonic()
     assert scene.daemon.stop() == 0
+    assert time.monotonic() - began_s < 10
+    (left,) = scene.daemon.events("snapshot.not_durable")
+    assert (left["job"], left["kind"], left["is_waited_for"]) == ("a", kind, False)
+    assert left["snapshot"] == str(SnapshotId(1, 4)) and left["reason"].startswith("paused: ")
+
+
+def test_what_may_pass_is_waited_for_at_the_end(scene: Scene, server: Seaweed) -> None:
+    scene.daemon.start(SNAPD_TIER_GRACE="60s")
+    trainer = opened(scene)
+    capture_steps(trainer, 1, 2)
+    scene.wait_durable(2)
+    server.kill()
+    try:
+        capture_steps(trainer, 3, 4)
+        scene.wait_pause("store_unreachable")
+        assert scene.daemon.process is not None
+        scene.daemon.process.terminate()
+        wait_for(lambda: scene.daemon.events("daemon.stopping"), "it was told to end")
+    finally:
+        server.start()
+    assert scene.daemon.process.wait(60) == 0
+    assert scene.daemon.events("snapshot.not_durable") == []
+    assert max(read_tier(scene.store, "a")) == SnapshotId(1, 4)
 
 
 def test_a_server_that_hangs_does_not_keep_the_daemon_from_ending(scene: Scene, server: Seaweed) -> None:
@@ -135,3 +175,55 @@ def test_a_server_that_hangs_does_not_keep_the_daemon_from_ending(scene: Scene, 
         server.go_on()
     left = scene.daemon.events("levels.finished")[-1]["not_durable_jobs"]
     assert left == ["a"]
+
+
+# odd moments
+
+
+def test_credentials_that_expire_in_the_middle_of_an_upload(scene: Scene, server: Seaweed) -> None:
+    with gate_before(server.port) as gate:
+        scene.daemon.start(SNAPD_TIER_ENDPOINT=gate.endpoint)
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 2)
+        scene.wait_durable(2)
+        for allowed in range(5):  # the intent, the pack, the manifest, the commit record: each in its turn
+            gate.allowed = allowed
+            capture_steps(trainer, 3 + 2 * allowed, 4 + 2 * allowed)
+            scene.wait_pause("store_credentials")
+            assert "ExpiredToken" in scene.flush().reason
+            assert max(read_tier(scene.store, "a")).step <= 4 + 2 * allowed  # reads all of them
+            gate.allowed = None  # somebody has put new ones in place
+            scene.wait_durable(4 + 2 * allowed)
+        assert len(gate.refused) >= 5
+        newest = read_tier(scene.store, "a")[SnapshotId(1, 12)]
+        assert newest == [trainer.chunks(12, 1, 6)]
+
+
+def test_gc_and_other_commands_with_credentials_that_may_only_read(scene: Scene) -> None:
+    scene.daemon.start()
+    trainer = opened(scene)
+    capture_steps(trainer, 1, 2)
+    scene.wait_durable(2)
+    capture_steps(trainer, 3, 4)
+    scene.wait_durable(4)
+    url = scene.daemon.env["SNAPD_TIER_SHARED"]
+    refused = {"AWS_ACCESS_KEY_ID": READ_ONLY_KEY, "AWS_SECRET_ACCESS_KEY": READ_ONLY_SECRET}
+
+    def snapd(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "snapd", *arguments, "--from", url]
+        env = {**scene.daemon.env, **refused}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    for arguments in (
+        ("ls",),
+        ("verify", "a", "--deep"),
+        ("gc", "--job", "a", "--dry-run", "--keep-last", "1"),
+    ):
+        code, text = snapd(*arguments)
+        assert code == 0, text
+    for arguments in (("gc", "--job", "a", "--keep-last", "1"), ("pin", "keep", "--job", "a", "--step", "4")):
+        code, text = snapd(*arguments)
+        assert code == 4 and len(text.splitlines()) <= 2, text
+        assert "AccessDenied" in text and "store_denied" in text, text
+    assert len(read_tier(scene.store, "a")) == 2
