@@ -26,14 +26,14 @@ from snapd.tier.committing import (
     places_of,
     revisions_of,
 )
-from snapd.tier.intents import WriterIntent, condemned_error
+from snapd.tier.intents import BEATS_PER_TTL, WriterIntent, condemned_error
 from snapd.tier.known_chunks import KnownChunks, add_base, committed_snapshots, newest_good
 from snapd.tier.manifests import shard_from_record
 from snapd.tier.writing import PackWriter, ShardBytes, Stopped, WriteCounts, WriteMeans, plan_packs
 
 WAIT_FIRST_S = 0.2
 WAIT_MAX_S = 15.0
-WAIT_PIECE_S = 1.0
+BEAT_LOOK_S = 1.0
 CARRIED_PER_CHUNK_MAX = 3
 
 
@@ -86,6 +86,9 @@ class TierWriter:
         """`node`: names the writer across restarts; nobody else has that name."""
         self.keys = TierKeys(job)
         self._means, self._node = means, node
+        self._beat_s = min(
+            BEAT_LOOK_S, means.ttl_s / (2 * BEATS_PER_TTL)
+        )  # how often it is seen whether one is due
         self._is_adopting = True
         self._begin_anew()
 
@@ -275,7 +278,10 @@ class TierWriter:
     ) -> tuple[PackWriter, int]:
         plan = plan_packs([shard.record for shard in shards], known, first_number=self._next_pack)
         self._next_pack += len(plan.packs)  # no name is used twice, whatever becomes of this attempt
-        writer = PackWriter(self._means.write, self.keys, self.write_id, shards, stop)
+        means = self._means.write
+        writer = PackWriter(
+            means, self.keys, self.write_id, shards, stop, beat=self._beat, beat_s=self._beat_s
+        )
         stage.text, stage.counts = "writes packs", writer.counts
         stage.nbytes_total = sum(pack.raw_nbytes for pack in plan.packs)
         own: dict[tuple[bytes, int], StoredChunk] = {}
@@ -297,10 +303,10 @@ class TierWriter:
         clock = self._means.write.monotonic_s
         until_s = clock() + seconds
         while (left_s := until_s - clock()) > 0 and not look_now.is_set():
-            if stop.wait(min(left_s, WAIT_PIECE_S)):
+            if stop.wait(min(left_s, self._beat_s)):
                 raise Stopped
+            self._beat()
         look_now.clear()
-        self._beat()
 
 
 def _stored(shard: ShardBytes, own: dict[tuple[bytes, int], StoredChunk], known: KnownChunks) -> StoredShard:

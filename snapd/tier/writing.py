@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 
 import xxhash
@@ -174,7 +174,9 @@ class WriteMeans:
 
 
 class PackWriter:
-    """Writes the packs of one attempt. `stop` ends it between two batches."""
+    """Writes the packs of one attempt. `stop` ends it between two batches. `beat` is called every `beat_s` by the
+    thread that waits for the packs, however long one takes: what it raises ends the attempt.
+    """
 
     def __init__(
         self,
@@ -183,10 +185,13 @@ class PackWriter:
         write_id: str,
         shards: Sequence[ShardBytes],
         stop: threading.Event,
+        *,
+        beat: Callable[[], None],
+        beat_s: float,
     ) -> None:
         self.counts = WriteCounts()
         self._means, self._keys, self._write_id, self._shards = means, keys, write_id, shards
-        self._stop = stop
+        self._stop, self._beat, self._beat_s = stop, beat, beat_s
         self._failed = threading.Event()
         self._lock = threading.Lock()
         self._widths: dict[int, Sequence[int]] = {}
@@ -206,8 +211,9 @@ class PackWriter:
                     under_way.append(self._means.packers.submit(self._write_pack, pack))
                 if not under_way:
                     return
-                done = under_way[0].result()
-                under_way.pop(0)
+                while under_way[0] not in wait(under_way[:1], self._beat_s).done:
+                    self._beat()
+                done = under_way.pop(0).result()
                 yield done
         finally:
             self._failed.set()
