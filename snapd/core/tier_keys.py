@@ -7,6 +7,8 @@
     jobs/JOB/condemned/ROUND.condemned             what a collector is about to delete
     jobs/JOB/pins/NAME.pin                         snapshots that retention must keep
 
+What else lies there is nobody's: it is neither read nor deleted.
+
 G, the generation, and S, the step, are decimal and padded with zeros (10 and 15 digits): the order of keys is the
 order of age.
 """
@@ -108,6 +110,22 @@ class TierKeys:
         if match is None or not key.startswith(self.shards):
             return None
         return SnapshotId(int(match[1]), int(match[2])), int(match[3]), int(match[4])
+
+    def intent_of(self, key: str) -> str | None:
+        """The write id of an intent's key; None: it is not one."""
+        write_id = key.removeprefix(self.intents).removesuffix(".intent")
+        return write_id if key == self.intent(write_id) and WRITE_ID.fullmatch(write_id) else None
+
+    def round_of(self, key: str) -> int | None:
+        """The number of a condemned list's key; None: it is not one."""
+        digits = key.removeprefix(self.condemned).removesuffix(".condemned")
+        is_number = digits.isascii() and digits.isdigit()
+        return int(digits) if is_number and key == self.condemned_round(int(digits)) else None
+
+    def pin_of(self, key: str) -> str | None:
+        """The name of a pin's key; None: it is not one."""
+        name = key.removeprefix(self.pins).removesuffix(".pin")
+        return name if key == self.pin(name) and PIN_NAME.fullmatch(name) else None
 
 
 def pack_name(write_id: str, number: int) -> str:

@@ -34,7 +34,7 @@ def adopt_intents(
     """The intents of `node` that a daemon before this one left, put again as a sign of life. `own`: the key of ours."""
     adopted = []
     for info in store.list(keys.intents):
-        if info.key == own or info.key in condemned:
+        if info.key == own or info.key in condemned or keys.intent_of(info.key) is None:
             continue
         try:
             data = store.read(info.key, max_nbytes=NBYTES_MAX[Kind.INTENT])

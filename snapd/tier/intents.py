@@ -29,6 +29,8 @@ def read_condemned(store: Store, keys: TierKeys) -> frozenset[str]:
     """
     found: set[str] = set()
     for info in store.list(keys.condemned):
+        if keys.round_of(info.key) is None:
+            continue
         try:
             data = store.read(info.key, max_nbytes=NBYTES_MAX[Kind.CONDEMNED])
         except NotFoundError as error:

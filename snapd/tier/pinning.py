@@ -28,7 +28,9 @@ def pins_of(store: Store, keys: TierKeys) -> dict[str, SnapshotId | None]:
     """Every pin of the job; None: it cannot be read."""
     found: dict[str, SnapshotId | None] = {}
     for info in store.list(keys.pins):
-        name = info.key.removeprefix(keys.pins).removesuffix(".pin")
+        name = keys.pin_of(info.key)
+        if name is None:
+            continue
         try:
             data = store.read(info.key, max_nbytes=NBYTES_MAX[Kind.PIN])
             found[name] = decode_pin(data, key=info.key, job=keys.job).id

@@ -153,16 +153,18 @@ class Looker:
         return found, ""
 
     def _round(self, info: ObjectInfo) -> SeenRound | None:
-        digits = info.key.removeprefix(self.keys.condemned).partition(".")[0]
-        if not digits.isdigit() or info.key != self.keys.condemned_round(int(digits)):
+        number = self.keys.round_of(info.key)
+        if number is None:
             return None
         found, problem = self._read(info, Kind.CONDEMNED, self._keys)
         if problem == "gone":
             return None
-        return SeenRound(info.key, int(digits), info.modified_s, found)
+        return SeenRound(info.key, number, info.modified_s, found)
 
     def _intent(self, info: ObjectInfo) -> SeenIntent | None:
-        write_id = info.key.removeprefix(self.keys.intents).partition(".")[0]
+        write_id = self.keys.intent_of(info.key)
+        if write_id is None:
+            return None
         found, problem = self._read(info, Kind.INTENT, self._said)
         if problem == "gone":
             return None
@@ -187,6 +189,8 @@ class Looker:
     def _pins(self) -> dict[str, SnapshotId]:
         pins = {}
         for info in self._listed(self.keys.pins):
+            if self.keys.pin_of(info.key) is None:
+                continue
             found, problem = self._read(info, Kind.PIN, self._pin)
             if found is not None:
                 pins[found.name] = found.id
