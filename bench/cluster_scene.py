@@ -26,7 +26,7 @@ from tests.cluster.harness.cluster import Cluster, cluster  # noqa: E402
 from tests.cluster.harness.daemon import BULK_PORT, ClusterDaemon  # noqa: E402
 from tests.cluster.harness.hosts import Host  # noqa: E402
 from tests.cluster.harness.light import LightWorld  # noqa: E402
-from tests.cluster.harness.waiting import wait_for  # noqa: E402
+from tests.support.waiting import wait_for  # noqa: E402
 
 MIB = 1 << 20
 CHUNK_BYTES = 4 * MIB

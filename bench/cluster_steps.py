@@ -17,7 +17,7 @@ from cluster_scene import WAIT_S, measured_cluster, wait_protected
 
 from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.training import Recipe, Training
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 SETTLE_S = 2.0
 STEPS_MAX = 100_000

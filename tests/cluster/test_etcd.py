@@ -11,7 +11,7 @@ from tests.cluster.harness.etcd import EtcdServer
 from tests.cluster.harness.levels import assert_never_held, catches_up
 from tests.cluster.harness.light import LightWorld
 from tests.cluster.harness.observer import Observer
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 CLUSTER = "three"
 AWAY_S = 8.0  # longer than leases and `lost_after`

@@ -12,7 +12,7 @@ from tests.cluster.harness.daemon import ClusterDaemon
 from tests.cluster.harness.levels import catches_up
 from tests.cluster.harness.light import LightWorld
 from tests.cluster.harness.observer import Observer
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 CLUSTER = "led"
 USAGE = 2

@@ -11,7 +11,7 @@ from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.levels import assert_never_held, catches_up, wait_protected_beyond
 from tests.cluster.harness.light import LightWorld
 from tests.cluster.harness.observer import Observer
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 CLUSTER = "four"
 FOUND_S = 30.0

@@ -31,6 +31,7 @@ from snapd.peer.identity import Identity
 from snapd.peer.serving import Serving, serve_stream
 from snapd.peer.stream import ByteStream
 from tests.support.peer_scene import KINDS, LIMITS, Scene, chunk, digest_of, fragment, push, room
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(params=KINDS)
@@ -38,13 +39,6 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
     scene = Scene(request.param, tmp_path)
     yield scene
     scene.close()
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 5) -> None:
-    until = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def fetched(scene: Scene, names: list[Name], sizes: list[int], timeout_s: float = 5) -> list[bytes]:
@@ -256,7 +250,7 @@ def test_malformed_requests_end_the_connection_and_nothing_else(scene: Scene, re
     with pytest.raises(OSError):
         stream.receive_into(room(1), scene.deadline())
     stream.close()
-    wait_until(lambda: scene.server.log.kinds() == ["frame"])
+    wait_for(lambda: scene.server.log.kinds() == ["frame"])
     assert fetched(scene, [chunk(0)], [6]) == [b"123456"]
 
 
@@ -267,7 +261,7 @@ def test_garbage_before_the_greeting_is_refused(scene: Scene) -> None:
         with pytest.raises(OSError):
             stream.receive_into(room(1), scene.deadline())
         stream.close()
-    wait_until(lambda: scene.server.log.kinds() == ["frame"])
+    wait_for(lambda: scene.server.log.kinds() == ["frame"])
 
 
 def test_a_peer_that_stalls_in_mid_transfer_ends_at_the_deadline(scene: Scene) -> None:
@@ -293,7 +287,7 @@ def test_a_pusher_that_stalls_gives_its_room_back(scene: Scene) -> None:
     greet(scene, stream)
     push = pack_frame(FrameKind.PUSH, 0, framing.pack_push(fragment(0), bytes(16)), 100_000)
     stream.send((push, bytes(50_000)), scene.deadline())
-    wait_until(lambda: scene.server.store.open_writes == 1)
+    wait_for(lambda: scene.server.store.open_writes == 1)
     assert scene.server.store.freed.wait(5)
     assert scene.server.store.open_writes == 0
     assert fragment(0) not in scene.server.store.items
@@ -311,7 +305,7 @@ def test_a_peer_that_goes_in_mid_transfer_is_unavailable(scene: Scene) -> None:
     greet(scene, stream)
     push = pack_frame(FrameKind.PUSH, 0, framing.pack_push(fragment(0), bytes(16)), 100_000)
     stream.send((push, bytes(50_000)), scene.deadline())
-    wait_until(lambda: scene.server.store.open_writes == 1)
+    wait_for(lambda: scene.server.store.open_writes == 1)
     stream.close()
     assert scene.server.store.freed.wait(5)
     assert fragment(0) not in scene.server.store.items
@@ -335,7 +329,7 @@ def test_links_outlive_a_restart_of_the_peer(scene: Scene) -> None:
         except UnavailableError:
             return False
 
-    wait_until(is_back)
+    wait_for(is_back)
 
 
 def test_links_follow_the_address(scene: Scene) -> None:
@@ -411,7 +405,7 @@ def test_another_cluster_is_refused(scene: Scene) -> None:
     with pytest.raises(AuthError, match="another cluster") as caught:
         fetched(scene, [chunk(0)], [6])
     assert caught.value.kind == "cluster"
-    wait_until(lambda: scene.server.log.kinds() == ["cluster"])
+    wait_for(lambda: scene.server.log.kinds() == ["cluster"])
     scene.server.store.put(chunk(0), b"123456")
     scene.identity = Identity("a", Token("cluster-1", 5))
     assert fetched(scene, [chunk(0)], [6]) == [b"123456"]  # without the pause after a failure
@@ -424,7 +418,7 @@ def test_an_older_epoch_is_refused_until_it_is_made_good(scene: Scene) -> None:
     with pytest.raises(FencedError, match="older epoch") as caught:
         fetched(scene, [chunk(0)], [6])  # on a connection that was admitted under the old one
     assert caught.value.kind == "stale_epoch"
-    wait_until(lambda: scene.server.log.kinds() == ["stale_epoch"])
+    wait_for(lambda: scene.server.log.kinds() == ["stale_epoch"])
     scene.identity = Identity("a", Token("cluster-1", 6))
     assert fetched(scene, [chunk(0)], [6]) == [b"123456"]
 
@@ -455,7 +449,7 @@ def test_bytes_are_counted_at_both_ends(scene: Scene) -> None:
     assert 1_000_000 < at_a.received_bytes < 1_001_000
     assert 500_000 < at_a.sent_bytes < 501_000
     at_b = scene.server.serving.meter
-    wait_until(lambda: at_b.total().sent_bytes == at_a.received_bytes)
+    wait_for(lambda: at_b.total().sent_bytes == at_a.received_bytes)
     assert at_b.by_node()["a"].received_bytes == at_a.sent_bytes
 
 

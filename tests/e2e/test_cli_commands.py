@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from snapd.cli.main import app
 from tests.support.built_trainer import BuiltTrainer
-from tests.support.daemon_process import ROOT, DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import ROOT, DaemonProcess, daemon_folders
 from tests.support.shard_builder import ShardBuilder
+from tests.support.waiting import wait_for
 
 CHUNK = 65536
 SCREEN_S = 60.0  # a machine with much to do takes long to start a Python

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.daemon_process import ROOT, DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import ROOT, DaemonProcess, daemon_folders
+from tests.support.waiting import wait_for
 
 RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from snapd_client import CaptureError, ConfigError, Snapshotter
 
 from demo.node import Node
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,13 +58,6 @@ class Loop:
         return [p.detach().numpy().tobytes() for p in self.model.parameters()]
 
 
-def eventually(fact: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not fact():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-
-
 def test_the_loop_does_not_notice_a_daemon_that_is_killed_and_restarted(node: Node) -> None:
     loop = Loop()
     for _ in range(3):
@@ -71,18 +65,18 @@ def test_the_loop_does_not_notice_a_daemon_that_is_killed_and_restarted(node: No
     assert loop.snap.wait() == "captured"
     node.kill()
     during = [loop.step() for _ in range(5)]
-    eventually(lambda: not loop.snap.health()["is_connected"])
+    wait_for(lambda: not loop.snap.health()["is_connected"])
     during += [loop.step() for _ in range(5)]
     assert sum(during) < 4.0, "the loop was held while the daemon was away"
     node.start()
-    eventually(lambda: bool(loop.snap.health()["is_connected"]))
+    wait_for(lambda: bool(loop.snap.health()["is_connected"]))
     assert loop.snap.health()["reconnects"] == 1
 
     def captured_again() -> bool:
         loop.step()
         return int(str(loop.snap.health()["complete_step"])) > 13
 
-    eventually(captured_again)
+    wait_for(captured_again)
     assert loop.snap.wait() == "captured"
     weights, last = loop.weights(), loop.step_number
     loop.snap.close()
@@ -100,7 +94,7 @@ def test_a_snapshot_committed_while_the_daemon_was_dead_is_taken_up(node: Node) 
     loop.snap.fence()
     assert loop.snap.health()["committed"] == 2, "the copy was not finished without the daemon"
     node.start()
-    eventually(lambda: loop.snap.health()["complete_step"] == 2)
+    wait_for(lambda: loop.snap.health()["complete_step"] == 2)
     loop.snap.close(final=True)
 
 
@@ -109,7 +103,7 @@ def test_a_daemon_that_hangs_holds_the_loop_once_for_wait_max(node: Node) -> Non
     loop.step()
     assert loop.snap.wait() == "captured"
     node.signal(signal.SIGSTOP)
-    eventually(lambda: Path(f"/proc/{node.pid}/stat").read_text().split()[2] == "T")
+    wait_for(lambda: Path(f"/proc/{node.pid}/stat").read_text().split()[2] == "T")
     held = [loop.step() for _ in range(20)]
     assert sum(held) < 1.5, held
     assert int(str(loop.snap.health()["skipped"])) > 10
@@ -119,7 +113,7 @@ def test_a_daemon_that_hangs_holds_the_loop_once_for_wait_max(node: Node) -> Non
         loop.step()
         return int(str(loop.snap.health()["complete_step"])) > 21
 
-    eventually(captured_again)
+    wait_for(captured_again)
     loop.snap.close(final=True)
 
 
@@ -157,7 +151,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     try:
         assert killed.returncode == -signal.SIGKILL
         os.kill(child, 0)  # the orphan lives
-        eventually(lambda: all(s.state == "dead" for s in node.status("orphan").jobs[0].sessions), 5.0)
+        wait_for(
+            lambda: all(s.state == "dead" for s in node.status("orphan").jobs[0].sessions), timeout_s=5.0
+        )
         loop = Loop(job="orphan", seed=2)
         assert loop.start == 1
         loop.snap.close(final=True)

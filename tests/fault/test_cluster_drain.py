@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.cluster.harness.cluster import Cluster, cluster
-from tests.cluster.harness.waiting import wait_for
 from tests.support.cluster_jobs import WAIT_S, FakeWorld, record_of
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture

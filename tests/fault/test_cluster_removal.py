@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.harness.cluster import Cluster, cluster
-from tests.cluster.harness.waiting import wait_for
 from tests.support.cluster_jobs import WAIT_S, FakeWorld
+from tests.support.waiting import wait_for
 
 _names = itertools.count()
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.harness.cluster import Cluster, cluster
-from tests.cluster.harness.waiting import wait_for
 from tests.support.cluster_jobs import (
     CHUNKS,
     WAIT_S,
@@ -21,6 +20,7 @@ from tests.support.cluster_jobs import (
     record_of,
     verify,
 )
+from tests.support.waiting import wait_for
 
 _names = itertools.count()
 

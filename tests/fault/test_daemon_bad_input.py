@@ -13,8 +13,9 @@ import grpc
 import pytest
 from snapd_proto import admin_pb2, trainer_pb2
 
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import FakeTrainer, Handshake, Refused
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 PLAN = trainer_pb2.PlanRestoreReply

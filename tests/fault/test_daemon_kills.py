@@ -12,8 +12,9 @@ import grpc
 import pytest
 
 from snapd.runtime.faultpoints import MACHINE_POINTS
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import FakeTrainer, Refused
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 T = TypeVar("T")

@@ -9,8 +9,9 @@ import pytest
 import snapd_native as native
 from snapd_proto import format_pb2, trainer_pb2
 
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import FakeTrainer, content
+from tests.support.waiting import wait_for
 
 CHUNK = 1 << 16
 STATE = 6 * CHUNK

@@ -11,8 +11,9 @@ import grpc
 import pytest
 from snapd_proto import trainer_pb2
 
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import Refused
+from tests.support.waiting import wait_for
 
 MIB = 1 << 20
 STATE = 6 << 16

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import snapd_native as native
 
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import Refused
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 

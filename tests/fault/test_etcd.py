@@ -26,6 +26,7 @@ from snapd.coordination.settings import ClusterSettings
 from snapd.errors import ConflictError, FencedError, UnavailableError
 from tests.support.clusters import ASKED, KEYS, Cluster, Daemon, member, settled
 from tests.support.etcd import EtcdServer, require_etcd
+from tests.support.waiting import wait_for
 
 TIMEOUT_S = 1.0
 SETTINGS = ClusterSettings(asked=ASKED, lease_s=2.0, lost_after_s=4.0, retry_max_s=1.0)
@@ -344,26 +345,19 @@ class Process:
         self.process.wait()
 
 
-def wait_until(is_so: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < deadline, "not within the time given"
-        time.sleep(0.05)
-
-
 def test_a_planner_that_is_killed_is_followed_by_another(server: EtcdServer, tmp_path: Path) -> None:
     processes = {name: Process(server.endpoint, name, tmp_path) for name in "abc"}
     try:
-        wait_until(lambda: all(each.facts()["nodes"] == list("abc") for each in processes.values()))
+        wait_for(lambda: all(each.facts()["nodes"] == list("abc") for each in processes.values()))
         planner = next(name for name, each in processes.items() if each.facts()["planner"])
         epoch = processes[planner].facts()["epoch"]
         processes.pop(planner).kill()
         rest = sorted(processes)
-        wait_until(lambda: sum(each.facts()["planner"] for each in processes.values()) == 1)
-        wait_until(lambda: all(each.facts()["nodes"] == rest for each in processes.values()))
+        wait_for(lambda: sum(each.facts()["planner"] for each in processes.values()) == 1)
+        wait_for(lambda: all(each.facts()["nodes"] == rest for each in processes.values()))
         assert all(each.facts()["epoch"] > epoch for each in processes.values())
         processes[planner] = Process(server.endpoint, planner, tmp_path)
-        wait_until(lambda: all(each.facts()["nodes"] == list("abc") for each in processes.values()))
+        wait_for(lambda: all(each.facts()["nodes"] == list("abc") for each in processes.values()))
     finally:
         for each in processes.values():
             each.kill()

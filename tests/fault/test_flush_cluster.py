@@ -14,10 +14,10 @@ import pytest
 from snapd.core.ids import SnapshotId
 from tests.cluster.harness.cluster import cluster
 from tests.cluster.harness.daemon import ClusterDaemon
-from tests.cluster.harness.waiting import wait_for
 from tests.support.cluster_jobs import CHUNKS, FakeWorld
 from tests.support.flush_scene import BY_STEPS, ON_DEMAND, intents, read_tier, unfinished
 from tests.support.stores import directory_store
+from tests.support.waiting import wait_for
 
 WAIT_S = 40.0
 

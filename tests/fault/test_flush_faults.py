@@ -20,9 +20,9 @@ from snapd.cli.output import rendered
 from snapd.cli.status import status_json, status_tables
 from snapd.core.ids import SnapshotId
 from snapd.core.tier_keys import TierKeys
-from tests.support.daemon_process import wait_for
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.flush_scene import ON_DEMAND, TierDaemon, capture_steps, orphans, tier_daemon, unfinished
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 

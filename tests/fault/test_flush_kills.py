@@ -13,9 +13,9 @@ from snapd_proto import trainer_pb2
 
 from snapd.core.ids import SnapshotId
 from snapd.runtime.faultpoints import FLUSH_POINTS
-from tests.support.daemon_process import wait_for
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.flush_scene import TierDaemon, capture_steps, intents, orphans, tier_daemon
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 

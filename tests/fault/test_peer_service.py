@@ -17,7 +17,7 @@ from snapd.rpc.peer_calls import MESSAGE_BYTES_MAX
 from snapd.rpc.status import ERROR_KEY
 from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.cluster import cluster as make_cluster
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 Call = Callable[[peer_pb2_grpc.PeerStub, peer_pb2.Sender], Any]
 TIMEOUT_S = 10.0

@@ -8,10 +8,10 @@ import pytest
 
 from snapd.core.ids import SnapshotId
 from snapd.runtime.faultpoints import COLLECT_POINTS
-from tests.support.daemon_process import wait_for
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.flush_scene import TierDaemon, tier_daemon
 from tests.support.tier_audit import audit, unnamed
+from tests.support.waiting import wait_for
 
 STATE = 6 << 16
 QUICK = {

@@ -15,12 +15,12 @@ from snapd.core.ids import SnapshotId
 from snapd.core.tier_keys import TierKeys
 from snapd.tier.known_chunks import read_record
 from tests.cluster.harness.cluster import Cluster, cluster
-from tests.cluster.harness.waiting import wait_for
 from tests.support.cluster_jobs import FakeWorld
 from tests.support.fake_trainer import Refused
 from tests.support.flush_scene import BY_STEPS, shards_of
 from tests.support.stored_snapshot import flip_bit
 from tests.support.stores import directory_store
+from tests.support.waiting import wait_for
 
 WAIT_S = 40.0
 KEYS = TierKeys("w")

@@ -10,8 +10,9 @@ import pytest
 from snapd_proto import trainer_pb2
 
 from tests.support import seaweed
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import FakeTrainer
+from tests.support.waiting import wait_for
 
 pytest.importorskip("boto3")
 SEED, STATE = 1, 6 << 16

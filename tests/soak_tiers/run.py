@@ -30,10 +30,11 @@ from snapd.core.retention import KeepRules
 from snapd.errors import SnapdError
 from snapd.runtime.faultpoints import COLLECT_POINTS, FLUSH_POINTS
 from snapd.store.s3 import S3Store
-from tests.support.daemon_process import DaemonProcess, TrainerProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, TrainerProcess, daemon_folders
 from tests.support.fake_trainer import Refused, content
 from tests.support.seaweed import BUCKET, Seaweed, running
 from tests.support.tier_audit import audit, collect_until_quiet, pack_nbytes, unnamed
+from tests.support.waiting import wait_for
 
 JOB = "soak"
 CHUNKS = 240

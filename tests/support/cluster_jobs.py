@@ -11,8 +11,8 @@ from typing import Any
 from snapd_proto import admin_pb2, format_pb2
 
 from tests.cluster.harness.daemon import ClusterDaemon
-from tests.cluster.harness.waiting import wait_for
 from tests.support.fake_trainer import FakeTrainer
+from tests.support.waiting import wait_for
 
 WAIT_S = 30.0
 CHUNKS = 8

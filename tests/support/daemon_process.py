@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,22 +18,10 @@ import grpc
 from snapd_proto import admin_pb2, admin_pb2_grpc, trainer_pb2
 
 from tests.support.fake_trainer import FakeTrainer, Handshake
+from tests.support.waiting import TIMEOUT_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 _RUN = "from snapd.config import load; from snapd.daemon import run_daemon; raise SystemExit(run_daemon(load().config))"
-TIMEOUT_S = 20.0
-
-
-def wait_for(is_so: Any, what: str, timeout_s: float = TIMEOUT_S) -> Any:
-    """Return the first true value of `is_so()`."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = is_so()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not in {timeout_s} s: {what}")
-        time.sleep(0.01)
 
 
 class TrainerProcess:

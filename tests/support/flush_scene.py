@@ -19,9 +19,10 @@ from snapd.core.tier_keys import TierKeys
 from snapd.store.base import Store
 from snapd.tier.envelope import NBYTES_MAX, Kind
 from snapd.tier.known_chunks import committed_snapshots, read_entry, read_record
-from tests.support.daemon_process import DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import DaemonProcess, daemon_folders
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.stores import directory_store
+from tests.support.waiting import wait_for
 
 # every second step, nothing by time, as fast as it goes
 BY_STEPS = {"SNAPD_TIER_EVERY_STEPS": "2", "SNAPD_TIER_EVERY": "0", "SNAPD_TIER_RATE": "0"}

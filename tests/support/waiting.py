@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+TIMEOUT_S = 20.0
+
 Value = TypeVar("Value")
 
 
 def wait_for(
     is_so: Callable[[], Value],
-    what: str,
-    timeout_s: float,
+    what: str = "it is so",
+    timeout_s: float = TIMEOUT_S,
     *tails: Callable[[], str],
-    every_s: float = 0.03,
+    every_s: float = 0.01,
 ) -> Value:
     """The first true value of `is_so()`. TimeoutError says what was waited for, with what the `tails` say then."""
     until = time.monotonic() + timeout_s

@@ -16,8 +16,8 @@ from tests.cluster.harness.certificates import Authority
 from tests.cluster.harness.daemon import PORT, ClusterDaemon
 from tests.cluster.harness.etcd import EtcdServer
 from tests.cluster.harness.hosts import Hosts
-from tests.cluster.harness.waiting import wait_for
 from tests.support.fake_trainer import Refused
+from tests.support.waiting import wait_for
 
 SETTLE_S = 60.0
 # Short times, so that a test sees what takes minutes in a real cluster; the order between them is as there.

@@ -17,8 +17,8 @@ from snapd_proto import admin_pb2
 
 from tests.cluster.harness.asking import Asker
 from tests.cluster.harness.hosts import Host
-from tests.cluster.harness.waiting import wait_for
 from tests.support.fake_trainer import Refused
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 PORT, BULK_PORT = 7421, 7422

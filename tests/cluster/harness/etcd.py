@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from tests.cluster.harness.hosts import Host
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 CLIENT_PORT, PEER_PORT = 2379, 2380
 START_S = 20.0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.cluster.harness.daemon import BULK_PORT, PORT, ClusterDaemon
 from tests.cluster.harness.hosts import Host
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 DELAYER = Path(__file__).with_name("delay.py")
 HAPPENS_S = 30.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.light import LightWorld
 from tests.cluster.harness.observer import Observer
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 HELD_S_MAX = 1.0
 LEVEL_S = 40.0

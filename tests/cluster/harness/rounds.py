@@ -16,7 +16,7 @@ from tests.cluster.harness.cluster import Cluster
 from tests.cluster.harness.daemon import PYTHON_PATH, ClusterDaemon
 from tests.cluster.harness.observer import Observer, Snapshot
 from tests.cluster.harness.training import Recipe, Restored, Training, TrainingFailed, run_reference
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 PROTECT_S = 90.0
 MOMENT_S = 1.5

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.harness.hosts import Host, kill_all, pids_with
-from tests.cluster.harness.waiting import wait_for
+from tests.support.waiting import wait_for
 
 MARKER = "SNAPD_TEST_TRAINING"
 TRAINER = Path(__file__).with_name("trainer.py")
