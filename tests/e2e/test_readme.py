@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon_process import ROOT, DaemonProcess, daemon_folders, wait_for
+from tests.support.daemon_process import ROOT, DaemonProcess, daemon_folders
+from tests.support.waiting import wait_for
 
 BEGUN_S = 120.0  # a Python imports torch and starts a daemon, on a machine that has more to do
 ENOUGH_STEPS = 5

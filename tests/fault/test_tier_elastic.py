@@ -14,9 +14,9 @@ import xxhash
 from snapd_proto import format_pb2, trainer_pb2
 
 from snapd.core.tier_keys import TierKeys
-from tests.support.daemon_process import wait_for
 from tests.support.fake_trainer import FakeTrainer, Refused
 from tests.support.flush_scene import TierDaemon, tier_daemon
+from tests.support.waiting import wait_for
 
 SAVED, CHUNKS = 3, 6
 STATE = CHUNKS << 16
