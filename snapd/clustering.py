@@ -154,8 +154,8 @@ class _Wiring:
         self.calls = PeerCallsGrpc(self.address_of, self.make_channel, self.sender, credentials)
         self.pipeline = Pipeline(bytes_max=config.cluster.inflight)
         self.metrics = ProtectionMetrics(node.context.metrics.registry)
-        self.protection = self.make_protection()
         self.bulk_store = NodeBulkStore(node.jobs.get, asyncio.get_running_loop())
+        self.protection = self.make_protection()
 
     # what the parts ask
 
@@ -236,6 +236,7 @@ class _Wiring:
             suspect=self.suspect,
             may_replace=lambda job, snapshot, epoch: self.cluster.worlds[job].may_replace(snapshot, epoch),
             metrics=self.metrics,
+            commits=self.bulk_store.commits,
         )
         return NodeProtection(
             means,

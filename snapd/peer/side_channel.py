@@ -13,7 +13,7 @@ from snapd.errors import AuthError, ConfigError, SnapdError, UnavailableError
 from snapd.peer.deadline import Deadline
 from snapd.peer.links import Dial
 from snapd.peer.serving import Serve, Serving, log_refusal, serve_stream
-from snapd.peer.stream import ByteStream, SocketStream, end_socket, tune
+from snapd.peer.stream import ByteStream, PlainStream, SocketStream, end_socket, tune
 from snapd.peer.tls import handshake, wrapped
 
 _BACKLOG = 64
@@ -41,7 +41,7 @@ def dial_socket(contexts: Contexts | None, *, stall_s: float) -> Dial:
         try:
             tune(connection, stall_s)
             if contexts is None:
-                return SocketStream(connection, address, None)
+                return PlainStream(connection, address)
             connection = wrapped(contexts.client_context(), connection, is_server=False, server_name=node)
             return handshake(connection, address, deadline)
         except (OSError, SnapdError):
@@ -137,7 +137,7 @@ class BulkServer:
                 deadline = Deadline(self._serving.clock, self._serving.limits.hello_s)
                 stream: SocketStream = handshake(connection, peer, deadline)
             else:
-                stream = SocketStream(connection, peer, None)
+                stream = PlainStream(connection, peer)
             self._serve_stream(stream, self._serving)
         except AuthError as error:
             log_refusal(self._serving.log_once, peer, error)

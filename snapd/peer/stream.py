@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import struct
 from typing import Protocol
 
 from snapd.peer.deadline import Deadline
@@ -14,6 +15,7 @@ Buffer = bytes | bytearray | memoryview
 KEEPALIVE_IDLE_S = 20
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
+SLICE_S = 5.0  # so long the kernel waits at most before the deadline is looked at again
 
 
 class ByteStream(Protocol):
@@ -45,7 +47,7 @@ class ByteStream(Protocol):
 
 
 class SocketStream:
-    """A connected TCP socket, plain or with TLS; receives straight into the caller's memory."""
+    """A connected TCP socket; receives straight into the caller's memory. For TLS: see PlainStream."""
 
     def __init__(self, connection: socket.socket, peer: str, names: tuple[str, ...] | None) -> None:
         self._socket = connection
@@ -81,6 +83,53 @@ class SocketStream:
 
     def interrupt(self) -> None:
         end_socket(self._socket)
+
+
+class PlainStream(SocketStream):
+    """Without TLS the kernel does the waiting, too: a whole frame is one call each way, not a poll and a call for each
+    piece that has come, each of which would take the GIL anew.
+    """
+
+    def __init__(self, connection: socket.socket, peer: str) -> None:
+        super().__init__(connection, peer, None)
+        connection.settimeout(None)
+        self._armed = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+
+    def send(self, parts: tuple[Buffer, ...], deadline: Deadline) -> None:
+        left = [memoryview(part) for part in parts]
+        while left:
+            self._arm(socket.SO_SNDTIMEO, deadline)
+            try:
+                count = self._socket.sendmsg(left)
+            except BlockingIOError:
+                continue  # a slice of the time has passed
+            self.sent_bytes += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
+
+    def receive_into(self, view: memoryview, deadline: Deadline) -> None:
+        while len(view):
+            self._arm(socket.SO_RCVTIMEO, deadline)
+            try:
+                count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                continue
+            if count == 0:
+                raise ConnectionResetError("closed by the peer")
+            self.received_bytes += count
+            view = view[count:]
+
+    def _arm(self, option: int, deadline: Deadline) -> None:
+        """The next call waits until the deadline, or for a slice of the time until then."""
+        wait_s = min(deadline.remaining_s(), SLICE_S)
+        if wait_s != self._armed[option]:
+            microseconds = max(1, int(wait_s * 1e6))  # 0 would be for ever
+            self._socket.setsockopt(
+                socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 10**6))
+            )
+            self._armed[option] = wait_s
 
 
 def end_socket(connection: socket.socket) -> None:

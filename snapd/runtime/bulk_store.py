@@ -21,17 +21,19 @@ from snapd.core.frames import FramePool
 from snapd.core.ids import SnapshotId
 from snapd.core.manifest import ShardRecord
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
-from snapd.memory.parity import Filled, Reservation
+from snapd.memory.parity import Filled
 from snapd.memory.segments import SegmentSet
 from snapd.peer.base import HOLDS_MAX, Arrival, ChunkName, FragmentName, Name
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.loop_caller import GroupCaller, LoopCaller, Ticket
 
-LEASE_IDLE_S = 0.05
-GATHER_S = 0.002  # what peers push within so long is one transaction
+LEASE_IDLE_S = 0.2
+GATHER_S = 0.005  # fragments that are ready within so long, pushed by peers or made here, are one transaction
 
 FindJob = Callable[[str], Job | None]
+FragmentCommits = GroupCaller[tuple[Job, Filled]]
+"""Gives fragments whose bytes were checked to `commit_fragments`."""
 LeaseKey = tuple[str, SnapshotId, int]
 
 
@@ -56,7 +58,7 @@ class NodeBulkStore:
         self._find_job = find_job
         self._loop = loop
         self._caller = LoopCaller(loop)
-        self._commits = GroupCaller(loop, _commit_arrived, gather_s=GATHER_S)
+        self.commits = commits_on(loop)
         self._lock = threading.Lock()
         self._leases: dict[LeaseKey, _Lease] = {}
 
@@ -77,7 +79,7 @@ class NodeBulkStore:
             yield arrival
             if xxhash.xxh3_128_digest(reservation.view) != digest:
                 raise IntegrityError("other bytes arrived than were announced", kind="digest", job=name.job)
-            commit = self._commits.begin((job, (reservation, digest)))
+            commit = self.commits.begin((job, (reservation, digest)))
             arrival.wait = partial(_wait, commit, undo.pop_all())
 
     def holds(self, names: Sequence[FragmentName]) -> list[bool]:
@@ -188,17 +190,14 @@ class NodeBulkStore:
         return job
 
 
-def _wait(commit: Ticket, undo: ExitStack) -> None:
+def commits_on(loop: asyncio.AbstractEventLoop) -> FragmentCommits:
+    return GroupCaller(loop, _commit_arrived, gather_s=GATHER_S)
+
+
+def _wait(commit: Ticket[tuple[Job, Filled]], undo: ExitStack) -> None:
     """Until a fragment is recorded; if it is not, its frame is free again."""
     with undo:
         commit.wait()
-
-
-def commit_fragment(job: Job, reservation: Reservation, digest: bytes) -> None:
-    """On the loop: the last step of a fragment whose bytes were checked."""
-    for problem in commit_fragments(job, [(reservation, digest)]):
-        if problem is not None:
-            raise problem
 
 
 def commit_fragments(job: Job, filled: Sequence[Filled]) -> Sequence[SnapdError | None]:
@@ -216,7 +215,7 @@ def commit_fragments(job: Job, filled: Sequence[Filled]) -> Sequence[SnapdError 
 
 
 def _commit_arrived(arrived: Sequence[tuple[Job, Filled]]) -> Sequence[SnapdError | None]:
-    """On the loop: what peers have pushed since it last came round, a transaction per job."""
+    """On the loop: what has become ready meanwhile, a transaction per job."""
     problems: list[SnapdError | None] = [None] * len(arrived)
     by_job: dict[Job, list[int]] = defaultdict(list)
     for index, (job, _) in enumerate(arrived):

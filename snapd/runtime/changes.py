@@ -14,8 +14,7 @@ class Changes:
 
     def notify(self) -> None:
         for future in self._waiting:
-            if not future.done():
-                future.set_result(None)
+            _wake(future)
         self._waiting.clear()
 
     async def wait_until(self, is_so: Callable[[], bool], timeout_s: float) -> bool:
@@ -28,8 +27,15 @@ class Changes:
                 return False
             future: asyncio.Future[None] = loop.create_future()
             self._waiting.add(future)
+            timer = loop.call_at(deadline, _wake, future)
             try:
-                await asyncio.wait([future], timeout=left)
+                await future
             finally:
+                timer.cancel()
                 self._waiting.discard(future)
         return True
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

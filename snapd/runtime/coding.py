@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import xxhash
@@ -20,10 +20,10 @@ from snapd.core.rows import Row, RowChunk
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
 from snapd.memory.parity import Filled, Reservation
 from snapd.peer.base import ChunkName, FragmentName, Links, Name, Pushed
-from snapd.runtime.bulk_store import commit_fragments, discard_fragment
+from snapd.runtime.bulk_store import FragmentCommits, discard_fragment
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
-from snapd.runtime.loop_caller import LoopCaller
+from snapd.runtime.loop_caller import LoopCaller, Ticket
 from snapd.runtime.pipeline import Buffers, Stopped
 
 TIMEOUT_BASE_S = 20.0
@@ -78,6 +78,7 @@ class Bench:
     links: Links
     buffers: Buffers
     caller: LoopCaller
+    commits: FragmentCommits
     stop: threading.Event
 
     def check(self) -> None:
@@ -120,8 +121,8 @@ def code_batch(bench: Bench, tasks: Sequence[RowTask], piece_bytes: int) -> Batc
             if task.row.number not in failed:
                 bench.check()
                 _code(bench, task, views[task.row.number], parity[task.row.number], own, pushes, result)
-        pushes.send(result)
-        own.commit(result)
+        with own.being_committed(result):
+            pushes.send(result)
     return result
 
 
@@ -230,8 +231,8 @@ def _code(
 
 
 class OwnFragments:
-    """Our own fragments of a batch: committed together, because a transaction and a visit to the loop cost more than
-    the row that they are for.
+    """Our own fragments of a batch: committed together, and with what peers push meanwhile, because a transaction and a
+    visit to the loop cost more than the row that they are for.
     """
 
     def __init__(self, bench: Bench, undo: ExitStack) -> None:
@@ -250,21 +251,26 @@ class OwnFragments:
         self._rows.append(row)
         self._filled.append((encoded, xxhash.xxh3_128_digest(encoded.view)))
 
-    def commit(self, result: BatchResult) -> None:
-        """All that were added."""
-        if not self._filled:
-            return
+    @contextmanager
+    def being_committed(self, result: BatchResult) -> Iterator[None]:
+        """All that were added, while the body runs. Nothing is left under way, whatever the body raises: until then the
+        frames belong to the commit.
+        """
         self._bench.check()
-        problems: Sequence[SnapdError | None]
+        tickets = self._bench.commits.begin_all([(self._bench.job, filled) for filled in self._filled])
         try:
-            problems = self._bench.caller.call(commit_fragments, self._bench.job, self._filled)
+            yield
+        finally:
+            for row, ticket in zip(self._rows, tickets, strict=True):
+                self._conclude(row, ticket, result)
+
+    def _conclude(self, row: Row, ticket: Ticket[tuple[Job, Filled]], result: BatchResult) -> None:
+        try:
+            ticket.wait()
         except SnapdError as error:
-            problems = [error] * len(self._filled)
-        for row, problem in zip(self._rows, problems, strict=True):
-            if problem is None:
-                result.placed.append((row.number, 0))
-            else:
-                result.failures.append(Failure(row, "", problem))
+            result.failures.append(Failure(row, "", error))
+        else:
+            result.placed.append((row.number, 0))
 
 
 class Pushes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
@@ -53,11 +54,28 @@ class LoopCaller:
             self._loop.call_soon_threadsafe(lambda: function(*args, **kwargs))
 
 
-class Ticket:
+class _Group(Generic[T]):
+    """What one call gets: by number, so that one that nobody waits for any more can be taken out of it. The lock is its
+    caller's.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.lock = lock
+        self.given: dict[int, T] = {}
+        self.is_taken = False
+        self.answers: Future[dict[int, SnapdError | None]] = Future()
+
+    def take_out(self, number: int) -> bool:
+        """Whether it is never seen to: False when it is too late for that."""
+        with self.lock:
+            return not self.is_taken and self.given.pop(number, None) is not None
+
+
+class Ticket(Generic[T]):
     """For what was given to a `GroupCaller`."""
 
-    def __init__(self) -> None:
-        self.seen_to: Future[SnapdError | None] = Future()
+    def __init__(self, group: _Group[T], number: int) -> None:
+        self._group, self._number = group, number
 
     def wait(self) -> None:
         """Until it was seen to; raise its error.
@@ -65,12 +83,14 @@ class Ticket:
         Raises:
             UnavailableError: kind `stopping`: as `LoopCaller.call`; it was not seen to and never will be.
         """
+        answers = self._group.answers
         try:
-            error = self.seen_to.result(CALL_TIMEOUT_S)
+            found = answers.result(CALL_TIMEOUT_S)
         except FutureTimeout:
-            if self.seen_to.cancel():
+            if self._group.take_out(self._number):
                 raise UnavailableError("the daemon's loop does not come round", kind="stopping") from None
-            error = self.seen_to.result()  # it is being seen to right now
+            found = answers.result()  # it is being seen to right now
+        error = found[self._number]
         if error is not None:
             raise error
 
@@ -89,42 +109,55 @@ class GroupCaller(Generic[T]):
     ) -> None:
         self._loop, self._function, self._gather_s = loop, function, gather_s
         self._lock = threading.Lock()
-        self._given: list[tuple[T, Future[SnapdError | None]]] = []
+        self._numbers = itertools.count()
+        self._group: _Group[T] | None = None  # the one that the loop was woken for
 
     def call(self, given: T) -> None:
         """Give it, and wait: `Ticket.wait`."""
         self.begin(given).wait()
 
-    def begin(self, given: T) -> Ticket:
+    def begin(self, given: T) -> Ticket[T]:
         """Give it; the ticket says what came of it."""
-        ticket = Ticket()
-        with self._lock:
-            is_first = not self._given
-            self._given.append((given, ticket.seen_to))
-        if is_first:
-            self._wake()
-        return ticket
+        return self.begin_all([given])[0]
 
-    def _wake(self) -> None:
+    def begin_all(self, given: Sequence[T]) -> list[Ticket[T]]:
+        """Give several to one and the same call; a ticket for each."""
+        if not given:
+            return []
+        with self._lock:
+            group = self._group
+            is_first = group is None
+            if group is None:
+                group = self._group = _Group(self._lock)
+            numbers = [next(self._numbers) for _ in given]
+            group.given.update(zip(numbers, given, strict=True))
+        if is_first:
+            self._wake(group)
+        return [Ticket(group, number) for number in numbers]
+
+    def _wake(self, group: _Group[T]) -> None:
         try:
             if self._gather_s:
-                self._loop.call_soon_threadsafe(self._loop.call_later, self._gather_s, self._run)
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._gather_s, self._run, group)
             else:
-                self._loop.call_soon_threadsafe(self._run)
+                self._loop.call_soon_threadsafe(self._run, group)
         except RuntimeError:
-            with self._lock:
-                given, self._given = self._given, []
-            for _, seen_to in given:
-                seen_to.set_result(UnavailableError("the daemon is stopping", kind="stopping"))
+            stopping: SnapdError | None = UnavailableError("the daemon is stopping", kind="stopping")
+            group.answers.set_result(dict.fromkeys(self._take(group), stopping))
 
-    def _run(self) -> None:
-        """On the loop."""
+    def _take(self, group: _Group[T]) -> dict[int, T]:
+        """What is in it; from now on nothing comes or goes."""
         with self._lock:
-            given, self._given = self._given, []
-        given = [one for one in given if one[1].set_running_or_notify_cancel()]
+            if self._group is group:
+                self._group = None
+            group.is_taken = True
+            return group.given
+
+    def _run(self, group: _Group[T]) -> None:
+        """On the loop."""
+        given = self._take(group)
         errors: Sequence[SnapdError | None] = [InternalError("failed on the loop") for _ in given]
         try:
-            errors = self._function([item for item, _ in given])
+            errors = self._function(list(given.values()))
         finally:
-            for (_, seen_to), error in zip(given, errors, strict=True):
-                seen_to.set_result(error)
+            group.answers.set_result(dict(zip(given, errors, strict=True)))

@@ -16,7 +16,7 @@ from snapd.core.ids import SnapshotId
 from snapd.core.protection import RowPlan
 from snapd.core.rows import Row
 from snapd.errors import SnapdError
-from snapd.runtime.bulk_store import commit_fragment
+from snapd.runtime.bulk_store import commits_on
 from snapd.runtime.coding import Bench, fetch_row, pieces_per_row
 from snapd.runtime.job import Job
 from snapd.runtime.loop_caller import LoopCaller
@@ -50,6 +50,7 @@ async def _mend(
         means.links,
         means.pipeline.buffers,
         LoopCaller(asyncio.get_running_loop()),
+        commits_on(asyncio.get_running_loop()),
         stop,
     )
     try:
@@ -93,6 +94,6 @@ def _keep(bench: Bench, row: Row, number: int, fragment: memoryview) -> None:
     try:
         own.view[:] = fragment
         digest = xxhash.xxh3_128_digest(own.view)
-        bench.caller.call(commit_fragment, bench.job, own, digest)
+        bench.commits.call((bench.job, (own, digest)))
     finally:
         parity.cancel(own)  # nothing after a commit

@@ -22,6 +22,7 @@ from snapd.core.protection import PlacedRecord, RowMap, RowPlan, make_plan
 from snapd.errors import CapacityError, IntegrityError, SnapdError
 from snapd.obs.protection_metrics import ProtectionMetrics
 from snapd.peer.base import Links
+from snapd.runtime.bulk_store import FragmentCommits
 from snapd.runtime.coding import Bench
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
@@ -90,6 +91,7 @@ class Means:
     make_codec: MakeCodec
     fetch_records: Callable[[str], FetchRecords]  # by job
     metrics: ProtectionMetrics
+    commits: FragmentCommits
     suspect: Suspect = lambda node, job, snapshot, rank: None
     may_replace: MayReplace = may_always
 
@@ -216,6 +218,7 @@ class Protector:
             self._means.links,
             self._means.pipeline.buffers,
             LoopCaller(asyncio.get_running_loop()),
+            self._means.commits,
             self._stop,
         )
         work = RowWork(

@@ -31,7 +31,8 @@ from snapd.runtime.pipeline import Pipeline, Stopped
 
 RECHECK_FIRST_S = 2.0
 RECHECK_LONGEST_S = 60.0
-COUNT_S = 0.02  # while fragments arrive, they are counted so often
+COUNT_S = 0.02  # while fragments are waited for, they are counted so often
+COUNT_WORKING_S = 0.2  # the same while batches run: each is counted when it ends, anyway
 YIELD_MAX_S = (
     0.05  # while a copy is under way, its trainer may be waiting at the fence: a batch begins so much later
 )
@@ -108,8 +109,9 @@ class RowWork:
         """Ask, start what can be started, and return when something has changed."""
         if await self._ask():
             return
-        await self._yield_to_trainer()
-        self._start()
+        if self._todo and len(self._running) < self._pipeline.threads:
+            await self._yield_to_trainer()
+            self._start()
         job = self._bench.job
         await job.changes.wait_until(self._has_news, self._patience_s())
         for task in self._finished:
@@ -135,7 +137,10 @@ class RowWork:
     def _patience_s(self) -> float:
         """Until a peer may be asked again, or the peers are to be asked whether they still hold what they did."""
         wait_s = self._backoff.next_s() if self._todo or self._unasked else None
-        longest_s = COUNT_S if self._is_busy() else self._recheck_s
+        if self._running:
+            longest_s = COUNT_WORKING_S
+        else:
+            longest_s = COUNT_S if self._is_busy() else self._recheck_s
         return max(0.005, min(longest_s, longest_s if wait_s is None else wait_s))
 
     def _is_recheck_due(self) -> bool:
@@ -178,6 +183,8 @@ class RowWork:
 
     async def _ask(self) -> bool:
         """Ask each peer which of its fragments it holds already. True when there is something new to be told."""
+        if not self._unasked and not self._is_first_round:
+            return False
         if self._unasked:
             self._asked_s = self._now_s()
         peers = [peer for peer in sorted(self._unasked) if self._backoff.wait_s([peer]) == 0]

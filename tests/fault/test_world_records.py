@@ -25,7 +25,8 @@ def test_records_are_those_of_the_epoch_that_was_asked_for(folder: Path) -> None
             node = network.nodes["n0"]
             job = node.jobs["a"]
             means = Means(
-                node.name, node.links, node.pipeline, make_codec, lambda _: node.fetch_own, node.metrics  # type: ignore[arg-type,return-value]
+                node.name, node.links, node.pipeline, make_codec, lambda _: node.fetch_own,
+                node.metrics, node.store.commits,  # type: ignore[arg-type,return-value]
             )  # fmt: skip
             protection = NodeProtection(
                 means, changed=lambda _: None, epoch=lambda: 2, traffic=lambda: (0, 0)

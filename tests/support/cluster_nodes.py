@@ -291,7 +291,8 @@ class FakeNode:
     def protector(self, job: str) -> Protector:
         if job not in self.protectors:
             means = Means(
-                self.name, self.links, self.pipeline, make_codec, lambda name: self._fetch_for(name), self.metrics
+                self.name, self.links, self.pipeline, make_codec, lambda name: self._fetch_for(name),
+                self.metrics, self.store.commits,
             )  # fmt: skip
             self.protectors[job] = Protector(self.job(job), means, lambda: None)
         return self.protectors[job]

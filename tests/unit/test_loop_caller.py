@@ -38,7 +38,9 @@ def test_what_comes_meanwhile_is_one_call_and_each_gets_its_own_answer() -> None
         ]
         for thread in threads:
             thread.start()
-        while len(caller._given) < len(threads):  # the loop is held up until all have given
+        while caller._group is None or len(caller._group.given) < len(
+            threads
+        ):  # the loop is held up until all have given
             os.sched_yield()
         await asyncio.to_thread(lambda: [thread.join(10.0) for thread in threads])
         return [found[one] for one in range(6)]
