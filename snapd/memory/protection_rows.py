@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS records (generation INTEGER NOT NULL, step INTEGER NO
 CREATE TABLE IF NOT EXISTS fragments (row_id BLOB NOT NULL, number INTEGER NOT NULL, segment INTEGER NOT NULL,
     frame INTEGER NOT NULL, nbytes INTEGER NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (row_id, number)) STRICT;
 """
+INSERTED_AT_ONCE = 32  # a statement lets other threads take the GIL, and then waits for it
 _OF_MAP = "WHERE generation = ? AND step = ? AND epoch = ?"
 
 Transaction = Callable[[], AbstractContextManager[sqlite3.Connection]]
@@ -129,14 +130,16 @@ class ProtectionRows:
 
     def add_fragments(self, rows: Iterable[FragmentRow]) -> None:
         """The commit of fragments: once this returns, they are held; after an error none is."""
+        found = list(rows)
         with self._transaction() as connection:
-            connection.executemany(
-                "INSERT INTO fragments VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (row.row_id, row.number, row.place.segment, row.place.frame, row.nbytes, row.digest)
-                    for row in rows
-                ],
-            )
+            for first in range(0, len(found), INSERTED_AT_ONCE):
+                part = found[first : first + INSERTED_AT_ONCE]
+                places = ", ".join(["(?, ?, ?, ?, ?, ?)"] * len(part))
+                values: list[bytes | int] = []
+                for row in part:
+                    place = row.place
+                    values += (row.row_id, row.number, place.segment, place.frame, row.nbytes, row.digest)
+                connection.execute(f"INSERT INTO fragments VALUES {places}", values)
 
     def remove(self, maps: Iterable[RowMap], fragments: Iterable[tuple[bytes, int]]) -> None:
         """Delete row maps with their records, and these fragments, in one transaction."""

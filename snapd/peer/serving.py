@@ -18,6 +18,7 @@ from snapd.peer.framing import (
     Hello,
     agreed_version,
     pack_error,
+    pack_frame,
     pack_held,
     pack_hello,
     parse_fetch,
@@ -81,7 +82,8 @@ class _Conversation:
         hello = self._greet()
         try:
             while True:
-                if len(self._owed) >= self._serving.limits.requests_ahead or not self._stream.has_more():
+                is_full = len(self._owed) >= self._serving.limits.requests_ahead
+                if self._owed and (is_full or not self._stream.has_more()):
                     self._answer_owed()
                 self._count(hello.node)
                 self._serve_request(hello)
@@ -167,16 +169,19 @@ class _Conversation:
         self._owed.append((header.number, arrival))
 
     def _answer_owed(self) -> None:
-        """In the order in which they came: what was pushed is recorded."""
+        """In the order in which they came, in one piece: what was pushed is recorded."""
+        if not self._owed:
+            return
+        answers: list[bytes] = []
         while self._owed:
             number, arrival = self._owed.pop(0)
-            deadline = self._deadline(self._serving.limits.stall_s)
             try:
                 arrival.wait()
             except SnapdError as error:
-                self._answer_error(number, error, deadline)
+                answers.append(pack_frame(FrameKind.ERROR, number, pack_error(error)))
             else:
-                self._frames.send(FrameKind.STORED, number, deadline)
+                answers.append(pack_frame(FrameKind.STORED, number))
+        self._stream.send((b"".join(answers),), self._deadline(self._serving.limits.stall_s))
 
     def _answer_holds(self, header: FrameHeader, deadline: Deadline) -> None:
         body = bytearray(header.body_bytes)

@@ -159,10 +159,10 @@ class NodeBulkStore:
         if not is_idle:
             self._look_later(key, lease)
             return
-        lease.pool.release(lease.record.places)
+        freed = lease.pool.release(lease.record.places)
         job = self._find_job(key[0])
-        if job is not None:
-            job.settle()  # frames may have become free that a lane waits for
+        if freed and job is not None:
+            job.settle()  # a lane may wait for them
 
     # fragments
 
