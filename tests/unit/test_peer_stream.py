@@ -38,7 +38,7 @@ def test_parts_arrive_whole_and_in_order_over_many_slices_of_time(
     parts = (b"head", b"", memoryview(BODY), b"tail")
     sender = threading.Thread(target=ours.send, args=(parts, soon()))
     sender.start()
-    time.sleep(0.05)  # the sender waits in the middle
+    sender.join(0.05)  # it waits in the middle
     assert sender.is_alive()
     room = memoryview(bytearray(4 + len(BODY) + 4))
     for start, stop in ((0, 4), (4, 100), (100, len(room))):
