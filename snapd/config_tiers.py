@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from snapd.core.condemning import CollectRules
 from snapd.core.retention import KeepRules
@@ -13,6 +13,8 @@ from snapd.store.opening import S3, StoreOptions, open_store, parsed_url
 from snapd.store.surroundings import Surroundings
 from snapd.units import MIB
 
+HURRIED_S = 5.0
+HURRIED_CONNECT_S = 2.5
 COMPRESSION_AUTO, COMPRESSION_ALWAYS, COMPRESSION_OFF = "auto", "always", "off"
 
 
@@ -195,6 +197,16 @@ def store_options(config: TierConfig) -> StoreOptions:
         stall_s=config.stall,
         deadline_s=config.deadline,
         single_writer=config.single_writer == "yes",
+    )
+
+
+def hurried(config: TierConfig) -> TierConfig:
+    """The same tier, for somebody who waits for the answer: a request has `HURRIED_S` seconds in all."""
+    return replace(
+        config,
+        connect=min(config.connect, HURRIED_CONNECT_S),
+        stall=min(config.stall, HURRIED_S),
+        deadline=min(config.deadline, HURRIED_S),
     )
 
 

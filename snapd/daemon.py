@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from snapd import __version__
 from snapd.config import Config, MetricsConfig, Paths, node_settings, paths, unknown_variables
 from snapd.config_cluster import plan_cluster
-from snapd.config_tiers import TierConfig, check_tier, collect_rules, store_of
+from snapd.config_tiers import TierConfig, check_tier, collect_rules, hurried, store_of
 from snapd.core.flushing import FlushRules
 from snapd.errors import ConfigError, ConflictError, IntegrityError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
@@ -31,6 +31,7 @@ from snapd.runtime.hash_threads import hash_threads
 from snapd.runtime.leaving import finish_levels
 from snapd.runtime.node import Node
 from snapd.runtime.tier_look import TierLook
+from snapd.runtime.tier_opening import open_at_start
 from snapd.runtime.tier_restoring import TierRestores
 from snapd.runtime.tiers import NodeTier, TierSettings
 from snapd.store.surroundings import Surroundings
@@ -145,6 +146,8 @@ async def serve(
                 if node.cluster is not None:
                     node.cluster.tier_look = TierLook(node.tier_restores, node.jobs.get)
             node.start()
+            if node.tier is not None:
+                context.spawn(open_at_start(node.tier, log), "open the tier")
             if clustering is not None:
                 clustering.cluster.start()
             await _serve_node(config, where, node, stop, is_failing=lambda: bool(failures))
@@ -216,6 +219,7 @@ def _tier(config: TierConfig, node: Node) -> NodeTier | None:
     settings = TierSettings(
         url=config.shared,
         open=lambda: store_of(config, surroundings),
+        open_hurried=lambda: store_of(hurried(config), surroundings),
         rules=FlushRules(every_steps=config.every_steps, every_s=config.every),
         compression=config.compression,
         rate=config.rate,

@@ -408,6 +408,8 @@ class TierStatus(_message.Message):
     RETRIES_FIELD_NUMBER: _builtins.int
     SENT_NBYTES_FIELD_NUMBER: _builtins.int
     RECEIVED_NBYTES_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    TROUBLE_KIND_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     is_open: _builtins.bool
     compression: _builtins.str
@@ -415,6 +417,9 @@ class TierStatus(_message.Message):
     retries: _builtins.int
     sent_nbytes: _builtins.int
     received_nbytes: _builtins.int
+    trouble: _builtins.str
+    """why it could not be opened so far; empty: nothing is known to be wrong"""
+    trouble_kind: _builtins.str
     @_builtins.property
     def requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """since the store was opened"""
@@ -429,10 +434,12 @@ class TierStatus(_message.Message):
         retries: _builtins.int = ...,
         sent_nbytes: _builtins.int = ...,
         received_nbytes: _builtins.int = ...,
+        trouble: _builtins.str = ...,
+        trouble_kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "is_open", b"is_open", "received_nbytes", b"received_nbytes", "requests", b"requests", "retries", b"retries", "sent_nbytes", b"sent_nbytes", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "is_open", b"is_open", "received_nbytes", b"received_nbytes", "requests", b"requests", "retries", b"retries", "sent_nbytes", b"sent_nbytes", "trouble", b"trouble", "trouble_kind", b"trouble_kind", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

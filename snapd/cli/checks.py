@@ -34,12 +34,15 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One check's answer; the hint says what to do about it."""
+    """One check's answer; the hint says what to do about it. `kind`: stable, as of errors; only checks of tiers have
+    one, where something is wrong.
+    """
 
     check: str
     verdict: Verdict
     found: str
     hint: str = ""
+    kind: str = ""
 
 
 def run_checks(paths: Paths, *, needed_bytes: int) -> list[Finding]:

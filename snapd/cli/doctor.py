@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -13,6 +15,7 @@ from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import print_json, print_parts, table
 from snapd.cli.settings import ConfigOption, load_settings
+from snapd.cli.tier_checks import Questions, tier_findings
 from snapd.units import parse_size
 
 HEADINGS = ("", "CHECK", "FOUND")
@@ -31,7 +34,7 @@ def doctor(
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> ExitCode:
-    """Check the machine: shared memory, limits, folders, the daemon, what it would die with, and its cluster.
+    """Check the machine: shared memory, limits, folders, the daemon, what it would die with, its cluster and tiers.
 
     Ends with 3 when something is bad, with 0 when there are warnings only.
     """
@@ -41,7 +44,9 @@ def doctor(
         raise typer.BadParameter(str(error)) from error
     paths = find_paths(runtime_dir)
     findings = run_checks(paths, needed_bytes=needed_bytes)
-    findings += cluster_findings(load_settings(config).config.cluster, paths.runtime)
+    settings, questions = load_settings(config).config, Questions()
+    findings += cluster_findings(settings.cluster, paths.runtime)
+    findings += tier_findings(settings.tier, paths.runtime, questions)
     if as_json:
         print_json([finding_json(finding) for finding in findings])
     else:
@@ -49,12 +54,17 @@ def doctor(
             table(HEADINGS, [row for finding in findings for row in finding_rows(finding)], text=HEADINGS[2:])
         )
     is_bad = any(finding.verdict is Verdict.BAD for finding in findings)
-    return ExitCode.UNUSABLE if is_bad else ExitCode.DONE
+    code = ExitCode.UNUSABLE if is_bad else ExitCode.DONE
+    if questions.is_hanging:  # in the kernel, or in a request that cannot be called off
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def finding_rows(finding: Finding) -> list[tuple[str, ...]]:
     """A row under HEADINGS, and below it what to do, if there is something."""
-    row = (finding.verdict.value, finding.check, finding.found)
+    kind = f" [{finding.kind}]" if finding.kind else ""
+    row = (finding.verdict.value, finding.check, f"{finding.found}{kind}")
     return [row, ("", "", f"-> {finding.hint}")] if finding.hint else [row]
 
 
@@ -63,6 +73,7 @@ def finding_json(finding: Finding) -> dict[str, object]:
     return {
         "check": finding.check,
         "verdict": finding.verdict.value,
+        "kind": finding.kind or None,
         "found": finding.found,
         "hint": finding.hint or None,
     }

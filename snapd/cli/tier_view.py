@@ -20,6 +20,8 @@ def tier_facts(tier: admin_pb2.TierStatus) -> dict[str, str]:
     traffic = (
         f"{asked} requests, {format_size(tier.sent_nbytes)} sent, {format_size(tier.received_nbytes)} received"
         if tier.is_open
+        else f"CANNOT BE OPENED: {tier.trouble} [{tier.trouble_kind}]"
+        if tier.trouble
         else "not opened yet"
     )
     repeated = f", {tier.retries} repeated" if tier.retries else ""
@@ -61,6 +63,7 @@ def tier_json(tier: admin_pb2.TierStatus) -> dict[str, object]:
     return {
         "url": tier.url,
         "is_open": tier.is_open,
+        "trouble": {"kind": tier.trouble_kind, "reason": tier.trouble} if tier.trouble else None,
         "compression": tier.compression,
         "requests": _counts(tier.requests),
         "retries": tier.retries,

@@ -23,6 +23,8 @@ def tier_status(tier: NodeTier) -> admin_pb2.TierStatus:
         reply.retries = store.requests.retries
         reply.sent_nbytes = store.requests.sent_nbytes
         reply.received_nbytes = store.requests.received_nbytes
+    elif tier.trouble is not None:
+        reply.trouble, reply.trouble_kind = tier.trouble.reason, tier.trouble.kind
     return reply
 
 

@@ -27,7 +27,7 @@ from snapd.runtime.context import Environment
 from snapd.runtime.faultpoints import point
 from snapd.runtime.pipeline import stand_back
 from snapd.store.base import Store
-from snapd.store.probing import check_probe
+from snapd.store.probing import PROBE, check_probe
 from snapd.tier.flush import FlushMeans
 from snapd.tier.known_chunks import committed_snapshots, newest_good
 from snapd.tier.writing import Compressing, Stopped, WriteMeans
@@ -48,10 +48,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierSettings:
-    """What the node needs of `[tier]`. `open`: makes the store, asks nothing of it. `rate`: bytes a second, 0: any."""
+    """What the node needs of `[tier]`. `open`: makes the store, asks nothing of it; `open_hurried`: one whose requests
+    are given up within seconds. `rate`: bytes a second, 0: any.
+    """
 
     url: str
     open: Callable[[], Store]
+    open_hurried: Callable[[], Store]
     rules: FlushRules
     compression: str
     rate: int
@@ -100,6 +103,8 @@ class NodeTier:
         )
         self._opening = threading.Lock()
         self._store: Store | None = None
+        self._hurried: Store | None = None
+        self.trouble: Trouble | None = None  # of a store that was not opened yet: see tier_opening.py
         self.is_closing = False
 
     @property
@@ -146,6 +151,17 @@ class NodeTier:
             reason = f"the store's clock is {probe.skew_s:.0f} s off ours: it is the store's that counts"
             self._log.once("tier skew", "tier.warning", store=store.description, reason=reason)
         return store
+
+    def try_listing(self) -> None:
+        """See whether the store answers, without the patience of `opened`. Blocking, for seconds.
+
+        Raises: what a store raises.
+        """
+        self._hurried = store = self.settings.open_hurried()
+        try:
+            next(iter(store.list(PROBE)), None)
+        finally:
+            store.close()
 
     def flush_means(self) -> FlushMeans:
         """Blocking, as `opened`."""
@@ -231,9 +247,9 @@ class NodeTier:
         `wait_s`; False: some still hang in a request that cannot be called off.
         """
         self.is_closing = True
-        store = self._store
-        if store is not None:
-            store.close()
+        for store in (self._store, self._hurried):
+            if store is not None:
+                store.close()
         pools = (self._flushing, self._asking, self._packing)
         for threads in pools:
             threads.shutdown(wait=False, cancel_futures=True)
