@@ -171,7 +171,7 @@ def _checksums(probe: Probe) -> Finding:
 
 
 def _clock(probe: Probe) -> Finding:
-    found = f"the store's clock is {probe.skew_s:+.0f} s from this machine's"
+    found = f"the store's clock is {round(probe.skew_s):+d} s from this machine's"
     if abs(probe.skew_s) <= SKEW_NOTED_S:
         return Finding(check="tier clock", verdict=Verdict.GOOD, found=found)
     hint = "set this machine's clock (NTP); S3 refuses requests from 15 minutes on"
