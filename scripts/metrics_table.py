@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from snapd.obs.collect_metrics import CollectMetrics  # noqa: E402
+from snapd.obs.disk_metrics import DiskMetrics  # noqa: E402
 from snapd.obs.metrics import Metrics  # noqa: E402
 from snapd.obs.protection_metrics import ProtectionMetrics  # noqa: E402
 from snapd.obs.tier_metrics import TierMetrics  # noqa: E402
@@ -23,7 +24,7 @@ HEAD = "| metric | labels | what |\n| --- | --- | --- |\n"
 def every_metric() -> CollectorRegistry:
     """A registry with all that a daemon with a cluster and a tier has."""
     registry = Metrics().registry
-    for more in (ProtectionMetrics, TierMetrics, CollectMetrics):
+    for more in (ProtectionMetrics, TierMetrics, DiskMetrics, CollectMetrics):
         more(registry)
     return registry
 

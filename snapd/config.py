@@ -33,7 +33,9 @@ _OF_SERVICES = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP)(_\
 
 SLOTS_ALONE = 2
 SLOTS_CLUSTERED = 3
-SLOTS_FOR_TIER = 1  # more, where a shared tier is configured: one is being flushed
+SLOTS_FOR_TIER = (
+    1  # more for each tier that is configured, a shared one and the node's own: one is being flushed
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ class ArenaConfig:
         "count",
         "Shards that fit per rank: one being captured, the others complete. Each more costs one state of"
         " memory and keeps one more complete snapshot. 0: 2 alone, 3 in a cluster (one is being protected), one"
-        " more with `tier.shared` (one is being flushed).",
+        " more for each of `tier.shared` and `tier.node` (one is being flushed).",
         low=0,
         high=LANES_MAX,
     )
@@ -411,4 +413,4 @@ def node_settings(config: Config) -> NodeSettings:
 
 def _default_slots(config: Config) -> int:
     slots = SLOTS_CLUSTERED if config.cluster.coordinator else SLOTS_ALONE
-    return slots + (SLOTS_FOR_TIER if config.tier.shared else 0)
+    return slots + SLOTS_FOR_TIER * (bool(config.tier.shared) + bool(config.tier.node))

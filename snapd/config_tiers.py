@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from snapd.core.condemning import CollectRules
 from snapd.core.retention import KeepRules
@@ -20,7 +22,7 @@ COMPRESSION_AUTO, COMPRESSION_ALWAYS, COMPRESSION_OFF = "auto", "always", "off"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierConfig:
-    """Durable copies of snapshots, in a directory or in S3."""
+    """Durable copies of snapshots: in a directory or in S3, and on the node's own disk."""
 
     shared: str = setting(
         "",
@@ -131,6 +133,37 @@ class TierConfig:
         low=0,
         high=86400,
     )
+    node: str = setting(
+        "",
+        "text",
+        "Folder on a disk of this node alone, as `/mnt/nvme/snapd`, where the daemon keeps this node's shards of the"
+        " newest snapshots: they survive a reboot and a power cut, not the loss of the disk. Each daemon needs one of"
+        " its own. Empty: none.",
+    )
+    node_every: float = setting(
+        60.0,
+        "duration",
+        "How often the newest complete snapshot goes to the node's own disk. More often loses less with the node's"
+        " memory and wears the disk more. 0: on demand and before the end only.",
+        low=0,
+        high=30 * 86400,
+    )
+    node_rate: int = setting(
+        128 * MIB,
+        "size",
+        "Bytes a second that go to the node's own disk at most; 0: as many as it takes. It bounds the wear: 128 MiB/s"
+        " all day are 11 TB.",
+        low=0,
+        high=1 << 40,
+    )
+    node_keep: int = setting(
+        2,
+        "count",
+        "So many whole snapshots stay on the node's own disk. The disks of a cluster may differ by one, so that 2 have"
+        " one in common.",
+        low=1,
+        high=64,
+    )
     keep_last: int = setting(
         5, "count", "So many of the newest durable snapshots stay; 0: all of them.", low=0, high=1 << 30
     )
@@ -170,6 +203,8 @@ def check_tier(config: TierConfig) -> None:
     Raises:
         ConfigError: kind `store`, one clear line.
     """
+    if config.node:
+        _check_node(config)
     if not config.shared:
         return
     url = parsed_url(config.shared)
@@ -181,6 +216,28 @@ def check_tier(config: TierConfig) -> None:
     if config.endpoint and not config.endpoint.startswith(("http://", "https://")):
         raise ConfigError(
             f"tier.endpoint = {config.endpoint!r} must begin with http:// or https://", kind="store"
+        )
+
+
+def node_folder(config: TierConfig) -> Path:
+    """The folder of the node's own disk. Raises ConfigError, kind `store`."""
+    url = parsed_url(config.node)
+    if url.scheme == S3:
+        raise ConfigError(f"tier.node = {config.node}: it must be a folder of this node", kind="store")
+    return url.path
+
+
+def _check_node(config: TierConfig) -> None:
+    folder = node_folder(config)
+    shared = parsed_url(config.shared) if config.shared else None
+    if shared is None or shared.scheme == S3:
+        return
+    own, others = os.path.realpath(folder), os.path.realpath(shared.path)
+    if own == others or own.startswith(f"{others}/") or others.startswith(f"{own}/"):
+        raise ConfigError(
+            f"tier.node ({config.node}) and tier.shared ({config.shared}) need folders that are apart: the one is this"
+            " node's alone, the other all nodes' together",
+            kind="store",
         )
 
 

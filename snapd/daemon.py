@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from snapd import __version__
 from snapd.config import Config, MetricsConfig, Paths, node_settings, paths, unknown_variables
 from snapd.config_cluster import plan_cluster
-from snapd.config_tiers import TierConfig, check_tier, collect_rules, hurried, store_of
+from snapd.config_tiers import TierConfig, check_tier, collect_rules, hurried, node_folder, store_of
 from snapd.core.flushing import FlushRules
-from snapd.errors import ConfigError, ConflictError, IntegrityError
+from snapd.errors import ConfigError, ConflictError, IntegrityError, SnapdError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
+from snapd.obs.disk_metrics import DiskMetrics
 from snapd.obs.log import BoundedFile, EventLog, LogStream, configure_logging
 from snapd.obs.metrics import Metrics
 from snapd.obs.tier_metrics import TierMetrics
@@ -27,6 +28,8 @@ from snapd.rpc.handshake import HandshakeServer
 from snapd.rpc.server import RpcServer
 from snapd.runtime import faultpoints
 from snapd.runtime.context import Context, Environment
+from snapd.runtime.disk_node import NodeDisks
+from snapd.runtime.disk_tier import DiskSettings, DiskTier
 from snapd.runtime.hash_threads import hash_threads
 from snapd.runtime.leaving import finish_levels
 from snapd.runtime.node import Node
@@ -34,6 +37,7 @@ from snapd.runtime.tier_look import TierLook
 from snapd.runtime.tier_opening import open_at_start
 from snapd.runtime.tier_restoring import TierRestores
 from snapd.runtime.tiers import NodeTier, TierSettings
+from snapd.store.directory import DirectoryStore
 from snapd.store.surroundings import Surroundings
 
 if TYPE_CHECKING:
@@ -139,12 +143,8 @@ async def serve(
         try:
             clustering = await _join_cluster(config, node)
             node.tier = _tier(config.tier, node)
-            if node.tier is not None:
-                node.tier_restores = TierRestores(
-                    config.tier.shared, node.tier.settings.open, wait_s=config.tier.restore_wait
-                )
-                if node.cluster is not None:
-                    node.cluster.tier_look = TierLook(node.tier_restores, node.jobs.get)
+            _restore_from(config.tier, node)
+            node.disks = await _disks(config.tier, node)
             node.start()
             if node.tier is not None:
                 context.spawn(open_at_start(node.tier, log), "open the tier")
@@ -159,6 +159,8 @@ async def serve(
                 is_hanging = not await loop.run_in_executor(None, node.tier.close, TIER_CLOSE_S)
             if node.tier_restores is not None:
                 await loop.run_in_executor(None, node.tier_restores.close)
+            if node.disks is not None:
+                is_hanging |= not await loop.run_in_executor(None, node.disks.tier.close, TIER_CLOSE_S)
     refused = next((error for error in failures if isinstance(error, (ConfigError, ConflictError))), None)
     if refused is not None:
         raise refused  # its name is taken, its host has a daemon already, ...: one line, not a bug of ours
@@ -167,7 +169,7 @@ async def serve(
     log.info("daemon.stopped", pid=os.getpid())
     code = EXIT_BUG if failures else EXIT_OK
     if is_hanging:  # nothing in the arena, and nothing in the tier, needs the thread that waits for a store
-        log.warning("daemon.killed", reason="a request to the shared tier hangs")
+        log.warning("daemon.killed", reason="a request to a tier hangs")
         os._exit(code)
     return code
 
@@ -210,12 +212,7 @@ def _tier(config: TierConfig, node: Node) -> NodeTier | None:
     check_tier(config)
     context = node.context
     environment = context.environment
-    surroundings = Surroundings(
-        monotonic_s=environment.monotonic_s,
-        wall_s=environment.wall_s,
-        chance=lambda: secrets.randbelow(1 << 53) / (1 << 53),
-        random_token=environment.random_token,
-    )
+    surroundings = _surroundings(environment)
     settings = TierSettings(
         url=config.shared,
         open=lambda: store_of(config, surroundings),
@@ -229,8 +226,69 @@ def _tier(config: TierConfig, node: Node) -> NodeTier | None:
         grace_s=config.grace,
         collect=collect_rules(config),
     )
-    name = node.cluster.name if node.cluster is not None else os.uname().nodename
-    return NodeTier(settings, environment, context.log, TierMetrics(context.metrics.registry), name[:200])
+    return NodeTier(
+        settings, environment, context.log, TierMetrics(context.metrics.registry), _name(node)[:200]
+    )
+
+
+def _restore_from(config: TierConfig, node: Node) -> None:
+    """The shared tier, if there is one, is a source of restores, too."""
+    if node.tier is None:
+        return
+    node.tier_restores = TierRestores(config.shared, node.tier.settings.open, wait_s=config.restore_wait)
+    if node.cluster is not None:
+        node.cluster.tier_look = TierLook(node.tier_restores, node.jobs.get)
+
+
+async def _disks(config: TierConfig, node: Node) -> NodeDisks | None:
+    """The node's own disk, if there is one, and which generations it has.
+
+    Raises:
+        ConfigError, ConflictError: the settings do not go together, or the folder is somebody else's.
+    """
+    if not config.node:
+        return None
+    check_tier(config)
+    context, cluster = node.context, node.cluster
+    surroundings, folder = _surroundings(context.environment), node_folder(config)
+    settings = DiskSettings(
+        path=folder,
+        open=lambda: DirectoryStore(folder, surroundings, single_writer=True),
+        rules=FlushRules(every_s=config.node_every),
+        rate=config.node_rate,
+        keep=config.node_keep,
+        is_alone=cluster is None,
+        wait_s=config.restore_wait,
+    )
+    metrics = DiskMetrics(context.metrics.registry)
+    tier = DiskTier(settings, context.environment, context.log, metrics, _name(node)[:200])
+
+    def saw_generation(job: str, generation: int) -> None:
+        if cluster is not None:
+            cluster.state.saw_generation(job, generation)
+
+    disks = NodeDisks(tier, context, node.job_for, saw_generation)
+    if cluster is not None:
+        cluster.check_disk = disks.check_brought
+    try:
+        await disks.begin()
+    except SnapdError:
+        tier.close(TIER_CLOSE_S)
+        raise
+    return disks
+
+
+def _name(node: Node) -> str:
+    return node.cluster.name if node.cluster is not None else os.uname().nodename
+
+
+def _surroundings(environment: Environment) -> Surroundings:
+    return Surroundings(
+        monotonic_s=environment.monotonic_s,
+        wall_s=environment.wall_s,
+        chance=lambda: secrets.randbelow(1 << 53) / (1 << 53),
+        random_token=environment.random_token,
+    )
 
 
 def _unhandled(context: dict[str, Any], log: EventLog, fatal: Callable[[BaseException], None]) -> None:

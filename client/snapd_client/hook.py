@@ -400,7 +400,7 @@ class Snapshotter:
         if page is not None:
             facts["captured_step"] = page.load("captured_step_plus_one") - 1
             facts["complete_step"] = page.load("complete_step_plus_one") - 1
-        facts["durable_step"] = durable_step(self._session)
+        facts["durable_step"], facts["durable_tier"] = durable_step(self._session)
         facts["replicas"] = self._capturer.replicas()
         if facts["replicas"] == DIFFER and not self._replica_difference:
             with contextlib.suppress(SnapdError):

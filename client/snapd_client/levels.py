@@ -48,17 +48,17 @@ def ask_last(session: Session, level: str) -> pb.LastReply:
     return reply
 
 
-def durable_step(session: Session) -> int | None:
-    """The newest step that is durable, or has the farthest level that is configured; None also while the daemon does
-    not say.
+def durable_step(session: Session) -> tuple[int | None, str]:
+    """The newest step that is durable, or has the farthest level that is configured, and in which tier: `shared`,
+    `node`, or empty: in memory. None also while the daemon does not say.
     """
     if not session.is_connected:
-        return None
+        return None, ""
     request = pb.LastRequest(session_id=session.session_id, level=pb.LEVEL_DURABLE)
     try:
         reply: pb.LastReply = session.call(
             lambda stub, **options: stub.Last(request, **options), timeout_s=_HEALTH_TIMEOUT_S
         )
     except SnapdError:
-        return None
-    return reply.step if reply.found else None
+        return None, ""
+    return (reply.step if reply.found else None), reply.tier

@@ -523,6 +523,7 @@ class JobStatus(_message.Message):
     PARITY_BYTES_FIELD_NUMBER: _builtins.int
     IS_CLUSTERED_FIELD_NUMBER: _builtins.int
     FLUSH_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     has_complete: _builtins.bool
@@ -549,6 +550,10 @@ class JobStatus(_message.Message):
     def flush(self) -> Global___FlushStatus:
         """absent: no shared tier"""
 
+    @_builtins.property
+    def disk(self) -> Global___FlushStatus:
+        """of the node's own disk; absent: none"""
+
     def __init__(
         self,
         *,
@@ -572,10 +577,11 @@ class JobStatus(_message.Message):
         parity_bytes: _builtins.int = ...,
         is_clustered: _builtins.bool = ...,
         flush: Global___FlushStatus | None = ...,
+        disk: Global___FlushStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["flush", b"flush"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "flush", b"flush"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_bytes", b"arena_bytes", "arena_bytes_in_use", b"arena_bytes_in_use", "collector", b"collector", "complete_generation", b"complete_generation", "complete_step", b"complete_step", "flush", b"flush", "generation", b"generation", "has_complete", b"has_complete", "has_protected", b"has_protected", "has_target", b"has_target", "is_clustered", b"is_clustered", "job", b"job", "parity_bytes", b"parity_bytes", "problem", b"problem", "protected_generation", b"protected_generation", "protected_step", b"protected_step", "protection", b"protection", "sessions", b"sessions", "target_generation", b"target_generation", "target_step", b"target_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_bytes", b"arena_bytes", "arena_bytes_in_use", b"arena_bytes_in_use", "collector", b"collector", "complete_generation", b"complete_generation", "complete_step", b"complete_step", "disk", b"disk", "flush", b"flush", "generation", b"generation", "has_complete", b"has_complete", "has_protected", b"has_protected", "has_target", b"has_target", "is_clustered", b"is_clustered", "job", b"job", "parity_bytes", b"parity_bytes", "problem", b"problem", "protected_generation", b"protected_generation", "protected_step", b"protected_step", "protection", b"protection", "sessions", b"sessions", "target_generation", b"target_generation", "target_step", b"target_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,6 +601,7 @@ class StatusReply(_message.Message):
     JOBS_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     pid: _builtins.int
     uptime_s: _builtins.float
@@ -612,6 +619,10 @@ class StatusReply(_message.Message):
     def tier(self) -> Global___TierStatus:
         """absent: no shared tier"""
 
+    @_builtins.property
+    def disk(self) -> Global___TierStatus:
+        """the node's own disk; absent: none"""
+
     def __init__(
         self,
         *,
@@ -625,10 +636,11 @@ class StatusReply(_message.Message):
         jobs: _abc.Iterable[Global___JobStatus] | None = ...,
         cluster: Global___ClusterStatus | None = ...,
         tier: Global___TierStatus | None = ...,
+        disk: Global___TierStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "tier", b"tier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "disk", b"disk", "tier", b"tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_bytes", b"anonymous_bytes", "arena_bytes", b"arena_bytes", "arena_bytes_limit", b"arena_bytes_limit", "arena_path", b"arena_path", "cluster", b"cluster", "jobs", b"jobs", "pid", b"pid", "tier", b"tier", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous_bytes", b"anonymous_bytes", "arena_bytes", b"arena_bytes", "arena_bytes_limit", b"arena_bytes_limit", "arena_path", b"arena_path", "cluster", b"cluster", "disk", b"disk", "jobs", b"jobs", "pid", b"pid", "tier", b"tier", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

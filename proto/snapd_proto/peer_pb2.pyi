@@ -219,6 +219,7 @@ class ReportRequest(_message.Message):
     FLUSH_WISH_FIELD_NUMBER: _builtins.int
     FLUSH_STUCK_FIELD_NUMBER: _builtins.int
     FLUSH_BUSY_FIELD_NUMBER: _builtins.int
+    NODE_FLUSH_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     generation: _builtins.int
     """the newest that this node knows"""
@@ -289,6 +290,10 @@ class ReportRequest(_message.Message):
     def flush_wish(self) -> Global___SnapshotKey:
         """what it would flush by its own rules"""
 
+    @_builtins.property
+    def node_flush(self) -> Global___FlushNews:
+        """of the node's own disk; absent: it has none"""
+
     def __init__(
         self,
         *,
@@ -321,14 +326,47 @@ class ReportRequest(_message.Message):
         flush_wish: Global___SnapshotKey | None = ...,
         flush_stuck: _builtins.str = ...,
         flush_busy: _builtins.bool = ...,
+        node_flush: Global___FlushNews | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["flush_durable", b"flush_durable", "flush_wish", b"flush_wish", "sender", b"sender", "told_complete", b"told_complete", "told_protected", b"told_protected"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flush_durable", b"flush_durable", "flush_wish", b"flush_wish", "node_flush", b"node_flush", "sender", b"sender", "told_complete", b"told_complete", "told_protected", b"told_protected"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "flush_busy", b"flush_busy", "flush_durable", b"flush_durable", "flush_stuck", b"flush_stuck", "flush_wish", b"flush_wish", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "told_complete", b"told_complete", "told_protected", b"told_protected", "told_protected_epoch", b"told_protected_epoch", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "closed_below", b"closed_below", "final_ranks", b"final_ranks", "flush_busy", b"flush_busy", "flush_durable", b"flush_durable", "flush_stuck", b"flush_stuck", "flush_wish", b"flush_wish", "generation", b"generation", "held", b"held", "hold_s", b"hold_s", "instance", b"instance", "interval_steps", b"interval_steps", "is_capturing", b"is_capturing", "job", b"job", "keep_complete", b"keep_complete", "known_orders", b"known_orders", "newest_step_seen", b"newest_step_seen", "node_flush", b"node_flush", "parts_done", b"parts_done", "passed", b"passed", "problems", b"problems", "sender", b"sender", "serial", b"serial", "served_ranks", b"served_ranks", "told_complete", b"told_complete", "told_protected", b"told_protected", "told_protected_epoch", b"told_protected_epoch", "trouble", b"trouble", "unprotected_bytes", b"unprotected_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
+
+@_typing.final
+class FlushNews(_message.Message):
+    """What a node says of its own disk. `durable`: the newest that is there; the others as flush_wish and so on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DURABLE_FIELD_NUMBER: _builtins.int
+    WISH_FIELD_NUMBER: _builtins.int
+    STUCK_FIELD_NUMBER: _builtins.int
+    IS_BUSY_FIELD_NUMBER: _builtins.int
+    stuck: _builtins.str
+    is_busy: _builtins.bool
+    @_builtins.property
+    def durable(self) -> Global___SnapshotKey: ...
+    @_builtins.property
+    def wish(self) -> Global___SnapshotKey: ...
+    def __init__(
+        self,
+        *,
+        durable: Global___SnapshotKey | None = ...,
+        wish: Global___SnapshotKey | None = ...,
+        stuck: _builtins.str = ...,
+        is_busy: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "wish", b"wish"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable", b"durable", "is_busy", b"is_busy", "stuck", b"stuck", "wish", b"wish"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushNews: _TypeAlias = FlushNews  # noqa: Y015
 
 @_typing.final
 class PartDone(_message.Message):
@@ -406,6 +444,8 @@ class Orders(_message.Message):
     FOUND_EPOCH_FIELD_NUMBER: _builtins.int
     FLUSH_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
+    NODE_FLUSH_FIELD_NUMBER: _builtins.int
+    NODE_DURABLE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """grows with every change"""
     generation: _builtins.int
@@ -451,6 +491,14 @@ class Orders(_message.Message):
     def durable(self) -> Global___SnapshotKey:
         """the newest that is committed there"""
 
+    @_builtins.property
+    def node_flush(self) -> Global___SnapshotKey:
+        """to be written by each node to its own disk now"""
+
+    @_builtins.property
+    def node_durable(self) -> Global___SnapshotKey:
+        """the newest that is on the disks of all nodes that had it"""
+
     def __init__(
         self,
         *,
@@ -472,10 +520,12 @@ class Orders(_message.Message):
         found_epoch: _builtins.int = ...,
         flush: Global___SnapshotKey | None = ...,
         durable: Global___SnapshotKey | None = ...,
+        node_flush: Global___SnapshotKey | None = ...,
+        node_durable: Global___SnapshotKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "durable", b"durable", "flush", b"flush", "found", b"found", "protected", b"protected", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "durable", b"durable", "flush", b"flush", "found", b"found", "node_durable", b"node_durable", "node_flush", b"node_flush", "protected", b"protected", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "durable", b"durable", "flush", b"flush", "found", b"found", "found_epoch", b"found_epoch", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "number", b"number", "problems", b"problems", "protected", b"protected", "protected_epoch", b"protected_epoch", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "drop", b"drop", "durable", b"durable", "flush", b"flush", "found", b"found", "found_epoch", b"found_epoch", "generation", b"generation", "interval_factor", b"interval_factor", "interval_from_step", b"interval_from_step", "interval_steps", b"interval_steps", "is_final", b"is_final", "node_durable", b"node_durable", "node_flush", b"node_flush", "number", b"number", "problems", b"problems", "protected", b"protected", "protected_epoch", b"protected_epoch", "reason", b"reason", "target", b"target", "target_groups", b"target_groups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -963,10 +963,13 @@ class WaitLevelReply(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     LEVEL_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     reached: _builtins.bool
     dropped: _builtins.bool
     reason: _builtins.str
     level: Global___Level.ValueType
+    tier: _builtins.str
+    """of LEVEL_DURABLE: "shared", or "node": the own disks of the nodes"""
     def __init__(
         self,
         *,
@@ -974,10 +977,11 @@ class WaitLevelReply(_message.Message):
         dropped: _builtins.bool = ...,
         reason: _builtins.str = ...,
         level: Global___Level.ValueType = ...,
+        tier: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "level", b"level", "reached", b"reached", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "level", b"level", "reached", b"reached", "reason", b"reason", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1013,11 +1017,14 @@ class LastReply(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     REPLICA_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     found: _builtins.bool
     generation: _builtins.int
     step: _builtins.int
     replica_difference: _builtins.str
     """why nothing is shared out any more; empty: no difference was found"""
+    tier: _builtins.str
+    """as WaitLevelReply.tier"""
     def __init__(
         self,
         *,
@@ -1025,10 +1032,11 @@ class LastReply(_message.Message):
         generation: _builtins.int = ...,
         step: _builtins.int = ...,
         replica_difference: _builtins.str = ...,
+        tier: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "generation", b"generation", "replica_difference", b"replica_difference", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "generation", b"generation", "replica_difference", b"replica_difference", "step", b"step", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,7 +13,7 @@ from snapd.cli.connect import connected
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import facts, format_age, print_json, print_parts, table
-from snapd.cli.tier_view import flush_json, flush_parts, tier_facts, tier_json
+from snapd.cli.tier_view import disk_facts, disk_json, flush_json, flush_parts, tier_facts, tier_json
 from snapd.errors import NotFoundError
 from snapd.units import format_size
 
@@ -67,6 +67,7 @@ def daemon_facts(reply: admin_pb2.StatusReply) -> dict[str, str]:
         "arena": f"{format_size(reply.arena_bytes)}{limit} in {reply.arena_path}",
         "memory": f"{format_size(reply.anonymous_bytes)} beside the arena" if reply.anonymous_bytes else "",
         **(tier_facts(reply.tier) if reply.HasField("tier") else {}),
+        **(disk_facts(reply.disk) if reply.HasField("disk") else {}),
     }
 
 
@@ -117,6 +118,7 @@ def status_json(reply: admin_pb2.StatusReply) -> dict[str, object]:
         "jobs": [job_json(job) for job in reply.jobs],
         "cluster": cluster_json(reply.cluster) if reply.HasField("cluster") else None,
         "tier": tier_json(reply.tier) if reply.HasField("tier") else None,
+        "disk": disk_json(reply.disk) if reply.HasField("disk") else None,
     }
 
 
@@ -135,6 +137,7 @@ def job_json(job: admin_pb2.JobStatus) -> dict[str, object]:
         "sessions": [session_json(session) for session in job.sessions],
         **(protection_json(job) if job.is_clustered else {}),
         **({"flush": flush_json(job.flush)} if job.HasField("flush") else {}),
+        **({"disk": flush_json(job.disk)} if job.HasField("disk") else {}),
     }
 
 

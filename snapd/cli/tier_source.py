@@ -19,6 +19,8 @@ from snapd.core.ids import checked_job_name
 from snapd.core.stored import StoredShard, StoredSnapshot
 from snapd.errors import ConfigError, NotFoundError, NotRestorable, SnapdError, UnavailableError
 from snapd.store.base import Store
+from snapd.store.node_folder import is_node_folder
+from snapd.store.opening import FILE, parsed_url
 from snapd.store.surroundings import Surroundings
 from snapd.tier.reading import Broken, Candidate, Opened, TierReader, jobs_of
 from snapd.tier.streaming import ReadPool
@@ -96,6 +98,7 @@ def opened_tier(url: str) -> Iterator[TierSource]:
     where = config.shared if url == CONFIGURED else url
     if "://" not in where:
         where = str(Path(where).absolute())
+    _refuse_node_folder(where)
     store = store_of(config, _surroundings(), url=where)
     pool = ReadPool()
     try:
@@ -108,6 +111,16 @@ def opened_tier(url: str) -> Iterator[TierSource]:
     finally:
         pool.close()
         store.close()
+
+
+def _refuse_node_folder(where: str) -> None:
+    url = parsed_url(where)
+    if url.scheme == FILE and is_node_folder(url.path):
+        raise ConfigError(
+            f"{url.path} is the own disk of a node (tier.node): it has this node's shards and no commit records",
+            kind="disk_shared",
+            hint="the daemon of that node reads it into memory when it starts: `snapd ls` there, without --from",
+        )
 
 
 def _surroundings() -> Surroundings:

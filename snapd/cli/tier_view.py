@@ -11,6 +11,8 @@ from snapd.cli.output import format_age, table
 from snapd.units import format_size
 
 FLUSH_HEADINGS = ("JOB", "DURABLE", "BEHIND", "LAST", "STORED", "REUSED", "REQUESTS", "PER GB", "TIER")
+DISK_HEADINGS = ("JOB", "ON DISK", "BEHIND", "LAST", "STORED", "REUSED", "DISK")
+DISK_RIGHT = ("BEHIND", "LAST", "STORED", "REUSED")
 FLUSH_RIGHT = ("BEHIND", "LAST", "STORED", "REUSED", "REQUESTS", "PER GB")
 
 
@@ -28,21 +30,47 @@ def tier_facts(tier: admin_pb2.TierStatus) -> dict[str, str]:
     return {"tier": f"{tier.url}; {traffic}{repeated}", "compression": tier.compression}
 
 
+def disk_facts(disk: admin_pb2.TierStatus) -> dict[str, str]:
+    """The node's own disk, as a name and a value."""
+    return {"node's disk": disk.url if disk.is_open else f"{disk.url}; not opened yet"}
+
+
 def flush_parts(reply: admin_pb2.StatusReply) -> list[RenderableType]:
-    """A table with a row for each job; nothing where there is no shared tier."""
+    """A table for each tier, with a row for each job; nothing where there is no tier."""
+    parts: list[RenderableType] = []
     jobs = [job for job in reply.jobs if job.HasField("flush")]
-    return ["", table(FLUSH_HEADINGS, [_row(job) for job in jobs], right=FLUSH_RIGHT)] if jobs else []
+    if jobs:
+        parts += ["", table(FLUSH_HEADINGS, [_row(job) for job in jobs], right=FLUSH_RIGHT)]
+    jobs = [job for job in reply.jobs if job.HasField("disk")]
+    if jobs:
+        parts += ["", table(DISK_HEADINGS, [_disk_row(job) for job in jobs], right=DISK_RIGHT)]
+    return parts
+
+
+def _disk_row(job: admin_pb2.JobStatus) -> tuple[str, ...]:
+    durable, text = _said(job.disk)
+    last, behind = job.disk.last, format_age(job.disk.behind_s)
+    if not job.disk.HasField("last"):
+        return (job.job, durable, behind, "", "", "", text)
+    stored, reused = format_size(last.stored_nbytes), format_size(last.reused_nbytes)
+    return (job.job, durable, behind, f"{last.seconds:.1f} s", stored, reused, text)
+
+
+def _said(flush: admin_pb2.FlushStatus) -> tuple[str, str]:
+    """(what is there, what is being done or why not)."""
+    durable = (
+        f"step {flush.durable_step} (generation {flush.durable_generation})" if flush.has_durable else "none"
+    )
+    text = flush.reason
+    if flush.nbytes_total:
+        text += f", {format_size(flush.nbytes_done)} of {format_size(flush.nbytes_total)}"
+    return durable, text
 
 
 def _row(job: admin_pb2.JobStatus) -> tuple[str, ...]:
     flush = job.flush
-    durable = (
-        f"step {flush.durable_step} (generation {flush.durable_generation})" if flush.has_durable else "none"
-    )
+    durable, text = _said(flush)
     last = flush.last
-    text = flush.reason
-    if flush.nbytes_total:
-        text += f", {format_size(flush.nbytes_done)} of {format_size(flush.nbytes_total)}"
     if not flush.HasField("last"):
         return (job.job, durable, format_age(flush.behind_s), "", "", "", "", "", text)
     return (
@@ -70,6 +98,11 @@ def tier_json(tier: admin_pb2.TierStatus) -> dict[str, object]:
         "sent_nbytes": tier.sent_nbytes,
         "received_nbytes": tier.received_nbytes,
     }
+
+
+def disk_json(disk: admin_pb2.TierStatus) -> dict[str, object]:
+    """The node's own disk in the JSON."""
+    return {"folder": disk.url, "is_open": disk.is_open}
 
 
 def flush_json(flush: admin_pb2.FlushStatus) -> dict[str, object]:

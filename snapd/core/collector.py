@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from snapd.core.cluster import Group, GroupTable
-from snapd.core.flushing import choose_for_world
+from snapd.core.flushing import choose_for_disks, choose_for_world
 from snapd.core.ids import SnapshotId
 from snapd.core.interval import Interval, after_abort, after_complete
-from snapd.core.reports import NodeReport, Orders, Record, Told
+from snapd.core.reports import FlushNews, NodeReport, Orders, Record, Told
 
 REASONS_SHOWN = 8
 BEING_PROTECTED = "being protected"
@@ -140,7 +140,10 @@ class Collector:
         target, reason = self._aim(whole, holders, done, table)
         self._target = target
         flush, durable = choose_for_world(whole, self.orders.flush, (r.flush for r in self.reports.values()))
-        kept = self._kept(holders, whole, complete, target, protected, flush)
+        node_flush, node_durable = choose_for_disks(
+            holders, whole, self.orders.node_flush, self._disk_news(), self.orders.node_durable
+        )
+        kept = self._kept(holders, whole, complete, target, protected, flush, node_flush)
         is_sure = all(node in self.reports for node in awaited)
         drop = tuple(self._droppable(holders, world_sizes, kept, complete)) if is_sure else ()
         present = set(holders) | {s for s in (complete, protected) if s is not None}
@@ -160,9 +163,17 @@ class Collector:
             found=self._found,
             flush=flush,
             durable=durable,
+            node_flush=node_flush,
+            node_durable=node_durable,
         )
         self.orders = replace(new, number=self.orders.number + (new != self.orders))
         return self.orders
+
+    def _disk_news(self) -> dict[str, FlushNews]:
+        """What the nodes that have a disk of their own say of it."""
+        return {
+            node: report.node_flush for node, report in self.reports.items() if report.node_flush is not None
+        }
 
     def _newest_complete(self, whole: list[SnapshotId]) -> SnapshotId | None:
         """Once complete, remembered until a newer one is or it is proved bad: a holder may only be out of reach."""
@@ -303,11 +314,11 @@ class Collector:
         complete: SnapshotId | None,
         target: SnapshotId | None,
         protected: SnapshotId | None,
-        flush: SnapshotId | None,
+        *flushed: SnapshotId | None,
     ) -> set[SnapshotId]:
         """The newest whole one too: what was complete may have been lost with its nodes since."""
         found = self._found[0] if self._found is not None else None
-        named = (complete, target, protected, found, flush, *whole[-1:])
+        named = (complete, target, protected, found, *flushed, *whole[-1:])
         kept = {snapshot for snapshot in named if snapshot is not None}
         if self._parent is not None and (not whole or whole[-1].generation < self._parent[0]):
             kept.add(self._parent[1])

@@ -63,7 +63,7 @@ def report_without(report: NodeReport, through: int) -> NodeReport:
 
 def orders_without(orders: Orders, through: int) -> Orders:
     """What a collector's orders say of generations after `through`: it may not have heard of the removal yet."""
-    named = (orders.complete, orders.target, orders.protected, orders.flush)
+    named = (orders.complete, orders.target, orders.protected, orders.flush, orders.node_flush)
     if not any(is_gone(snapshot, through) for snapshot in named):
         return orders
     return replace(
@@ -71,6 +71,7 @@ def orders_without(orders: Orders, through: int) -> Orders:
         complete=_left(orders.complete, through),
         target=_left(orders.target, through),
         flush=_left(orders.flush, through),
+        node_flush=_left(orders.node_flush, through),
         protected=_left(orders.protected, through),
         protected_epoch=0 if is_gone(orders.protected, through) else orders.protected_epoch,
     )

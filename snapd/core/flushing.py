@@ -7,7 +7,7 @@ the place of one that is stuck, and what is durable already, or was overtaken by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from snapd.core.ids import SnapshotId
@@ -33,7 +33,7 @@ class FlushSituation:
     the tier. `current`: the one that is being flushed; `stuck`: why it does not go on, if it does not. `first_step`:
     the first step of the newest's generation that was complete. `waited_s`: since the last flush was begun. `floor`:
     the highest generation that the tier had before the job began; None: it could not be asked yet. `wanted`: asked
-    for, this one or a newer one. `is_ending`: this node goes away.
+    for, this one or a newer one. `is_ending`: this node goes away. `is_brought`: the newest came from the tier.
     """
 
     newest: SnapshotId | None = None
@@ -45,6 +45,7 @@ class FlushSituation:
     floor: int | None = 0
     wanted: SnapshotId | None = None
     is_ending: bool = False
+    is_brought: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ def choose_flush(rules: FlushRules, situation: FlushSituation) -> FlushChoice:
         return FlushChoice(
             None, "it is not known yet which generations the tier has", pause=PAUSE_FLOOR_UNKNOWN
         )
+    if situation.is_brought:
+        return FlushChoice(None, "the newest complete snapshot came from there")
     if newest.generation <= situation.floor:
         reason = (
             f"the tier had generation {situation.floor} of this job before this start of it, which has generation"
@@ -103,6 +106,43 @@ def choose_for_world(
     if (is_going_on or wishes) and not _is_durable(newest, durable):
         return newest, durable
     return None, durable
+
+
+def choose_for_disks(
+    holders: Mapping[SnapshotId, Mapping[int, Collection[str]]],
+    whole: Sequence[SnapshotId],
+    current: SnapshotId | None,
+    news: Mapping[str, FlushNews],
+    before: SnapshotId | None,
+) -> tuple[SnapshotId | None, SnapshotId | None]:
+    """(what each node of a world writes to its own disk now, the newest that is on the disks of all that have it).
+
+    All take the same one: disks that each have another snapshot are of no use together. `holders`: snapshot -> rank ->
+    nodes that have the shard; `whole`: those of which every shard is somewhere, oldest first; `current`: named before,
+    and not given up while some node that has a disk is still to write its part; `news`: by node, of those with a disk;
+    `before`: what was on all disks before.
+    """
+
+    def is_on_all(snapshot: SnapshotId) -> bool:
+        ranks = holders[snapshot].values()
+        return all(any(_has_written(news, node, snapshot) for node in nodes) for nodes in ranks)
+
+    durable = max((s for s in (before, *filter(is_on_all, whole)) if s is not None), default=None)
+    if not whole:
+        return None, durable
+    newest = whole[-1]
+    if current is not None and current in whole:
+        nodes = {node for nodes in holders[current].values() for node in nodes if node in news}
+        is_going_on = any(not _has_written(news, node, current) for node in nodes)
+        is_stuck = any(each.stuck for each in news.values()) and not any(e.is_busy for e in news.values())
+        if is_going_on and not (is_stuck and newest > current):
+            return current, durable
+    is_wished = any(each.wish is not None for each in news.values())
+    return (newest if is_wished and not is_on_all(newest) else None), durable
+
+
+def _has_written(news: Mapping[str, FlushNews], node: str, snapshot: SnapshotId) -> bool:
+    return node in news and news[node].durable == snapshot
 
 
 def _is_durable(snapshot: SnapshotId, durable: SnapshotId | None) -> bool:

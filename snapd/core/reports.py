@@ -61,9 +61,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class FlushNews:
-    """What a node says of the shared tier. `durable`: the newest that it knows to be committed there. `wish`: what it
-    would flush by its own rules. `stuck`: why its part of the snapshot that is being flushed does not go on.
-    `is_busy`: it is writing its part.
+    """What a node says of the shared tier, or of its own disk. `durable`: the newest that it knows to be committed
+    there, or has on its disk. `wish`: what it would flush by its own rules. `stuck`: why its part of the snapshot that
+    is being flushed does not go on. `is_busy`: it is writing its part.
     """
 
     durable: SnapshotId | None = None
@@ -79,7 +79,8 @@ class NodeReport:
     `passed`: rank -> newest step of `generation` that it captures no more. `served`: its ranks with a live session of
     `generation`. `closed_below`: generations below it capture nothing more on this node. `keep_complete`: complete
     snapshots that its slots have room for. `is_capturing`: a trainer of `generation` has passed a step, so what it
-    restored, if anything, is behind it. `final`: its ranks that have closed `generation` for good.
+    restored, if anything, is behind it. `final`: its ranks that have closed `generation` for good. `node_flush`: of
+    its own disk; None: it has none.
     """
 
     node: str
@@ -103,6 +104,7 @@ class NodeReport:
     told: Told = Told()
     final: tuple[int, ...] = ()
     flush: FlushNews = FlushNews()
+    node_flush: FlushNews | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,8 @@ class Orders:
     the reason. `number` grows with every change. `protected_epoch`: the last one under which `protected` was found so;
     its parity of older epochs may go. `found`: (snapshot, epoch) to be recorded as protected: no promise, and no
     news; who would plan its rows anew looks whether they count already. `flush`: to be written to the shared tier by
-    all now; `durable`: the newest that is committed there.
+    all now; `durable`: the newest that is committed there. `node_flush`: to be written by each to its own disk now;
+    `node_durable`: the newest that is on the disks of all nodes that had it.
     """
 
     number: int = 0
@@ -128,6 +131,8 @@ class Orders:
     found: tuple[SnapshotId, int] | None = field(default=None, compare=False)
     flush: SnapshotId | None = None
     durable: SnapshotId | None = None
+    node_flush: SnapshotId | None = None
+    node_durable: SnapshotId | None = None
 
     @property
     def told(self) -> Told:

@@ -18,7 +18,8 @@ PASSING = frozenset(
 LASTING = frozenset(
     {
         "store", "store_library", "store_conditional", "store_tls", "store_credentials", "store_denied",
-        "store_clock", "bucket", "tier_conflict", "tier_version", "tier_job", "tier_manifest", "tier_manifest_size",
+        "store_clock", "bucket", "disk_in_use", "disk_shared",
+        "tier_conflict", "tier_version", "tier_job", "tier_manifest", "tier_manifest_size",
     }
 )  # fmt: skip
 

@@ -9,6 +9,11 @@
 
 What else lies there is nobody's: it is neither read nor deleted.
 
+On the own disk of a node there are packs, shard manifests, and two notes of the daemon:
+
+    jobs/JOB/generation                            the newest generation that this node has seen, in decimal digits
+    jobs/JOB/ended                                 the job was closed for good: it is not brought back unasked
+
 G, the generation, and S, the step, are decimal and padded with zeros (10 and 15 digits): the order of keys is the
 order of age.
 """
@@ -68,6 +73,14 @@ class TierKeys:
     @property
     def pins(self) -> str:
         return f"{self.root}pins/"
+
+    @property
+    def generation_note(self) -> str:
+        return f"{self.root}generation"
+
+    @property
+    def ended_note(self) -> str:
+        return f"{self.root}ended"
 
     def pack(self, name: str) -> str:
         return f"{self.packs}{name}.pack"

@@ -16,7 +16,7 @@ from snapd.memory.records import record_to_proto
 from snapd.rpc.cluster_status import add_protection, cluster_status, drain
 from snapd.rpc.fill_arena import fill
 from snapd.rpc.guard import ServicerContext, caller, refuse, told
-from snapd.rpc.tier_status import flush_now, flush_status, tier_status
+from snapd.rpc.tier_status import add_jobs, disk_status, flush_now, tier_status
 from snapd.runtime import levels
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
@@ -24,6 +24,7 @@ from snapd.runtime.restoring import Verified, verify
 from snapd.runtime.session import Session
 
 PROGRESS_INTERVAL_S = 0.2
+FORGET_WAIT_S = 10.0  # a disk that hangs does not hold the answer up for longer
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -58,10 +59,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 reply.jobs.append(_job_status(node.jobs[name]))
                 if node.cluster is not None:
                     add_protection(reply.jobs[-1], node.jobs[name], node.cluster)
-                if name in node.flushers:
-                    reply.jobs[-1].flush.CopyFrom(flush_status(node.flushers[name]))
+                add_jobs(reply.jobs[-1], node, name)
         if node.tier is not None:
             reply.tier.CopyFrom(tier_status(node.tier))
+        if node.disks is not None:
+            reply.disk.CopyFrom(disk_status(node.disks))
         if node.cluster is not None:
             reply.cluster.CopyFrom(await cluster_status(node.cluster, ask_peers=request.ask_peers))
         return reply
@@ -167,6 +169,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         node, name = self.node, checked_job_name(request.job)
         if node.cluster is None or name in node.broken:
             count, freed = node.remove_job(name, is_forced=request.force)
+            if node.disks is not None:
+                await node.disks.forgotten(name, FORGET_WAIT_S)
             return admin_pb2.RemoveJobReply(snapshots_removed=count, arena_bytes_freed=freed)
         removed = await node.cluster.removals.remove(name, is_forced=request.force)
         return admin_pb2.RemoveJobReply(

@@ -114,7 +114,27 @@ def report_to_proto(
             getattr(message, f"flush_{name}").CopyFrom(_key(named))
     message.flush_stuck = report.flush.stuck[:TEXT_MAX]
     message.flush_busy = report.flush.is_busy
+    if report.node_flush is not None:
+        message.node_flush.CopyFrom(_news_to(report.node_flush))
     return message
+
+
+def _news_to(news: FlushNews) -> peer_pb2.FlushNews:
+    message = peer_pb2.FlushNews(stuck=news.stuck[:TEXT_MAX], is_busy=news.is_busy)
+    for name in ("durable", "wish"):
+        named = getattr(news, name)
+        if named is not None:
+            getattr(message, name).CopyFrom(_key(named))
+    return message
+
+
+def _news_from(message: peer_pb2.FlushNews) -> FlushNews:
+    return FlushNews(
+        _snapshot(message.durable, message.HasField("durable")),
+        _snapshot(message.wish, message.HasField("wish")),
+        message.stuck[:TEXT_MAX],
+        message.is_busy,
+    )
 
 
 def report_from_proto(message: peer_pb2.ReportRequest) -> NodeReport:
@@ -157,6 +177,7 @@ def report_from_proto(message: peer_pb2.ReportRequest) -> NodeReport:
             message.flush_stuck[:TEXT_MAX],
             message.flush_busy,
         ),
+        node_flush=_news_from(message.node_flush) if message.HasField("node_flush") else None,
     )
 
 
@@ -175,7 +196,7 @@ def orders_to_proto(orders: Orders) -> peer_pb2.Orders:
         target_groups=orders.target_groups,
         protected_epoch=orders.protected_epoch,
     )
-    for name in ("complete", "target", "protected", "flush", "durable"):
+    for name in ("complete", "target", "protected", "flush", "durable", "node_flush", "node_durable"):
         snapshot = getattr(orders, name)
         if snapshot is not None:
             getattr(message, name).CopyFrom(_key(snapshot))
@@ -205,6 +226,8 @@ def orders_from_proto(message: peer_pb2.Orders) -> Orders:
         protected_epoch=message.protected_epoch,
         flush=_snapshot(message.flush, message.HasField("flush")),
         durable=_snapshot(message.durable, message.HasField("durable")),
+        node_flush=_snapshot(message.node_flush, message.HasField("node_flush")),
+        node_durable=_snapshot(message.node_durable, message.HasField("node_durable")),
         target_groups=tuple(message.target_groups),
         drop=tuple((snapshot_of(d.generation, d.step), d.reason) for d in message.drop),
         problems=tuple((snapshot_of(p.generation, p.step), p.problem) for p in message.problems),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from snapd_proto import admin_pb2
 
+from snapd.core.ids import SnapshotId
 from snapd.errors import ConfigError, NotFoundError
+from snapd.runtime.disk_job import JobDisk
+from snapd.runtime.disk_node import NodeDisks
+from snapd.runtime.flush_loop import FlushLoop
 from snapd.runtime.flushing import JobFlusher
 from snapd.runtime.node import Node
 from snapd.runtime.tiers import NodeTier
@@ -28,8 +34,23 @@ def tier_status(tier: NodeTier) -> admin_pb2.TierStatus:
     return reply
 
 
-def flush_status(flusher: JobFlusher) -> admin_pb2.FlushStatus:
-    """One job."""
+def disk_status(disks: NodeDisks) -> admin_pb2.TierStatus:
+    """The own disk of this node."""
+    tier = disks.tier
+    return admin_pb2.TierStatus(url=tier.description, is_open=tier.store is not None)
+
+
+def add_jobs(reply: admin_pb2.JobStatus, node: Node, name: str) -> None:
+    """What the tiers of this node say of a job."""
+    if name in node.flushers:
+        reply.flush.CopyFrom(flush_status(node.flushers[name], node.flushers[name].durable))
+    disk = node.disks.jobs.get(name) if node.disks is not None else None
+    if disk is not None:
+        reply.disk.CopyFrom(flush_status(disk, disk.here))
+
+
+def flush_status(flusher: FlushLoop[Any], durable: SnapshotId | None) -> admin_pb2.FlushStatus:
+    """One job. `durable`: the newest that is there."""
     done, total = flusher.progress()
     reply = admin_pb2.FlushStatus(
         reason=flusher.reason,
@@ -38,9 +59,9 @@ def flush_status(flusher: JobFlusher) -> admin_pb2.FlushStatus:
         nbytes_done=done,
         nbytes_total=total,
     )
-    if flusher.durable is not None:
+    if durable is not None:
         reply.has_durable = True
-        reply.durable_generation, reply.durable_step = flusher.durable.generation, flusher.durable.step
+        reply.durable_generation, reply.durable_step = durable.generation, durable.step
     last = flusher.last
     if last is not None:
         reply.last.CopyFrom(
@@ -65,10 +86,14 @@ async def flush_now(node: Node, request: admin_pb2.FlushRequest) -> admin_pb2.Fl
     Raises:
         ConfigError: kind `no_tier`. NotFoundError: kinds `job`, `snapshot`.
     """
-    if node.tier is None:
-        raise ConfigError("this daemon has no shared tier", kind="no_tier", hint="set tier.shared")
+    if node.tier is None and node.disks is None:
+        raise ConfigError("this daemon has no tier", kind="no_tier", hint="set tier.shared or tier.node")
     job = node.existing_job(request.job)
-    flusher = node.flushers[job.name]
+    flusher: JobFlusher | JobDisk | None = node.flushers.get(job.name)
+    if flusher is None and node.disks is not None:
+        flusher = node.disks.jobs.get(job.name)
+    if flusher is None:
+        raise NotFoundError("the job has just been removed", kind="job", job=job.name)
     newest = flusher.newest
     if newest is None:
         raise NotFoundError("the job has no complete snapshot", kind="snapshot", job=job.name)

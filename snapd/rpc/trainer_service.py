@@ -72,6 +72,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         job = self.node.job_for(opening.job)
         if job.flusher is not None:
             await job.flusher.before_opening()
+        if job.disk is not None:
+            await job.disk.before_opening()
         if self.node.tier_restores is not None:
             await self.node.tier_restores.before_opening(job)
         try:
@@ -98,7 +100,9 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         )
 
     async def _stored_chunk_bytes(self, job: Job) -> int:
-        """Of what the tier has of a job that is not here yet: it is to fit into frames."""
+        """Of what a tier has of a job that is not here yet: it is to fit into frames."""
+        if job.disk is not None and job.disk.chunk_bytes:
+            return job.disk.chunk_bytes
         if self.node.tier_restores is None or job.chunk_bytes:
             return 0
         return await self.node.tier_restores.chunk_bytes(job)
@@ -118,6 +122,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         job, session = self._session(request.session_id, context)
         step = request.step if request.has_step else None
         if self.node.restores is not None:
+            if job.disk is not None:
+                await job.disk.wait_filled()
             return await self._plan_world(self.node.restores, job, session, request, step)
         decision = await plan_restore(
             job,
@@ -231,8 +237,9 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         level = levels.level_for(job, LEVELS[request.level])
         snapshot = SnapshotId(session.generation, request.step)
         service.serve(job, session)
-        if level is levels.Level.DURABLE and job.flusher is not None:
-            job.flusher.request(snapshot)
+        tier = job.flusher or job.disk
+        if level is levels.Level.DURABLE and tier is not None:
+            tier.request(snapshot)
 
         def is_over() -> bool:
             return (
@@ -244,10 +251,11 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
 
         timeout_s = min(max(0.0, request.timeout_s), self.node.context.settings.wait_max_s)
         await job.changes.wait_until(is_over, timeout_s)
-        reply = trainer_pb2.WaitLevelReply(level=LEVEL_NUMBERS[level])
+        reply = trainer_pb2.WaitLevelReply(level=LEVEL_NUMBERS[level], tier=levels.tier_of(job, level))
         lost = levels.lost_reason(job, snapshot, level)
         if levels.has(job, snapshot, level):
-            reply.reached, reply.reason = True, f"{level.value} on all ranks"
+            where = f", in the tier {reply.tier}" if reply.tier else ""
+            reply.reached, reply.reason = True, f"{level.value} on all ranks{where}"
         elif lost:
             reply.dropped, reply.reason = True, lost
         else:
@@ -257,8 +265,11 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
     @told
     async def Last(self, request: trainer_pb2.LastRequest, context: ServicerContext) -> trainer_pb2.LastReply:
         job, _ = self._session(request.session_id, context)
-        newest = levels.newest(job, levels.level_for(job, LEVELS[request.level]))
-        reply = trainer_pb2.LastReply(replica_difference=job.replicas.difference)
+        level = levels.level_for(job, LEVELS[request.level])
+        newest = levels.newest(job, level)
+        reply = trainer_pb2.LastReply(
+            replica_difference=job.replicas.difference, tier=levels.tier_of(job, level)
+        )
         if newest is not None:
             reply.found, reply.generation, reply.step = True, newest.generation, newest.step
         return reply
@@ -288,5 +299,7 @@ async def newest_or_bad(node: Node, job: Job) -> SnapshotId | None:
         newest = await node.cluster.newest_recorded(job.name)
     if newest is None and node.tier_restores is not None:
         newest = await node.tier_restores.newest(job)
+    if newest is None and job.disk is not None:
+        newest = job.disk.newest_stored
     bad = next((facts.id for facts in job.ledger.newest_first() if facts.problem), None)
     return newest or bad

@@ -48,6 +48,7 @@ class Cluster:
         self._coordinations: dict[str, ClusterCoordination] = {}
         self._collectors: dict[str, CollectorHost] = {}
         self.tier_look: TierLook | None = None  # set where there is a shared tier
+        self.check_disk: Callable[[str], None] = lambda name: None  # raises while the disk is read
         self._asked: dict[str, str] = {}
         self._arenas: dict[str, str] = {}
         self._epoch_seen = (False, 0)
@@ -406,6 +407,7 @@ class Cluster:
     # what peers ask of this node (also of itself: PeerCalls)
 
     def own_inventory(self, name: str) -> Inventory:
+        self.check_disk(name)
         world = self.worlds.get(name)
         return world.inventory() if world is not None else Inventory(node=self.name)
 

@@ -67,6 +67,16 @@ FLUSH_POINTS = (
     "daemon.flush.commit.after",
     "daemon.flush.done.after",
 )
+# passed only where the node keeps snapshots on a disk of its own
+DISK_POINTS = (
+    "daemon.disk.pack.before",
+    "daemon.disk.pack.after",
+    "daemon.disk.manifest.before",
+    "daemon.disk.manifest.after",
+    "daemon.disk.drop.before",
+    "daemon.disk.pack_drop.before",
+    "daemon.disk.done.after",
+)
 # passed only where this node collects what is garbage in the tier
 COLLECT_POINTS = (
     "daemon.gc.look.after",
@@ -78,7 +88,7 @@ COLLECT_POINTS = (
     "daemon.gc.list.after",
     "daemon.gc.rewrite.before",
 )
-POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS, *FLUSH_POINTS, *COLLECT_POINTS)
+POINTS = (*MACHINE_POINTS, *CLUSTER_POINTS, *FLUSH_POINTS, *DISK_POINTS, *COLLECT_POINTS)
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
 from snapd.core.flushing import PAUSE_GENERATION, FlushChoice, FlushRules, FlushSituation, choose_flush
 from snapd.core.ids import SnapshotId
 from snapd.core.reports import FlushNews
 from snapd.core.tier_failures import may_pass
-from snapd.runtime.job import Job
+from snapd.runtime.job import Job, WorldPart
 
 LASTING_TRIES = 2
 STUCK_AFTER_S = 30.0  # nothing counts as stuck before: another snapshot is named then, and all begin anew
+Ordered = Callable[[WorldPart], SnapshotId | None]
 
 
 class FlushChooser:
     """Of one job. On the event loop. `floor`: the highest generation that the tier had before the job began; None: not
-    known yet. `current`: what was begun last.
+    known yet. `ordered`: what the collector of a world that spans nodes names for this tier. `current`: what was begun
+    last.
     """
 
-    def __init__(self, job: Job, rules: FlushRules, floor: int | None) -> None:
-        self._job, self._rules = job, rules
+    def __init__(
+        self, job: Job, rules: FlushRules, floor: int | None, ordered: Ordered = attrgetter("flush")
+    ) -> None:
+        self._job, self._rules, self._ordered = job, rules, ordered
         self.floor = floor
         self.durable: SnapshotId | None = None
         self.current: SnapshotId | None = None
         self.is_ending = False
         self._lasting = 0  # attempts in a row, while ending, that failed in a way that waiting does not mend
         self.dropped: set[SnapshotId] = set()  # by retention, in the tier: never again
+        self.brought: set[SnapshotId] = set()  # from the tier into memory
         self._wanted: SnapshotId | None = None
         self._first_steps: dict[int, int] = {}
         self._named: SnapshotId | None = None
@@ -103,7 +111,7 @@ class FlushChooser:
             if current is not None and not self._is_usable(current):
                 current = None
             return self._own(current, stuck)
-        own, named = self._own(None, ""), self._job.world.flush
+        own, named = self._own(None, ""), self._ordered(self._job.world)
         if own.pause:
             return own
         if named is None or self.is_durable(named):
@@ -130,6 +138,7 @@ class FlushChooser:
             floor=self.floor,
             wanted=self._wanted,
             is_ending=self.is_ending,
+            is_brought=newest in self.brought,
         )
         return choose_flush(self._rules, situation)
 
@@ -143,7 +152,7 @@ class FlushChooser:
 
     def news(self, stuck: str, *, is_busy: bool) -> FlushNews:
         """What the job's collector is told."""
-        named = self._job.world.flush if self._job.world is not None else None
+        named = self._ordered(self._job.world) if self._job.world is not None else None
         if named != self._named:
             self._named, self._named_at_s = named, self._now_s()
         is_late = named is not None and self._now_s() - self._named_at_s > STUCK_AFTER_S

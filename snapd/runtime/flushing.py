@@ -1,7 +1,6 @@
-"""One job's way to the shared tier on this node: what is flushed, what holds it up, what is durable.
+"""One job's way to the shared tier on this node: which generations and snapshots it has, and each flush to its commit.
 
-On the event loop; the work itself is tier/flush.py's, in the tier's threads. A snapshot is held in memory until this
-node's part of it is in the tier. Nothing here is ever waited for by training.
+The work itself is tier/flush.py's, in the tier's threads; what is common to all tiers is flush_loop.py's.
 """
 
 from __future__ import annotations
@@ -10,54 +9,42 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
-from snapd.core.flushing import FlushChoice
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.reports import FlushNews
-from snapd.errors import InternalError, NotFoundError, SnapdError
-from snapd.runtime.flush_choosing import STUCK_AFTER_S, FlushChooser
-from snapd.runtime.flush_report import FlushReport, count_report, log_fields, report_of
+from snapd.errors import SnapdError
+from snapd.runtime.flush_choosing import FlushChooser
+from snapd.runtime.flush_loop import FlushLoop, LoopEvents
+from snapd.runtime.flush_report import count_report, log_fields, report_of
 from snapd.runtime.job import Job
-from snapd.runtime.restoring import verify_soon
-from snapd.runtime.tiers import NodeTier, Trouble, retry_s
+from snapd.runtime.tiers import NodeTier
 from snapd.tier.flush import Flushed, Stage, TierWriter
-from snapd.tier.writing import ShardBytes, Stopped
+from snapd.tier.writing import ShardBytes
 
-WATCH_S = 0.25
-LOOK_S = 60.0
 LOOKED_S = 10.0  # what the tier has is not looked at again so soon: all ranks of a node open at once
-ENDING_RETRY_S = 1.0  # little time is left
+EVENTS = LoopEvents("flush.paused", "flush.goes_on", "flush.again", "flush.overtaken")
 OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the tier to say which generations it has
 
 
-class JobFlusher:
+class JobFlusher(FlushLoop[Flushed]):
     """One per job and node with a shared tier. Implements `job.FlushPart`."""
 
     def __init__(self, job: Job, tier: NodeTier) -> None:
-        self.job = job
         self.tier = tier
         floor = job.index.tier_floors().get(tier.settings.url)
-        self._chooser = FlushChooser(job, tier.settings.rules, floor)
-        self.trouble: Trouble | None = None
-        self.last: FlushReport | None = None
-        self._stage = Stage()
-        self._stop: threading.Event | None = None
+        chooser = FlushChooser(job, tier.settings.rules, floor)
+        super().__init__(EVENTS, job, chooser, tier.metrics)
         self._writer: TierWriter | None = None
         self._writer_name = self._name_writer()
-        self._is_learnt = False
         self._looked_at_s = -math.inf
         self._is_hurried = False
+        self._before: dict[str, int] = {}
         self._learning = asyncio.Lock()
-        self._told_news = FlushNews()
-        self._failures = 0
         if floor is not None:
             job.coordination.start_above(floor)
-        tier.metrics.behind_seconds.labels(job=job.name).set_function(self.behind_s)
-        tier.metrics.paused.labels(job=job.name).set_function(lambda: float(self.trouble is not None))
-        job.on_removed.append(self._let_go)
 
     def _name_writer(self) -> str:
         """A name that stays with this arena: by it a daemon finds what one before it has written."""
@@ -74,73 +61,16 @@ class JobFlusher:
     def durable(self) -> SnapshotId | None:
         return self._chooser.durable
 
-    @property
-    def newest(self) -> SnapshotId | None:
-        """The newest snapshot that could become durable."""
-        return self._chooser.newest
-
-    @property
-    def reason(self) -> str:
-        """What is being done, or what it waits for, in words."""
-        if self.trouble is not None:
-            return f"paused: {self.trouble.reason}"
-        if self._stop is not None:
-            return f"{self._chooser.current}: {self._stage.text}"
-        return self._choose().reason
-
-    def behind_s(self) -> float:
-        """Since the newest durable snapshot was captured."""
-        return self._chooser.behind_s()
-
-    def progress(self) -> tuple[int, int]:
-        """(bytes of chunks that are in packs, of so many) of the flush under way."""
-        return (self._stage.counts.raw_nbytes, self._stage.nbytes_total) if self._stop is not None else (0, 0)
-
-    def request(self, snapshot: SnapshotId) -> None:
-        """Have it, or a newer one, become durable now."""
-        if self._chooser.want(snapshot):
-            self.job.changes.notify()
-
-    def finish(self) -> None:
-        """This node goes away: have the newest become durable."""
-        self._chooser.is_ending = True
-        self.job.changes.notify()
-
     def is_durable(self, snapshot: SnapshotId) -> bool:
         return self._chooser.is_durable(snapshot)
 
-    def is_behind(self) -> bool:
-        """Whether the newest complete snapshot may still become durable, and is not."""
-        return self._chooser.is_behind()
-
-    @property
-    def is_hopeless(self) -> bool:
-        """After `finish`: it failed in a way that waiting does not mend."""
-        return self._chooser.is_hopeless
-
     def news(self) -> FlushNews:
-        """What the job's collector is told."""
-        is_busy = self._stop is not None and not self._stage.is_waiting
-        self._told_news = self._chooser.news(self._stuck(), is_busy=is_busy)
-        return self._told_news
+        return self._news()
 
     def note_durable(self, snapshot: SnapshotId | None) -> None:
         """The collector says so."""
         if self._chooser.note_durable(snapshot):
             self.job.changes.notify()
-
-    async def wait_newest_durable(self) -> None:
-        """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""
-        job, generation = self.job, self.job.coordination.current()
-        if self.is_behind() and self.newest is not None:
-            job.context.log.info("job.kept", job=job.name, reason="its newest snapshot is not durable yet")
-            self.request(self.newest)
-
-        def is_over() -> bool:
-            return job.is_removed or not self.is_behind() or job.coordination.current() > generation
-
-        while not await job.changes.wait_until(is_over, LOOK_S):
-            pass
 
     async def before_opening(self) -> None:
         """A generation is about to be given out: it must be above all that the tier has, also what another machine has
@@ -152,57 +82,7 @@ class JobFlusher:
                 async with asyncio.timeout(OPEN_WAIT_S):
                     await asyncio.shield(self.job.context.keep(self._learn()))
 
-    # the loop
-
-    async def run(self) -> None:
-        """Until the job is removed."""
-        while not self.job.is_removed:
-            try:
-                if not self._is_learnt:
-                    await self._learn()
-                await self._step()
-            except Stopped:
-                continue
-            except InternalError:
-                raise
-            except SnapdError as error:
-                await self._failed(error)
-
-    async def _step(self) -> None:
-        choice = self._choose()
-        self._note_pause(choice)
-        self._tell_collector()
-        if choice.snapshot is None:
-            wait_s = LOOK_S if choice.due_s is None else min(LOOK_S, choice.due_s)
-            await self.job.changes.wait_until(self._is_news_for(choice), wait_s)
-            return
-        await self._attempt(choice.snapshot)
-        self._failures = 0
-
-    def _is_news_for(self, choice: FlushChoice) -> Callable[[], bool]:
-        def is_news() -> bool:
-            now = self._choose()
-            self._tell_collector()
-            return self.job.is_removed or now.snapshot is not None or now.pause != choice.pause
-
-        return is_news
-
-    def _note_pause(self, choice: FlushChoice) -> None:
-        if choice.pause:
-            self._tell(Trouble(choice.pause, choice.reason))
-        elif self._failures == 0:
-            self._tell(None)
-
-    def _tell(self, trouble: Trouble | None) -> None:
-        """Log what has changed; a reason that stays is told once."""
-        before, self.trouble = self.trouble, trouble
-        log, name = self.job.context.log, self.job.name
-        if trouble is not None and (before is None or before.kind != trouble.kind):
-            log.warning("flush.paused", job=name, kind=trouble.kind, reason=trouble.reason)
-        elif trouble is None and before is not None:
-            log.info("flush.goes_on", job=name)
-        if before != trouble:
-            self.job.changes.notify()
+    # what the tier adds to the loop
 
     async def _learn(self) -> None:
         """What the tier has of this job: above which generation it may write, and what is durable already."""
@@ -229,115 +109,28 @@ class JobFlusher:
                 self._tell(None)
         self.job.changes.notify()
 
-    async def _failed(self, error: SnapdError) -> None:
-        """Say why, and wait before the next attempt."""
-        self._failures += 1
-        self._chooser.note_failed(error.kind)
-        self._tell_collector()
-        self.tier.metrics.failures.labels(kind=error.kind).inc()
-        current = self._chooser.current
-        if error.kind == "chunk_digest" and current is not None:
-            self._doubt(current, error)
-        elif error.kind == "tier_void" and current is not None:
+    def _take_failure(self, error: SnapdError, current: SnapshotId | None) -> bool:
+        if error.kind == "tier_void" and current is not None:
             self._chooser.dropped.add(current)
-        if error.kind == "tier_condemned" and self._failures == 1:
-            self.job.context.log.info("flush.again", job=self.job.name, reason=error.message)
-        else:
-            self._tell(Trouble.of(error))
-        was_ending = self._chooser.is_ending
+        return error.kind == "tier_condemned" and self._failures == 1
 
-        def is_over() -> bool:
-            return self.job.is_removed or self._chooser.is_ending != was_ending
-
-        wait_s = retry_s(self._failures)
-        await self.job.changes.wait_until(is_over, min(wait_s, ENDING_RETRY_S) if was_ending else wait_s)
-
-    def _doubt(self, snapshot: SnapshotId, error: SnapdError) -> None:
-        """Memory does not have what was recorded: look at all of the snapshot, mend it or condemn it."""
-        facts = self.job.ledger.snapshots.get(snapshot)
-        rank = error.context.get("rank")
-        if facts is not None and isinstance(rank, int) and rank in facts.shards:
-            facts.shards[rank].is_verified = False
-        if facts is not None:
-            verify_soon(self.job, snapshot)
-
-    # choosing
-
-    def _choose(self) -> FlushChoice:
-        return self._chooser.choose(self._stuck())
-
-    def _stuck(self) -> str:
-        if self._stop is None:
-            return self.trouble.reason if self.trouble is not None and self._failures else ""
-        waits_s = self.job.context.environment.monotonic_s() - self._stage.waits_since_s
-        return self._stage.text if self._stage.is_waiting and waits_s > STUCK_AFTER_S else ""
-
-    def _tell_collector(self) -> None:
-        """Where there is news for it."""
-        before = self._told_news
-        if self.job.world is not None and self.news() != before:
-            self.job.world.changed()
-
-    # flushing
-
-    async def _attempt(self, snapshot: SnapshotId) -> None:
-        """One attempt at a snapshot, to its end."""
-        job = self.job
-        facts = job.ledger.snapshots.get(snapshot)
-        if facts is None:
-            raise NotFoundError(
-                f"snapshot {snapshot} has been dropped meanwhile", kind="snapshot", job=job.name
-            )
-        self._chooser.begin(snapshot)
-        stop, stage = threading.Event(), Stage()
-        self._stop, self._stage, self._is_hurried = stop, stage, False
-        before = self.tier.count_requests()
-        loop = asyncio.get_running_loop()
-        is_held = True
-        job.ledger.hold(snapshot)
-
-        def let_go() -> None:
-            nonlocal is_held
-            if is_held:
-                is_held = False
-                job.ledger.unhold(snapshot)
-                job.settle()
-
-        def own_done() -> None:
-            loop.call_soon_threadsafe(let_go)
-
-        shards = self._shards(facts)
-        world_size = facts.world_size
-        work = asyncio.ensure_future(
-            self.tier.flush(self._flush, snapshot, world_size, shards, stop, stage, own_done)
-        )
-        try:
-            while not work.done():
-                await asyncio.wait([work], timeout=WATCH_S)
-                self._watch(snapshot, stop)
-            flushed = work.result()
-        finally:
-            stop.set()
-            work.cancel()  # of no consequence when it is done; its thread ends by `stop`
-            self._stop = None
-            let_go()
-        self._done(facts, flushed, before)
-
-    def _shards(self, facts: SnapshotFacts) -> list[ShardBytes]:
-        """This node's shards. The parent is as coordination has it now: a shard may have been captured before its node
-        heard of it.
-        """
-        job = self.job
-        generation = job.coordination.generation(facts.id.generation)
-        found = []
-        for rank, shard in sorted(facts.shards.items()):
-            record = shard.record
-            if generation is not None and generation.parent is not None:
-                record = replace(record, parent=generation.parent)
-            found.append(ShardBytes(record, job.arenas[rank].memory))
-        return found
+    def _is_committed_elsewhere(self, snapshot: SnapshotId) -> bool:
+        if self.durable != snapshot:
+            return False
+        if not self._is_hurried:  # its record is looked for now, not later
+            self._is_hurried = True
+            self._stage.look_now.set()
+        return True
 
     def _flush(
+        self, facts: SnapshotFacts, stop: threading.Event, stage: Stage, own_done: Callable[[], None]
+    ) -> Coroutine[Any, Any, Flushed]:
+        self._is_hurried = False
+        self._before = self.tier.count_requests()
+        shards = self._shards(facts)
+        return self.tier.flush(self._write, facts.id, facts.world_size, shards, stop, stage, own_done)
+
+    def _write(
         self,
         snapshot: SnapshotId,
         world_size: int,
@@ -351,47 +144,11 @@ class JobFlusher:
             self._writer = TierWriter(self.tier.flush_means(), self.job.name, self._writer_name)
         return self._writer.flush(snapshot, world_size, shards, stop=stop, stage=stage, own_done=own_done)
 
-    def _watch(self, snapshot: SnapshotId, stop: threading.Event) -> None:
-        """Call the attempt off when it makes no sense any more."""
-        if stop.is_set():
-            return
-        self._tell_collector()
-        if self.job.is_removed:
-            stop.set()
-            return
-        if self.durable == snapshot:  # another node has committed it: its record is looked for now, not later
-            if not self._is_hurried:
-                self._is_hurried = True
-                self._stage.look_now.set()
-            return
-        choice = self._choose()
-        is_overtaken = choice.snapshot is not None and choice.snapshot != snapshot
-        if is_overtaken or self.is_durable(snapshot):
-            self.tier.metrics.overtaken.inc()
-            self.job.context.log.info(
-                "flush.overtaken", job=self.job.name, snapshot=str(snapshot), reason=choice.reason
-            )
-            stop.set()
-
-    def _done(self, facts: SnapshotFacts, flushed: Flushed, before: Mapping[str, int]) -> None:
+    def _done(self, facts: SnapshotFacts, done: Flushed) -> None:
         job = self.job
         seconds = job.context.environment.monotonic_s() - self._chooser.began_s
-        self.last = report_of(facts.id, flushed, before, self.tier.count_requests(), seconds)
+        self.last = report_of(facts.id, done, self._before, self.tier.count_requests(), seconds)
         self._chooser.note_durable(facts.id)
-        self._chooser.current = None
-        self._failures = 0
-        self._tell(None)
-        count_report(self.tier.metrics, self.last, is_ours=flushed.is_ours)
+        count_report(self.tier.metrics, self.last, is_ours=done.is_ours)
         fields = log_fields(self.last)
-        job.context.log.info("snapshot.durable", job=job.name, is_ours=flushed.is_ours, **fields)
-        job.changes.notify()
-        if job.world is not None:
-            job.world.changed()
-
-    def _let_go(self) -> None:
-        """The job was removed."""
-        if self._stop is not None:
-            self._stop.set()
-        for gauge in (self.tier.metrics.behind_seconds, self.tier.metrics.paused):
-            with contextlib.suppress(KeyError):
-                gauge.remove(self.job.name)
+        job.context.log.info("snapshot.durable", job=job.name, is_ours=done.is_ours, **fields)

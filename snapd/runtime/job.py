@@ -30,6 +30,7 @@ from snapd.memory.segments import back_segment
 from snapd.runtime.arriving import Arriving
 from snapd.runtime.changes import Changes
 from snapd.runtime.context import Context
+from snapd.runtime.disk_part import DiskPart
 from snapd.runtime.faultpoints import point
 from snapd.runtime.fetched import Fetched
 from snapd.runtime.limits import arena_limits
@@ -56,6 +57,10 @@ class WorldPart(Protocol):
     @property
     def flush(self) -> SnapshotId | None:
         """The snapshot that all nodes write to the shared tier now."""
+
+    @property
+    def node_flush(self) -> SnapshotId | None:
+        """The snapshot that each node writes to its own disk now."""
 
     def protection_reason(self) -> str:
         """Why the newest complete snapshot is not protected yet, in words."""
@@ -130,6 +135,7 @@ class Job:
         self.world: WorldPart | None = None  # set where worlds span nodes
         self.repairs: Repairing | None = None  # likewise
         self.flusher: FlushPart | None = None  # set where there is a shared tier
+        self.disk: DiskPart | None = None  # set where the node keeps snapshots on a disk of its own
         self.newest_generation = coordination.current()  # whose predecessors' sessions are fenced
         self.abort_count = 0  # steps that ranks here skipped for want of a slot
         self._announced: SnapshotId | None = None

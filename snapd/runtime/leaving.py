@@ -1,7 +1,7 @@
 """Going away in good order: a SIGTERM may be the notice that this machine is taken away.
 
 What the trainers have handed over is captured, and what this node has of each job becomes protected, and durable where
-there is a shared tier, as far as the times of grace go. Trainers may go on meanwhile; what they hand over later is not
+there is a tier, as far as the times of grace go. Trainers may go on meanwhile; what they hand over later is not
 waited for.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 
 from snapd.core.ids import SnapshotId
+from snapd.runtime.disk_job import JobDisk
 from snapd.runtime.flushing import JobFlusher
 from snapd.runtime.job import Job
 from snapd.runtime.node import Node
@@ -33,8 +34,11 @@ async def finish_levels(
     while not is_over() and not _is_captured(node):
         await asyncio.sleep(LOOK_S)
     is_captured = _is_captured(node)
+    disks = node.disks.jobs if node.disks is not None else {}
     for flusher in node.flushers.values():
         flusher.finish()
+    for disk in disks.values():
+        disk.finish()
     goals = {name: _newest_here(job) for name, job in node.jobs.items()}
     while not is_over() and (open_jobs := _unprotected(node, goals)):
         await asyncio.sleep(LOOK_S)
@@ -46,13 +50,13 @@ async def finish_levels(
             break
         await asyncio.sleep(LOOK_S)
     not_durable = _not_durable(node)
-    for flusher in not_durable:
-        _tell_left(node, flusher)
+    for left_behind in not_durable:
+        _tell_left(node, left_behind)
     node.context.log.info(
         "levels.finished",
         is_captured=is_captured,
         unprotected_jobs=left,
-        not_durable_jobs=[flusher.job.name for flusher in not_durable],
+        not_durable_jobs=sorted({flusher.job.name for flusher in not_durable}),
         seconds=round(node.context.environment.monotonic_s() - began_s, 3),
     )
 
@@ -86,12 +90,14 @@ def _unprotected(node: Node, goals: dict[str, SnapshotId | None]) -> list[str]:
     return found
 
 
-def _not_durable(node: Node) -> list[JobFlusher]:
+def _not_durable(node: Node) -> list[JobFlusher | JobDisk]:
     """The jobs whose newest complete snapshot may still become durable, and is not."""
-    return [flusher for _, flusher in sorted(node.flushers.items()) if flusher.is_behind()]
+    disks = node.disks.jobs if node.disks is not None else {}
+    shared = [flusher for _, flusher in sorted(node.flushers.items()) if flusher.is_behind()]
+    return [*shared, *(disk for _, disk in sorted(disks.items()) if disk.is_behind())]
 
 
-def _tell_left(node: Node, flusher: JobFlusher) -> None:
+def _tell_left(node: Node, flusher: JobFlusher | JobDisk) -> None:
     """What is lost with this machine, unless another has it."""
     trouble, durable = flusher.trouble, flusher.durable
     node.context.log.warning(

@@ -28,7 +28,7 @@ def level_for(job: Job, asked: Level) -> Level:
             kind="level",
             hint="wait for `captured`, or for `durable`, which is the farthest level that is configured",
         )
-    if asked is Level.DURABLE and job.flusher is None:
+    if asked is Level.DURABLE and job.flusher is None and job.disk is None:
         return Level.CAPTURED if job.world is None else Level.PROTECTED
     return asked
 
@@ -36,7 +36,8 @@ def level_for(job: Job, asked: Level) -> Level:
 def newest(job: Job, level: Level) -> SnapshotId | None:
     """The newest snapshot with that level on all ranks."""
     if level is Level.DURABLE:
-        return job.flusher.durable if job.flusher is not None else None
+        tier = job.flusher or job.disk
+        return tier.durable if tier is not None else None
     if level is Level.PROTECTED:
         return job.world.protected if job.world is not None else None
     here = job.ledger.newest_complete()
@@ -58,6 +59,13 @@ def has(job: Job, snapshot: SnapshotId, level: Level) -> bool:
     return (facts is not None and facts.is_usable) or (dropped is not None and dropped.was_complete)
 
 
+def tier_of(job: Job, level: Level) -> str:
+    """Which tier `level` means: `shared`, or `node`, the own disks of the nodes; empty: none, it is in memory."""
+    if level is not Level.DURABLE:
+        return ""
+    return "shared" if job.flusher is not None else "node"
+
+
 def lost_reason(job: Job, snapshot: SnapshotId, level: Level) -> str:
     """Why the snapshot will never have the level; empty while it may."""
     dropped = job.ledger.dropped.get(snapshot)
@@ -68,8 +76,9 @@ def lost_reason(job: Job, snapshot: SnapshotId, level: Level) -> str:
 
 def missing(job: Job, snapshot: SnapshotId, level: Level, *, world_size: int) -> str:
     """What a snapshot still lacks, in words."""
-    if level is Level.DURABLE and job.flusher is not None and has(job, snapshot, Level.CAPTURED):
-        return f"not yet durable: {job.flusher.reason}"
+    tier = job.flusher or job.disk
+    if level is Level.DURABLE and tier is not None and has(job, snapshot, Level.CAPTURED):
+        return f"not yet durable: {tier.reason}"
     if level is Level.PROTECTED and job.world is not None and has(job, snapshot, Level.CAPTURED):
         return f"not yet protected: {job.world.protection_reason()}"
     facts = job.ledger.snapshots.get(snapshot)
@@ -81,10 +90,10 @@ def missing(job: Job, snapshot: SnapshotId, level: Level, *, world_size: int) ->
 
 def name_of(job: Job, facts: SnapshotFacts) -> str:
     """How far a snapshot that is here has come in its world, in a word or two."""
-    world, flusher = job.world, job.flusher
+    world, tier = job.world, job.flusher or job.disk
     if facts.problem:
         return "unusable"
-    if flusher is not None and flusher.durable == facts.id:
+    if tier is not None and tier.durable == facts.id:
         return "durable"
     if world is not None and world.protected == facts.id:
         return "protected"

@@ -30,6 +30,7 @@ from snapd.obs.collect_metrics import CollectMetrics
 from snapd.runtime import service
 from snapd.runtime.cluster import Cluster
 from snapd.runtime.context import Context
+from snapd.runtime.disk_node import NodeDisks
 from snapd.runtime.flushing import JobFlusher
 from snapd.runtime.job import Job
 from snapd.runtime.liveness import Peer, Process
@@ -65,6 +66,7 @@ class Node:
         self.tier: NodeTier | None = None  # set before `start`, where one is configured
         self.flushers: dict[str, JobFlusher] = {}
         self.tier_restores: TierRestores | None = None  # likewise
+        self.disks: NodeDisks | None = None  # likewise
         self.readers = Readers(context.settings.restore_finish_s)
         context.held_by_job = self.held_by_job
         context.quarantine = self.quarantine
@@ -88,6 +90,8 @@ class Node:
                 continue
             if job is not None:
                 self._adopt(job)
+        if self.disks is not None:
+            self.disks.start()
 
     def _coordination(self, name: str, index: Index) -> Coordination:
         if self.cluster is not None:
@@ -132,9 +136,13 @@ class Node:
             job.world.changed()
 
     def _join_tier(self, job: Job) -> None:
-        if self.tier is None:
-            return
-        flusher = self.flushers[job.name] = JobFlusher(job, self.tier)
+        if self.tier is not None:
+            self._join_shared(job, self.tier)
+        if self.disks is not None:
+            self.disks.join(job)
+
+    def _join_shared(self, job: Job, tier: NodeTier) -> None:
+        flusher = self.flushers[job.name] = JobFlusher(job, tier)
         job.flusher = flusher
         job.repairs = job.repairs or self.tier_restores
         job.on_removed.append(lambda: self._leave_tier(flusher))
@@ -142,7 +150,7 @@ class Node:
         self.collect_metrics = self.collect_metrics or CollectMetrics(self.context.metrics.registry)
         collecting = TierCollecting(
             job,
-            self.tier,
+            tier,
             self.collect_metrics,
             lambda: self.cluster is None or self.cluster.is_collector(job.name),
         )
@@ -410,6 +418,9 @@ class Node:
                 self.check_healthy(name)
             del self.broken[name]
             return 0, self.context.arena.job(name).remove()
+        if self.disks is not None and self.disks.has(name) and name not in self.jobs:
+            self.disks.forget(name)
+            return 0, 0
         job = self.existing_job(name)
         live = list(job.live_sessions())
         if live and not is_forced:
@@ -420,9 +431,10 @@ class Node:
                 job=name,
             )
         count = len(job.ledger.snapshots)
-        return count, self._remove(job)
+        return count, self._remove(job, is_forgotten=True)
 
-    def _remove(self, job: Job) -> int:
+    def _remove(self, job: Job, *, is_forgotten: bool = False) -> int:
+        """From memory; `is_forgotten`: from the node's own disk, too."""
         job.is_removed = True
         del self.jobs[job.name]
         for session in job.sessions.values():
@@ -435,6 +447,8 @@ class Node:
         self.context.metrics.arena_bytes.dec(job.arena_bytes)
         freed = job.folder.remove()
         self.context.log.info("job.removed", job=job.name, nbytes=freed)
+        if is_forgotten and self.disks is not None:
+            self.disks.forget(job.name)
         return freed
 
     def close_session(self, job: Job, session: Session, *, is_final: bool) -> None:
@@ -454,14 +468,14 @@ class Node:
             default=0,
         )
         if newest <= through and self.jobs.get(job.name) is job:
-            self._remove(job)
+            self._remove(job, is_forgotten=True)
         else:
             job.settle()
 
     def _remove_if_final(self, job: Job, world_size: int) -> None:
         if job.world is not None:  # the collector hears of it, and has the job removed on all nodes
             job.world.changed()
-        elif self._is_final(job, world_size) and job.flusher is not None:
+        elif self._is_final(job, world_size) and (job.flusher is not None or job.disk is not None):
             self.context.spawn(self._remove_once_durable(job, world_size), f"end {job.name}")
         elif self._is_final(job, world_size):
             self._remove(job)
@@ -470,8 +484,15 @@ class Node:
         return len(job.final_ranks) == world_size and not any(True for _ in job.live_sessions())
 
     async def _remove_once_durable(self, job: Job, world_size: int) -> None:
-        """What the job ended with goes to the shared tier first; memory keeps it as long as the tier is away."""
-        assert job.flusher is not None
-        await job.flusher.wait_newest_durable()
-        if self._is_final(job, world_size) and self.jobs.get(job.name) is job:
-            self._remove(job)
+        """What the job ended with goes to the shared tier first, or, where there is none, to the node's own disk;
+        memory keeps it until then.
+        """
+        tier, newest = job.flusher or job.disk, job.ledger.newest_complete()
+        assert tier is not None
+        await tier.wait_newest_durable()
+        if not self._is_final(job, world_size) or self.jobs.get(job.name) is not job:
+            return
+        is_shared = job.flusher is not None and newest is not None and tier.durable == newest.id
+        self._remove(job, is_forgotten=is_shared)
+        if job.disk is not None and not is_shared:
+            await job.disk.keep_ended()

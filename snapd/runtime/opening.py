@@ -155,6 +155,8 @@ async def _choose_chunk_bytes(context: Context, job: Job, opening: Opening, kept
     agreed = await job.coordination.agree_chunk_bytes(chunk_bytes)
     if agreed != chunk_bytes:
         chunk_bytes, reason = agreed, "another node named it first"
+    if chunk_bytes == job.chunk_bytes:
+        return  # its arenas may be in use: a shard may just be on its way here
     job.index.set_chunk_bytes(chunk_bytes)
     job.chunk_bytes = chunk_bytes
     job.arenas.clear()

@@ -62,7 +62,10 @@ async def plan_restore(
             raise UnavailableError(
                 "captures of an older generation are still being taken up", kind="settling", hint="ask again"
             )
-        decision = await _decide(job, session, step, is_elastic)
+        decision, away = await _decide(job, session, step, is_elastic), ""
+        if job.disk is not None and job.disk.may_have_newer(decision, step=step):
+            away = await job.disk.wait_filled()
+            decision = job.disk.add_verdicts(await _decide(job, session, step, is_elastic))
         if tier is not None:
             wish = Wish(
                 world_size=session.row.world_size,
@@ -73,6 +76,8 @@ async def plan_restore(
                 problems=_problems_met(job, generation),
             )
             decision = await tier.decide(job, wish, decision)
+        if job.disk is not None and away:
+            decision = job.disk.doubt(decision, away, step=step, accept_older=accept_older)
         round_ = RestoreRound(generation, number, session.row.world_size, step, decision)
         _hold(job, round_)
         job.rounds[key] = round_

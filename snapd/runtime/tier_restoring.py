@@ -326,7 +326,7 @@ async def bring_snapshot(
         for _ in range(held):
             job.ledger.unhold(opened.id)
         tier.pool.trim()
-    _forgive(job, opened.id)
+    forgive(job, opened.id)
     return here, ""
 
 
@@ -371,8 +371,8 @@ def _is_good_here(facts: SnapshotFacts, rank: int, digest: bytes) -> bool:
     return is_trusted and shard is not None and shard.record.digest == digest
 
 
-def _forgive(job: Job, snapshot: SnapshotId) -> None:
-    """It was proved bad in memory, and has been brought anew."""
+def forgive(job: Job, snapshot: SnapshotId) -> None:
+    """It was proved bad in memory, perhaps, and has been brought anew."""
     facts = job.ledger.snapshots.get(snapshot)
     if facts is not None and facts.problem and facts.is_verified:
         facts.problem = ""

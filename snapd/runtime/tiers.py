@@ -5,14 +5,9 @@ A store that is away, full or refuses us never reaches training: whatever waits 
 
 from __future__ import annotations
 
-import asyncio
-import ctypes
-import platform
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 from snapd.codec.compress import Mode
 from snapd.core.condemning import CollectRules
@@ -25,25 +20,19 @@ from snapd.obs.tier_metrics import TierMetrics
 from snapd.peer.rate import Pacer
 from snapd.runtime.context import Environment
 from snapd.runtime.faultpoints import point
-from snapd.runtime.pipeline import stand_back
+from snapd.runtime.tier_threads import TierThreads
 from snapd.store.base import Store
 from snapd.store.probing import PROBE, check_probe
 from snapd.tier.flush import FlushMeans
 from snapd.tier.known_chunks import committed_snapshots, newest_good
-from snapd.tier.writing import Compressing, Stopped, WriteMeans
+from snapd.tier.writing import Compressing, WriteMeans
 from snapd.units import MIB
 
 PACKERS = 2  # packs at once; each upload has `tier.concurrency` requests in flight
-FLUSHES = 4  # jobs that flush at once; each is mostly waiting
 BURST_BYTES = 16 * MIB
 SKEW_TOLD_S = 60.0
 RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 30.0
-_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
-_IOPRIO_LOWEST = (2 << 13) | 7  # best effort, the last of its levels: idle would starve beside any reader
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,19 +74,17 @@ class TierView:
     newest: SnapshotId | None
 
 
-class NodeTier:
+class NodeTier(TierThreads):
     """One per daemon with a shared tier. On the event loop; what blocks runs in its threads."""
 
     def __init__(
         self, settings: TierSettings, environment: Environment, log: EventLog, metrics: TierMetrics, node: str
     ) -> None:
+        super().__init__("tier", "tier.failed", log, packers=PACKERS)
         self.settings = settings
         self.metrics = metrics
         self.compressing = Compressing(Mode(settings.compression))
-        self._environment, self._log, self.node = environment, log, node
-        self._asking = ThreadPoolExecutor(2, thread_name_prefix="snapd-tier", initializer=keep_low)
-        self._flushing = ThreadPoolExecutor(FLUSHES, thread_name_prefix="snapd-flush", initializer=keep_low)
-        self._packing = ThreadPoolExecutor(PACKERS, thread_name_prefix="snapd-pack", initializer=keep_low)
+        self._environment, self.node = environment, node
         self._pacer = (
             Pacer(environment.monotonic_s, float(settings.rate), BURST_BYTES) if settings.rate else None
         )
@@ -168,7 +155,7 @@ class NodeTier:
         environment = self._environment
         write = WriteMeans(
             store=self.opened(),
-            packers=self._packing,
+            packers=self.packing,
             packers_max=PACKERS,
             compressing=self.compressing,
             pacer=self._pacer,
@@ -195,38 +182,6 @@ class NodeTier:
             record.id if record is not None else None,
         )
 
-    # threads
-
-    async def ask(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run something short; UnavailableError (kind `stopping`) after `close`."""
-        return await self._run(self._asking, function, *args, **kwargs)
-
-    async def flush(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a flush."""
-        return await self._run(self._flushing, function, *args, **kwargs)
-
-    async def _run(
-        self, threads: ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        def guarded() -> R:
-            try:
-                return function(*args, **kwargs)
-            except (SnapdError, Stopped):
-                raise
-            except Exception as error:
-                self._log.error("tier.failed", exception=error, reason=str(error))
-                raise UnavailableError(
-                    f"an error that nobody expected: {type(error).__name__}: {error}",
-                    kind="tier_failed",
-                    hint="a bug of snapd: the daemon's log has it as tier.failed",
-                ) from error
-
-        try:
-            future = threads.submit(guarded)
-        except RuntimeError as error:
-            raise UnavailableError("the daemon is stopping", kind="stopping") from error
-        return await asyncio.wrap_future(future)
-
     def count_requests(self) -> dict[str, int]:
         """By kind, since the store was opened; the metrics follow."""
         store = self._store
@@ -250,26 +205,7 @@ class NodeTier:
         for store in (self._store, self._hurried):
             if store is not None:
                 store.close()
-        pools = (self._flushing, self._asking, self._packing)
-        for threads in pools:
-            threads.shutdown(wait=False, cancel_futures=True)
-
-        def join() -> None:
-            for threads in pools:
-                threads.shutdown(wait=True)
-
-        joining = threading.Thread(target=join, name="snapd-tier-end")
-        joining.start()
-        joining.join(wait_s)
-        return not joining.is_alive()
-
-
-def keep_low() -> None:
-    """This thread stands back behind training, and so do its reads and writes."""
-    stand_back()
-    number = _IOPRIO_SET.get(platform.machine())
-    if number is not None:
-        ctypes.CDLL(None).syscall(number, 1, 0, _IOPRIO_LOWEST)  # this thread; a refusal changes nothing
+        return super().close(wait_s)
 
 
 def retry_s(failures: int) -> float:

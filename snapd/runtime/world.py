@@ -218,6 +218,7 @@ class World:
             told=self._told_before(job),
             final=tuple(sorted(job.final_ranks)),
             flush=job.flusher.news() if job.flusher is not None else FlushNews(),
+            node_flush=job.disk.news() if job.disk is not None else None,
         )
 
     def inventory(self) -> Inventory:
@@ -251,6 +252,10 @@ class World:
     @property
     def flush(self) -> SnapshotId | None:
         return self.orders.flush
+
+    @property
+    def node_flush(self) -> SnapshotId | None:
+        return self.orders.node_flush
 
     @property
     def widened(self) -> tuple[int, Interval]:
@@ -306,6 +311,8 @@ class World:
             job.ledger.announce(orders.complete)
         if job.flusher is not None:
             job.flusher.note_durable(orders.durable)
+        if job.disk is not None:
+            job.disk.note_durable(orders.node_durable)
         self._take_interval(job, orders.interval)
         self._protection.aim(job, orders.target if self._is_involved(orders, table) else None, table)
         kept = {s for s in (orders.target, orders.protected, self._told.protected) if s is not None}

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from snapd.errors import IntegrityError, NotFoundError
+from snapd.errors import ConfigError, IntegrityError, NotFoundError
 from snapd.store.base import Buffer, Created, ObjectInfo, Probe, Requests
 from snapd.store.directory_files import (
+    NODE_MARKER,
     TMP,
     Publishing,
     Root,
@@ -55,7 +56,14 @@ class DirectoryStore:
         if missing is not None:
             raise missing
         with self._root.speaking("look into the folder"):
-            was_empty = not os.listdir(self._root.path)
+            there = os.listdir(self._root.path)
+        if NODE_MARKER in there:
+            raise ConfigError(
+                f"{self.description} is the own disk of a node (tier.node): it cannot be a shared tier, too",
+                kind="disk_shared",
+                hint="give tier.shared a folder of its own",
+            )
+        was_empty = not there
         skew_s = self._asked_clock_s() - self._surroundings.wall_s()
         refuses, problems = probe_conditional(self, self._surroundings.random_token())
         if refuses and self._root.publishing is Publishing.RENAME:

@@ -21,6 +21,7 @@ from snapd.store.surroundings import checked_key, view_of
 
 TMP = ".tmp"
 MARKER = ".snapd-tier"
+NODE_MARKER = ".snapd-node"  # of a node's own disk: node_folder.py
 TOKEN_DIGITS = 32
 _VECTORS_MAX = 1024  # IOV_MAX
 _PUBLISH_ATTEMPTS = 20

@@ -6,7 +6,6 @@ commit or until a collector gave it up. What a daemon before it left (shard mani
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from snapd.tier.committing import (
 )
 from snapd.tier.intents import BEATS_PER_TTL, WriterIntent, condemned_error
 from snapd.tier.known_chunks import KnownChunks, add_base, committed_snapshots, newest_good
-from snapd.tier.manifests import shard_from_record
+from snapd.tier.shard_writing import write_shards
 from snapd.tier.writing import PackWriter, ShardBytes, Stopped, WriteCounts, WriteMeans, plan_packs
 
 WAIT_FIRST_S = 0.2
@@ -284,19 +283,15 @@ class TierWriter:
         )
         stage.text, stage.counts = "writes packs", writer.counts
         stage.nbytes_total = sum(pack.raw_nbytes for pack in plan.packs)
-        own: dict[tuple[bytes, int], StoredChunk] = {}
-        done = -1
-        with contextlib.closing(writer.write(plan.packs)) as packs:
-            for shard, needed in sorted(enumerate(plan.last_pack), key=lambda pair: pair[1]):
-                while done < needed:
-                    stored = next(packs)
-                    done += 1
-                    own.update(((chunk.digest, chunk.nbytes), chunk) for chunk in stored)
-                    self._carried.extend(stored)
-                    self._beat()
-                if stop.is_set():
-                    raise Stopped
-                committer.write_shard(_stored(shards[shard], own, known))
+
+        def packed(stored: Sequence[StoredChunk]) -> None:
+            self._carried.extend(stored)
+            self._beat()
+
+        def write(shard: StoredShard) -> None:
+            committer.write_shard(shard)
+
+        write_shards(writer, plan, shards, known, stop, packed=packed, write=write)
         return writer, plan.reused_nbytes
 
     def _wait(self, seconds: float, stop: threading.Event, look_now: threading.Event) -> None:
@@ -307,12 +302,3 @@ class TierWriter:
                 raise Stopped
             self._beat()
         look_now.clear()
-
-
-def _stored(shard: ShardBytes, own: dict[tuple[bytes, int], StoredChunk], known: KnownChunks) -> StoredShard:
-    chunks: list[StoredChunk] = []
-    for chunk in shard.record.chunks:
-        stored = own.get((chunk.digest, chunk.nbytes)) or known.find(chunk.digest, chunk.nbytes)
-        assert stored is not None  # the plan has every chunk, or it was known
-        chunks.append(stored)
-    return shard_from_record(shard.record, chunks)

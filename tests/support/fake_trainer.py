@@ -288,6 +288,16 @@ class FakeTrainer:
                 raise TimeoutError(f"{word} is {self.page.load(word)}, not {value}")
             time.sleep(0.002)
 
+    def wait_durable(self, step: int, timeout_s: float = TIMEOUT_S) -> trainer_pb2.WaitLevelReply:
+        """Ask for it, and wait until it is, or the time is over."""
+        request = trainer_pb2.WaitLevelRequest(
+            session_id=self.session.session_id,
+            step=step,
+            level=trainer_pb2.LEVEL_DURABLE,
+            timeout_s=timeout_s,
+        )
+        return self.call("WaitLevel", request, timeout_s + TIMEOUT_S)
+
     def skip(self, step: int) -> None:
         """What a client does that found no lane within wait_max."""
         assert self.page is not None

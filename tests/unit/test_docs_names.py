@@ -22,6 +22,7 @@ from snapd.cli.main import app
 from snapd.cli.settings import flag_name
 from snapd.config import OTHER_VARIABLES, Config, env_name, fields_of
 from snapd.obs.collect_metrics import CollectMetrics
+from snapd.obs.disk_metrics import DiskMetrics
 from snapd.obs.metrics import Metrics
 from snapd.obs.protection_metrics import ProtectionMetrics
 from snapd.obs.tier_metrics import TierMetrics
@@ -201,7 +202,7 @@ def test_every_argument_of_the_client_is_documented() -> None:
 # --- metrics ------------------------------------------------------------------------------------------------------
 def every_metric() -> CollectorRegistry:
     registry = Metrics().registry
-    for more in (ProtectionMetrics, TierMetrics, CollectMetrics):
+    for more in (ProtectionMetrics, TierMetrics, DiskMetrics, CollectMetrics):
         more(registry)
     return registry
 
@@ -239,6 +240,7 @@ def test_metrics_that_are_named_exist() -> None:
 
 
 # --- events -------------------------------------------------------------------------------------------------------
+NAMING_CALLS = {"LoopEvents", "__init__"}  # what is handed names of events, to log them later
 LOG_CALLS = {"info", "warning", "error", "debug", "once", "log_once", "_log_once", "note"}
 EVENT = re.compile(r"[a-z]+\.[a-z_]+")
 
@@ -253,10 +255,10 @@ def event_names() -> set[str]:
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name not in LOG_CALLS:
+            if name not in LOG_CALLS | NAMING_CALLS:
                 continue
             skipped = 1 if "once" in name else 0
-            for argument in node.args[skipped : skipped + 1]:
+            for argument in node.args[skipped : None if name in NAMING_CALLS else skipped + 1]:
                 for text in ast.walk(argument):
                     if (
                         isinstance(text, ast.Constant)

@@ -1,0 +1,277 @@
+"""One job's way to the node's own disk, and back: fills memory from it first, then keeps the newest snapshots there.
+
+The writing and the tidying are tier/node_disk.py's, in the tier's threads. Alone a snapshot is durable when it is on
+the disk; where worlds span nodes, when it is on the disks of all of them, as the job's collector says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from operator import attrgetter
+from threading import Event
+from typing import Any
+
+from snapd.core.ids import SnapshotId
+from snapd.core.ledger import SnapshotFacts
+from snapd.core.node_disk import whole_parts
+from snapd.core.reports import FlushNews
+from snapd.core.restore import Decision, Outcome, Verdict
+from snapd.core.tier_choice import Ask, TierFacts, how_to_ask, merged, unreachable
+from snapd.errors import SnapdError, UnavailableError
+from snapd.runtime.disk_filling import DiskFill, fill_from_disk
+from snapd.runtime.disk_tier import DiskTier
+from snapd.runtime.flush_choosing import FlushChooser
+from snapd.runtime.flush_loop import FlushLoop, LoopEvents
+from snapd.runtime.flush_report import FlushReport
+from snapd.runtime.job import Job
+from snapd.tier.flush import Stage
+from snapd.tier.node_disk import DiskLook, DiskWritten
+
+EVENTS = LoopEvents("disk.paused", "disk.goes_on", "disk.again", "disk.overtaken")
+OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the disk to say which generations it has
+
+
+class JobDisk(FlushLoop[DiskWritten]):
+    """One per job and node with a disk of its own. Implements `disk_part.DiskPart`."""
+
+    def __init__(self, job: Job, tier: DiskTier) -> None:
+        self.tier = tier
+        chooser = FlushChooser(job, tier.settings.rules, None, attrgetter("node_flush"))
+        super().__init__(EVENTS, job, chooser, tier.metrics)
+        self._disk = tier.job(job.name)
+        self.look: DiskLook | None = None  # None: it was not looked at yet
+        self.fill = DiskFill()
+        self._everywhere: SnapshotId | None = None  # on the disks of all nodes of the world
+        self._noted_generation = 0
+        self._learning = asyncio.Lock()
+
+    # what others ask
+
+    @property
+    def durable(self) -> SnapshotId | None:
+        """The newest snapshot that is on the disks of all nodes that have it."""
+        return self.here if self.job.world is None else self._everywhere
+
+    @property
+    def here(self) -> SnapshotId | None:
+        """The newest one on this node's disk."""
+        return self._chooser.durable
+
+    def is_durable(self, snapshot: SnapshotId) -> bool:
+        return self.durable is not None and self.durable >= snapshot
+
+    def news(self) -> FlushNews:
+        return self._news()
+
+    def note_durable(self, snapshot: SnapshotId | None) -> None:
+        """The collector says so."""
+        if snapshot is not None and (self._everywhere is None or snapshot > self._everywhere):
+            self._everywhere = snapshot
+            self.job.changes.notify()
+
+    @property
+    def is_filled(self) -> bool:
+        """What memory lacked was brought, or cannot be."""
+        return self._is_learnt
+
+    @property
+    def is_hiding(self) -> bool:
+        """Memory has nothing of the job, and what the disk has is not known yet."""
+        return not self._is_learnt and (not self.job.ledger.snapshots or self.trouble is None)
+
+    @property
+    def newest_stored(self) -> SnapshotId | None:
+        """The newest that the disk has or had whole, good or bad; None also while it was not looked at."""
+        look = self.look
+        return max([*look.shards, *look.problems], default=None) if look is not None else None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of what the disk has; 0: nothing, or not known."""
+        look = self.look
+        if look is None or not look.shards:
+            return 0
+        return next(iter(look.shards[max(look.shards)].values())).chunk_bytes
+
+    # before a start, and before a restore
+
+    async def before_opening(self) -> None:
+        """A generation is about to be given out: it must be above all that the disk has. Waits a little."""
+        if self.look is None:
+            with contextlib.suppress(SnapdError, TimeoutError):
+                async with asyncio.timeout(OPEN_WAIT_S):
+                    await asyncio.shield(self.job.context.keep(self._look_once()))
+        elif self.fill.has_no_room and self._is_learnt:  # there may be room by now
+            self._is_learnt, self.look = False, None
+            self.job.changes.notify()
+
+    def may_have_newer(self, memory: Decision, *, step: int | None) -> bool:
+        if self._is_learnt:
+            return bool(self.fill.problems)
+        return self._how_to_ask(memory, step) is Ask.MUST
+
+    def _how_to_ask(self, memory: Decision, step: int | None) -> Ask:
+        """By the rule for any tier: what is on the disk was complete in memory first. Nobody else writes there."""
+        facts = TierFacts(floor=self._kept_floor(), newest=self.here, idle_s=0.0)
+        return how_to_ask(memory, facts, step=step)[0]
+
+    async def wait_filled(self) -> str:
+        wait_s = self.tier.settings.wait_s
+        if not await self.job.changes.wait_until(lambda: self._is_learnt or self.job.is_removed, wait_s):
+            if self.trouble is not None:
+                return self.trouble.reason
+            done, total = self.fill.nbytes_done, self.fill.nbytes_total
+            what = f"the node's disk is being read into memory: {done} of {total} bytes"
+            raise UnavailableError(what, kind="settling", hint="ask again", job=self.job.name)
+        return ""
+
+    def add_verdicts(self, memory: Decision) -> Decision:
+        bad = [Verdict(snapshot, "unusable", text) for snapshot, text in self.fill.problems.items()]
+        if memory.outcome in (Outcome.FOUND, Outcome.WORLD_SIZE_DIFFERS) and memory.chosen is not None:
+            bad = [verdict for verdict in bad if verdict.id > memory.chosen]
+        return merged(memory, bad) if bad else memory
+
+    def doubt(self, decision: Decision, away: str, *, step: int | None, accept_older: bool) -> Decision:
+        if accept_older and decision.outcome is Outcome.FOUND:
+            return decision
+        is_needed = self._how_to_ask(decision, step) is Ask.MUST
+        return unreachable(decision, (), self.tier.description, away) if is_needed else decision
+
+    # what the tier adds to the loop
+
+    def _floor_key(self) -> str:
+        return f"disk:{self.tier.identity}"
+
+    def _kept_floor(self) -> int | None:
+        """As it was learnt once, of whichever disk of this node."""
+        floors = [floor for key, floor in self.job.index.tier_floors().items() if key.startswith("disk:")]
+        return max(floors, default=None)
+
+    async def _look_once(self) -> None:
+        """What the disk has; and no generation from now on is one of its."""
+        async with self._learning:
+            if self.look is None:
+                job = self.job
+                look = await self.tier.ask(self._disk.look)
+                job.coordination.start_above(look.generation)
+                if not job.is_removed:
+                    floor = job.index.tier_floors().get(self._floor_key())
+                    if floor is None:
+                        floor = look.generation
+                        job.index.set_tier_floor(self._floor_key(), floor)
+                    self._chooser.floor = floor
+                self._noted_generation = look.generation
+                self.look = look
+                job.changes.notify()
+
+    async def _learn(self) -> None:
+        """What the disk has comes into memory."""
+        job, fill = self.job, self.fill
+        await self._look_once()
+        look = self.look
+        if job.is_removed or look is None:
+            return
+        began_s = job.context.environment.monotonic_s()
+        await fill_from_disk(self.tier, job, look, fill)
+        whole = whole_parts(look.parts, is_alone=self.tier.settings.is_alone)
+        self._chooser.brought.update(fill.held)
+        self._chooser.note_durable(next((each for each in whole if each not in fill.problems), None))
+        self._is_learnt = True
+        self._failures = 0
+        self._tell(None)
+        if look.shards or look.problems:
+            job.context.log.info(
+                "disk.filled",
+                job=job.name,
+                generation=look.generation,
+                brought=[str(snapshot) for snapshot in fill.held],
+                unusable=[str(snapshot) for snapshot in fill.problems],
+                seconds=round(job.context.environment.monotonic_s() - began_s, 3),
+            )
+            if not fill.problems:
+                await self.tier.ask(self._disk.tidy)
+        job.changes.notify()
+
+    def _has_chore(self) -> bool:
+        is_new = self.job.coordination.current() > self._noted_generation
+        return is_new or self._is_overtaken() or not self._is_learnt
+
+    async def _step(self) -> None:
+        if not self._is_learnt:
+            return
+        if self._is_overtaken():
+            self._let_go_of_brought()
+        current = self.job.coordination.current()
+        if current > self._noted_generation:
+            await self.tier.ask(self._disk.note_generation, current)
+            self._noted_generation = current
+        await super()._step()
+
+    def _is_overtaken(self) -> bool:
+        """What was brought is held until something newer is complete."""
+        newest = self.newest
+        return newest is not None and bool(self.fill.held) and newest > max(self.fill.held)
+
+    def _let_go_of_brought(self) -> None:
+        for snapshot in self.fill.held:
+            if snapshot in self.job.ledger.snapshots:
+                self.job.ledger.unhold(snapshot)
+        self.fill.held.clear()
+        self.job.settle()
+
+    def _flush(
+        self, facts: SnapshotFacts, stop: Event, stage: Stage, own_done: Callable[[], None]
+    ) -> Coroutine[Any, Any, DiskWritten]:
+        shards = self._shards(facts)
+        return self.tier.flush(self._disk.write, facts.id, shards, stop=stop, stage=stage, own_done=own_done)
+
+    def _done(self, facts: SnapshotFacts, done: DiskWritten) -> None:
+        job, metrics, counts = self.job, self.tier.metrics, done.counts
+        seconds = job.context.environment.monotonic_s() - self._chooser.began_s
+        self._chooser.note_durable(facts.id)
+        self.last = FlushReport(
+            snapshot=facts.id,
+            nbytes=counts.raw_nbytes + done.reused_nbytes,
+            raw_nbytes=counts.raw_nbytes,
+            stored_nbytes=counts.stored_nbytes,
+            reused_nbytes=done.reused_nbytes,
+            packs=counts.packs,
+            shards_resumed=0,
+            seconds=seconds,
+            requests={},
+        )
+        metrics.snapshots.inc()
+        metrics.raw_bytes.inc(counts.raw_nbytes)
+        metrics.reused_bytes.inc(done.reused_nbytes)
+        metrics.seconds.inc(max(0.0, seconds))
+        job.context.log.info(
+            "disk.kept",
+            job=job.name,
+            generation=facts.id.generation,
+            step=facts.id.step,
+            written_nbytes=counts.raw_nbytes,
+            reused_nbytes=done.reused_nbytes,
+            dropped=[str(snapshot) for snapshot in done.dropped],
+            seconds=round(seconds, 3),
+        )
+
+    # its end
+
+    async def forget(self) -> None:
+        """All of the job on the disk goes, now or when the disk is there again while this daemon lives."""
+        self._disk.doom()
+        await self._finish(self._disk.finish)
+
+    async def keep_ended(self) -> None:
+        """The job was closed for good; what it ended with stays on the disk."""
+        await self._finish(self._disk.note_ended)
+
+    async def _finish(self, work: Callable[[], None]) -> None:
+        try:
+            await self.tier.flush(work)
+        except SnapdError as error:
+            self.job.context.log.warning(
+                "disk.not_tidied", job=self.job.name, kind=error.kind, reason=error.message
+            )

@@ -1,0 +1,337 @@
+"""One job on the own disk of a node: what lies there, writing this node's shards of a snapshot, and tidying. Blocking.
+
+The same keys and bytes as in a shared tier (docs/format.md), without commit records, intents and condemned lists: the
+folder belongs to one daemon (store/node_folder.py), so nobody else writes or deletes. What is deleted goes manifests
+first, then packs that no manifest names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from snapd.core.ids import SnapshotId
+from snapd.core.node_disk import DiskPart, parts_to_drop
+from snapd.core.stored import StoredChunk, StoredShard
+from snapd.core.tier_keys import TierKeys
+from snapd.errors import IntegrityError, NotFoundError, SnapdError
+from snapd.store.base import Created, Store
+from snapd.tier.committing import check_same_shard
+from snapd.tier.envelope import NBYTES_MAX, Kind
+from snapd.tier.flush import Stage
+from snapd.tier.known_chunks import KnownChunks
+from snapd.tier.manifests import decode_shard, encode_shard
+from snapd.tier.shard_writing import write_shards
+from snapd.tier.writing import PackWriter, ShardBytes, Stopped, WriteCounts, WriteMeans, plan_packs
+
+NOTE_NBYTES_MAX = 64
+CARRIED_MAX = 200_000
+BEAT_S = 60.0  # nobody waits for signs of life here
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLook:
+    """What the disk has of a job. `problems`: what is wrong with a snapshot, in words that name the object; the good
+    shards of such a one are not in `shards`. `generation`: the newest of anything there. `is_from_future`: some of it
+    was written by a newer snapd.
+    """
+
+    shards: Mapping[SnapshotId, Mapping[int, StoredShard]] = field(default_factory=dict)
+    problems: Mapping[SnapshotId, str] = field(default_factory=dict)
+    generation: int = 0
+    is_from_future: bool = False
+
+    @property
+    def parts(self) -> list[DiskPart]:
+        found = [
+            DiskPart(snapshot, frozenset(shards), next(iter(shards.values())).world_size)
+            for snapshot, shards in self.shards.items()
+        ]
+        return found + [DiskPart(snapshot, frozenset(), 0) for snapshot in self.problems]
+
+    def chunks(self) -> Iterable[StoredChunk]:
+        """Of the newest snapshots first."""
+        for snapshot in sorted(self.shards, reverse=True):
+            for shard in self.shards[snapshot].values():
+                yield from shard.chunks
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWritten:
+    """How a write went. `reused_nbytes`: raw bytes that the disk had already; `dropped`: older snapshots that went."""
+
+    counts: WriteCounts
+    reused_nbytes: int
+    dropped: tuple[SnapshotId, ...]
+
+
+class DiskJob:
+    """One per job on the disk, for as long as the daemon lives. Any thread; one works at a time.
+
+    `means`: what writes, opened; raises what a store raises.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        means: Callable[[], WriteMeans],
+        *,
+        keep: int,
+        is_alone: bool,
+        random_token: Callable[[], str],
+    ) -> None:
+        self.keys = TierKeys(job)
+        self._means, self._keep, self._is_alone = means, keep, is_alone
+        self._write_id, self._next_pack = random_token(), 0
+        self._lock = threading.Lock()
+        self._known: dict[str, StoredShard] = {}  # manifests by key: they never change
+        self._carried: list[StoredChunk] = []  # in packs of attempts of ours that failed
+        self._generation = 0
+        self._is_doomed = False
+
+    # looking
+
+    def look(self) -> DiskLook:
+        """Raises what a store raises."""
+        with self._lock:
+            store = self._opened()
+            return self._look(store)
+
+    def find(self, snapshot: SnapshotId, rank: int) -> StoredShard | None:
+        """One shard's manifest; also while something is being written. Raises IntegrityError: it is damaged; what a
+        store raises.
+        """
+        if self._is_doomed:
+            return None
+        try:
+            return self._read(self._means().store, self.keys.shard(snapshot, rank))
+        except NotFoundError as error:
+            if error.kind != "object":
+                raise
+            return None
+
+    def _opened(self) -> Store:
+        store = self._means().store
+        if self._is_doomed:
+            self._delete_all(store)
+        return store
+
+    def _look(self, store: Store) -> DiskLook:
+        shards: dict[SnapshotId, dict[int, StoredShard]] = {}
+        problems: dict[SnapshotId, str] = {}
+        is_from_future, known = False, {}
+        for info in sorted(store.list(self.keys.shards), key=lambda info: info.key):
+            named = self.keys.shard_of(info.key)
+            if named is None or named[2] != 0:
+                continue
+            snapshot, rank, _ = named
+            try:
+                shard = known[info.key] = self._known.get(info.key) or self._read(store, info.key)
+            except IntegrityError as error:
+                is_from_future = is_from_future or error.kind == "tier_version"
+                problems.setdefault(snapshot, error.message)
+                continue
+            others = shards.setdefault(snapshot, {})
+            if any(other.world_size != shard.world_size for other in others.values()):
+                problems.setdefault(
+                    snapshot, f"{info.key} is of another world than the snapshot's other shards"
+                )
+            others[rank] = shard
+        self._known = known
+        self._generation = max(
+            [_noted(store, self.keys), *(each.generation for each in {*shards, *problems})]
+        )
+        good = {snapshot: found for snapshot, found in shards.items() if snapshot not in problems}
+        return DiskLook(good, problems, self._generation, is_from_future)
+
+    def _read(self, store: Store, key: str) -> StoredShard:
+        data = store.read(key, max_nbytes=NBYTES_MAX[Kind.SHARD])
+        return decode_shard(data, key=key, job=self.keys.job)
+
+    # the notes
+
+    def note_generation(self, generation: int) -> None:
+        """Remember, across the loss of all memory, that this generation was given out."""
+        with self._lock:
+            if generation > self._generation and not self._is_doomed:
+                self._opened().put(self.keys.generation_note, b"%d\n" % generation)
+                self._generation = generation
+
+    def note_ended(self) -> None:
+        """The job was closed for good: what it ended with stays, and is not brought back unasked."""
+        with self._lock:
+            if not self._is_doomed:
+                self._opened().put(self.keys.ended_note, b"ended\n")
+
+    # writing
+
+    def write(
+        self,
+        snapshot: SnapshotId,
+        shards: Sequence[ShardBytes],
+        *,
+        stop: threading.Event,
+        stage: Stage,
+        own_done: Callable[[], None],
+    ) -> DiskWritten:
+        """Write `shards`, all that this node has of `snapshot`, and let go of older snapshots. `own_done`: the shards'
+        memory is needed no more.
+
+        Raises:
+            Stopped: `stop` was set. ConflictError: kind `tier_conflict`: the disk has another shard of that name.
+            IntegrityError: memory does not have what was recorded. What a store raises.
+        """
+        with self._lock:
+            if stop.is_set():
+                raise Stopped
+            stage.text = "looks at what the disk has"
+            store = self._opened()
+            look = self._look(store)
+            resumed = self._resumed(store, look, snapshot, shards)
+            left = [shard for shard in shards if shard.record.rank not in resumed]
+            counts, reused_nbytes = self._write(store, look, left, stop, stage)
+            own_done()
+            stage.text = "tidies the disk"
+            store.delete([self.keys.ended_note])
+            dropped = self._tidy(store)
+            self._means().point("daemon.disk.done.after")
+            return DiskWritten(counts, reused_nbytes, tuple(dropped))
+
+    def _resumed(
+        self, store: Store, look: DiskLook, snapshot: SnapshotId, shards: Sequence[ShardBytes]
+    ) -> set[int]:
+        """The ranks whose manifests are there already. What is damaged of the snapshot makes room for what is good."""
+        if snapshot in look.problems:
+            store.delete([self.keys.shard(snapshot, shard.record.rank) for shard in shards])
+            return set()
+        there = look.shards.get(snapshot, {})
+        for shard in shards:
+            found = there.get(shard.record.rank)
+            if found is not None:
+                key = self.keys.shard(snapshot, found.rank)
+                check_same_shard(key, found, shard.record.digest, self._write_id)
+        return set(there)
+
+    def _write(
+        self,
+        store: Store,
+        look: DiskLook,
+        shards: Sequence[ShardBytes],
+        stop: threading.Event,
+        stage: Stage,
+    ) -> tuple[WriteCounts, int]:
+        known = KnownChunks()
+        known.add(look.chunks())
+        known.add(self._carried)
+        known.without_packs(known.packs - set(self._packs(store)))
+        plan = plan_packs([shard.record for shard in shards], known, first_number=self._next_pack)
+        self._next_pack += len(plan.packs)  # no name is used twice, whatever becomes of this attempt
+        means = self._means()
+        writer = PackWriter(means, self.keys, self._write_id, shards, stop, beat=lambda: None, beat_s=BEAT_S)
+        stage.text, stage.counts = "writes packs", writer.counts
+        stage.nbytes_total = sum(pack.raw_nbytes for pack in plan.packs)
+
+        def packed(chunks: Sequence[StoredChunk]) -> None:
+            self._carried.extend(chunks)
+            del self._carried[:-CARRIED_MAX]
+
+        def write(shard: StoredShard) -> None:
+            means.point("daemon.disk.manifest.before")
+            key = self.keys.shard(shard.id, shard.rank)
+            if store.create(key, encode_shard(shard)) is Created.ANOTHERS:
+                check_same_shard(key, self._read(store, key), shard.digest, self._write_id)
+            means.point("daemon.disk.manifest.after")
+
+        write_shards(writer, plan, shards, known, stop, packed=packed, write=write)
+        return writer.counts, plan.reused_nbytes
+
+    def _packs(self, store: Store) -> list[str]:
+        names = (self.keys.pack_name(info.key) for info in store.list(self.keys.packs))
+        return [name for name in names if name is not None]
+
+    # tidying
+
+    def tidy(self) -> list[SnapshotId]:
+        """Delete what is not kept, and what attempts that were killed have left; returns the snapshots that went."""
+        with self._lock:
+            return self._tidy(self._opened())
+
+    def _tidy(self, store: Store) -> list[SnapshotId]:
+        look, point = self._look(store), self._means().point
+        if look.is_from_future:
+            return []  # whoever wrote that may name what looks like garbage to us
+        dropped = parts_to_drop(look.parts, keep=self._keep, is_alone=self._is_alone)
+        for snapshot in dropped:
+            point("daemon.disk.drop.before")
+            store.delete([info.key for info in store.list(self.keys.shards_of(snapshot))])
+        left = self._look(store)
+        named = {chunk.pack for chunk in left.chunks()}
+        unread = [snapshot for snapshot in left.problems if snapshot not in dropped]
+        garbage = [name for name in self._packs(store) if name not in named]
+        if garbage and not unread:  # a manifest that cannot be read names packs, too
+            point("daemon.disk.pack_drop.before")
+            store.delete([self.keys.pack(name) for name in sorted(garbage)])
+        kept = set(self._packs(store))
+        self._carried = [chunk for chunk in self._carried if chunk.pack in kept]
+        return dropped
+
+    # removing
+
+    def doom(self) -> None:
+        """All of the job is to go; nothing of it is offered any more. `finish` does it, or whoever comes next."""
+        self._is_doomed = True
+
+    def finish(self) -> None:
+        """Do what is left of a removal. Raises what a store raises."""
+        with self._lock:
+            if self._is_doomed:
+                self._opened()
+
+    def _delete_all(self, store: Store) -> None:
+        keys = [info.key for info in store.list(self.keys.root)]
+        manifests = [key for key in keys if key.startswith(self.keys.shards)]
+        store.delete(manifests)
+        store.delete([key for key in keys if key not in set(manifests)])
+        self._known, self._carried, self._generation = {}, [], 0
+        self._is_doomed = False
+
+
+def _noted(store: Store, keys: TierKeys) -> int:
+    """The generation that was noted; a note that cannot be read says nothing."""
+    try:
+        text = store.read(keys.generation_note, max_nbytes=NOTE_NBYTES_MAX).decode("ascii", "replace").strip()
+    except NotFoundError as error:
+        if error.kind != "object":
+            raise
+        return 0
+    except IntegrityError:
+        return 0
+    return int(text) if text.isdecimal() else 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobOnDisk:
+    """`generation`: the newest that the disk knows of, as names and notes say."""
+
+    job: str
+    generation: int
+    is_ended: bool
+
+
+def jobs_on_disk(store: Store, names: Iterable[str]) -> list[JobOnDisk]:
+    """Every job that has a manifest there, by name."""
+    found = []
+    for name in sorted(names):
+        keys = TierKeys(name)
+        snapshots = [
+            each[0] for info in store.list(keys.shards) if (each := keys.shard_of(info.key)) is not None
+        ]
+        if snapshots:
+            is_ended = False
+            with contextlib.suppress(SnapdError):
+                is_ended = store.head(keys.ended_note).nbytes > 0
+            generation = max([_noted(store, keys), *(snapshot.generation for snapshot in snapshots)])
+            found.append(JobOnDisk(name, generation, is_ended))
+    return found

@@ -1,0 +1,142 @@
+"""All nodes of a cluster lose their memory at once: each has its shards back from its own disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from snapd.core.tier_keys import TierKeys
+from tests.cluster.harness.cluster import Cluster, cluster
+from tests.support.cluster_jobs import FakeWorld
+from tests.support.disk_scene import OFTEN
+from tests.support.waiting import wait_for
+
+WAIT_S = 40.0
+
+
+@contextmanager
+def nodes_with_disks(count: int, code: str, **settings: str) -> Iterator[Cluster]:
+    """Not started. Each node's disk is a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="snapd-test-disks-"))
+    try:
+        with cluster(
+            count, code, is_tls=False, is_etcd=False, is_namespaced=False, settings={**OFTEN, **settings}
+        ) as made:
+            for daemon in made.daemons:
+                (folder / daemon.node).mkdir()
+                daemon.settings["SNAPD_TIER_NODE"] = str(folder / daemon.node)
+            yield made
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def disk_of(nodes: Cluster, node: str) -> Path:
+    return Path(nodes[node].settings["SNAPD_TIER_NODE"])
+
+
+def steps_on(nodes: Cluster, node: str) -> list[int]:
+    return sorted(
+        int(path.name.partition("-")[2]) for path in (disk_of(nodes, node) / TierKeys("w").shards).glob("*")
+    )
+
+
+def wait_kept(nodes: Cluster, step: int, generation: int = 1) -> None:
+    def is_kept() -> bool:
+        disks = [daemon.job("w").disk for daemon in nodes.running]  # type: ignore[union-attr]
+        return all((d.durable_generation, d.durable_step) >= (generation, step) for d in disks)
+
+    wait_for(is_kept, f"step {step} is on all disks", WAIT_S, nodes.tails)
+
+
+def power_cut(nodes: Cluster) -> None:
+    """Everything but the disks is gone, on all nodes, also what the leader knew."""
+    for daemon in nodes.daemons:
+        daemon.kill()
+    for daemon in nodes.daemons:
+        assert daemon.wipe() > 0
+
+
+def test_all_nodes_lose_their_memory_at_once() -> None:
+    with nodes_with_disks(3, "2+1") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        for step in (1, 2, 3):
+            world.capture(step)
+            wait_kept(nodes, step)
+        assert {node: steps_on(nodes, node) for node in nodes.nodes} == {node: [2, 3] for node in nodes.nodes}
+        world.die()
+        power_cut(nodes)
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w", "two")
+        assert {trainer.session.generation for trainer in world.trainers} == {2}
+        assert world.restore() == [3, 3, 3]  # each compares every byte
+        world.capture(4)
+        wait_kept(nodes, 4, 2)
+        assert {node: steps_on(nodes, node)[-1] for node in nodes.nodes} == dict.fromkeys(nodes.nodes, 4)
+        world.close()
+
+
+def test_disks_that_differ_by_one_and_a_node_that_is_late() -> None:
+    """One node's disk did not get the newest snapshot: all take the one that they have in common."""
+    with nodes_with_disks(3, "2+1") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        for step in (1, 2):
+            world.capture(step)
+            wait_kept(nodes, step)
+        aside = disk_of(nodes, "n2").with_name("aside")
+        disk_of(nodes, "n2").rename(aside)
+        world.capture(3)
+
+        def is_on_the_others() -> bool:
+            return all(3 in steps_on(nodes, node) for node in ("n1", "n3"))
+
+        wait_for(is_on_the_others, "step 3 is on two disks", WAIT_S, nodes.tails)
+        world.die()
+        for daemon in nodes.daemons:
+            daemon.kill()
+        aside.rename(disk_of(nodes, "n2"))
+        for daemon in nodes.daemons:
+            assert daemon.wipe() > 0
+        assert steps_on(nodes, "n2") == [1, 2]
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w", "two")
+        assert world.restore() == [2, 2, 2]
+        world.close()
+
+
+def test_ranks_on_other_nodes_than_before() -> None:
+    """After the power cut each rank runs elsewhere: its shard comes from the node that has it on its disk."""
+    with nodes_with_disks(3, "2+1") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        world.capture(1)
+        wait_kept(nodes, 1)
+        world.die()
+        power_cut(nodes)
+        nodes.start()
+        nodes.wait_settled()
+        moved = [*nodes.daemons[1:], nodes.daemons[0]]
+        world = FakeWorld(moved, "w", "two")
+        assert world.restore() == [1, 1, 1]
+        world.close()
+
+
+def test_durable_means_on_all_disks() -> None:
+    with nodes_with_disks(2, "1+1", SNAPD_TIER_NODE_EVERY="0") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        world.capture(1)
+        replies = world.each("wait_durable", 1)
+        assert [(reply.reached, reply.tier) for reply in replies] == [(True, "node")] * 2
+        assert [steps_on(nodes, node) for node in nodes.nodes] == [[1], [1]]
+        world.close()
