@@ -91,7 +91,7 @@ sim-tiers: $(STAMP)
 
 ## soak-tiers       kill -9 of daemon, trainer and a real S3 server while snapshots become durable
 soak-tiers: $(STAMP)
-	$(RUN) tests/soak_tiers/run.py --points 5 --moments 100 $(SOAK_OPTIONS)
+	$(RUN) tests/soak_tiers/run.py --points 5 --moments 300 $(SOAK_OPTIONS)
 
 ## chaos-tiers      ckpt-chaos over a tier in a directory: a crash at every file event; and a planted bug that it must find
 chaos-tiers: $(STAMP)

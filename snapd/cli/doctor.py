@@ -11,6 +11,7 @@ import typer
 from snapd.cli.checks import Finding, Verdict, run_checks
 from snapd.cli.cluster_checks import cluster_findings
 from snapd.cli.connect import find_paths
+from snapd.cli.disk_checks import disk_findings
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import print_json, print_parts, table
@@ -47,6 +48,7 @@ def doctor(
     settings, questions = load_settings(config).config, Questions()
     findings += cluster_findings(settings.cluster, paths.runtime)
     findings += tier_findings(settings.tier, paths.runtime, questions)
+    findings += disk_findings(settings.tier, paths.runtime, questions)
     if as_json:
         print_json([finding_json(finding) for finding in findings])
     else:

@@ -4,7 +4,6 @@ bit. A real S3 server, real daemons, a real FSDP2 job of two ranks.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import seaweed
-from tests.support.daemon_process import ROOT, DaemonProcess, daemon_folders
+from tests.support.daemon_process import DaemonProcess, daemon_folders
+from tests.support.tier_job import check_resumed, train
 
 pytest.importorskip("boto3")
 CUT, END = 3, 6
@@ -34,16 +34,6 @@ def tier_settings(server: seaweed.Seaweed) -> dict[str, str]:
         "SNAPD_TIER_EVERY_STEPS": "1",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def train(daemon: DaemonProcess, first: int, last: int, result: Path, *more: str) -> list[dict[str, object]]:
-    """Run the job on two ranks; what each of them wrote."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(ROOT / "tests/support/tier_trainer.py")
-    command = [sys.executable, *torchrun, script, str(first), str(last), str(result), *more]
-    done = subprocess.run(command, env=daemon.env, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(result.with_suffix(f".rank{rank}.json").read_text()) for rank in range(2)]
 
 
 def snapd(daemon: DaemonProcess, *arguments: str) -> str:
@@ -72,10 +62,7 @@ def test_a_fresh_machine_goes_on_bit_for_bit(server: seaweed.Seaweed, tmp_path: 
         fresh.start()
         resumed = train(fresh, CUT, END, tmp_path / "after")
         assert {e["step"] for e in fresh.events("shard.brought")} == {CUT}
-    for rank in range(2):
-        assert resumed[rank]["fingerprint"] == undisturbed[rank]["fingerprint"]
-        expected = {s: loss for s, loss in undisturbed[rank]["losses"].items() if int(s) > CUT}  # type: ignore[attr-defined]
-        assert resumed[rank]["losses"] == expected
+    check_resumed(resumed, undisturbed, CUT)
 
 
 def test_what_the_commands_say_of_a_bucket(server: seaweed.Seaweed, tmp_path: Path) -> None:

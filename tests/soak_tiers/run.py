@@ -2,7 +2,7 @@
 at many moments. After each: every snapshot that the bucket offers is read to its last byte. At the end: `gc`, and what
 is in the bucket is what manifests name.
 
-    python tests/soak_tiers/run.py --seed 1 --points 5 --moments 100
+    python tests/soak_tiers/run.py --seed 1 --points 5 --moments 300
 
 Exit status 0: every promise held. The histogram of the phases hit is printed at the end, in either case.
 """
@@ -269,7 +269,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--points", type=int, default=5, help="kills per named point (0: none)")
     parser.add_argument("--only", default="", help="only points with this in their names")
-    parser.add_argument("--moments", type=int, default=100, help="random moments")
+    parser.add_argument(
+        "--moments", type=int, default=100, help="random moments, of each of the three in turn"
+    )
     args = parser.parse_args()
     began_s = time.monotonic()
     with opened() as scene:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from snapd.cli import tier_checks
 from snapd.cli.checks import Finding, Verdict
+from snapd.cli.disk_checks import disk_findings, judge_disk
 from snapd.cli.main import app
 from snapd.cli.tier_checks import Questions, judge_daemon, judge_error, judge_probe, tier_findings
 from snapd.cli.tier_folder import FolderLook, judge_folder, missing_mount
@@ -34,6 +35,37 @@ def findings_of(shared: str, tmp_path: Path) -> list[Finding]:
 
 def entries(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# the node's own disk
+
+
+def disk_said(node: str, tmp_path: Path) -> list[Said]:
+    return said(disk_findings(TierConfig(node=node), tmp_path / "none", Questions()))
+
+
+def test_the_disk_of_a_node(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    assert disk_said("", tmp_path) == []
+    assert disk_said(str(disk), tmp_path) == [("node disk", Verdict.BAD, "tier_folder")]
+    disk.mkdir()
+    assert disk_said(str(disk), tmp_path) == [("node disk", Verdict.WARNING, "tier_empty")]
+    (disk / ".snapd-node").write_text("a")
+    assert disk_said(str(disk), tmp_path) == [("node disk", Verdict.GOOD, "")]
+    assert disk_said("s3://bucket/x", tmp_path) == [("node disk", Verdict.BAD, "store")]
+    assert entries(disk) == [".snapd-node"]
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    directory_store(shared).probe()
+    assert disk_said(str(shared), tmp_path) == [("node disk", Verdict.BAD, "disk_shared")]
+
+
+def test_a_disk_that_cannot_be_written() -> None:
+    look = FolderLook(path=Path("/mnt/nvme"), is_folder=True, free_nbytes=1 << 30)
+    finding = judge_disk(look, may_write=False)
+    assert (finding.check, finding.verdict, finding.kind) == ("node disk", Verdict.BAD, "store_denied")
+    assert "/mnt/nvme" in finding.found and finding.hint
+    assert judge_disk(look, may_write=True).found == "/mnt/nvme, 1 GiB free"
 
 
 # judging
