@@ -101,6 +101,7 @@ class FakeJob:
         self.arena_bytes = 0
         self.settled = 0
         self.flusher = None  # no shared tier
+        self.disk = None  # nor one of the node's own
         self.intervals: list[Interval] = []
 
     def served_sessions(self) -> Iterable[FakeSession]:
