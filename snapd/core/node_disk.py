@@ -43,14 +43,17 @@ def _is_cut_off(part: DiskPart, parts: Collection[DiskPart]) -> bool:
     )
 
 
-def parts_to_drop(parts: Collection[DiskPart], *, keep: int, is_alone: bool) -> list[SnapshotId]:
+def parts_to_drop(
+    parts: Collection[DiskPart], *, keep: int, is_alone: bool, common: SnapshotId | None = None
+) -> list[SnapshotId]:
     """What may be deleted, oldest first: everything that is older than the newest whole snapshot but for the newest
-    `keep` (>= 1) whole ones. What is newer is being written, or was cut off: the next one takes its place.
+    `keep` (>= 1) whole ones, and `common`, the newest that the disks of all nodes are known to have: others may not
+    have any of ours that is newer. What is newer is being written, or was cut off: the next one takes its place.
     """
     whole = whole_parts(parts, is_alone=is_alone)
     if not whole:
         return []
-    kept = set(whole[: max(1, keep)])
+    kept = {*whole[: max(1, keep)], common}
     return sorted(part.id for part in parts if part.id < whole[0] and part.id not in kept)
 
 

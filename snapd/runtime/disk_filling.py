@@ -48,7 +48,7 @@ async def fill_from_disk(tier: DiskTier, job: Job, look: DiskLook, fill: DiskFil
     fill.problems.update(look.problems)
     fill.has_no_room = False
     is_alone = tier.settings.is_alone
-    wanted = parts_to_bring(look.parts, newest_here=_newest_here(job), is_alone=is_alone)
+    wanted = parts_to_bring(look.parts, newest_here=_newest_here(job, look), is_alone=is_alone)
     count = 0
     for snapshot in wanted:
         if job.is_removed or count == (1 if is_alone else CLUSTER_COUNT):
@@ -84,9 +84,18 @@ async def fill_from_disk(tier: DiskTier, job: Job, look: DiskLook, fill: DiskFil
     job.settle()
 
 
-def _newest_here(job: Job) -> SnapshotId | None:
-    """Of which memory has anything good."""
-    return next((facts.id for facts in job.ledger.newest_first() if not facts.problem and facts.shards), None)
+def _newest_here(job: Job, look: DiskLook) -> SnapshotId | None:
+    """Of which memory has all that the disk has, and something: an attempt before this one may have been cut off."""
+    return next(
+        (
+            facts.id
+            for facts in job.ledger.newest_first()
+            if not facts.problem
+            and facts.shards
+            and not look.shards.get(facts.id, {}).keys() - facts.shards.keys()
+        ),
+        None,
+    )
 
 
 async def _bring(tier: DiskTier, job: Job, shards: Sequence[StoredShard], fill: DiskFill) -> str:

@@ -19,7 +19,7 @@ from snapd.core.node_disk import whole_parts
 from snapd.core.reports import FlushNews
 from snapd.core.restore import Decision, Outcome, Verdict
 from snapd.core.tier_choice import Ask, TierFacts, how_to_ask, merged, unreachable
-from snapd.errors import SnapdError, UnavailableError
+from snapd.errors import ConflictError, SnapdError, UnavailableError
 from snapd.runtime.disk_filling import DiskFill, fill_from_disk
 from snapd.runtime.disk_tier import DiskTier
 from snapd.runtime.flush_choosing import FlushChooser
@@ -45,6 +45,7 @@ class JobDisk(FlushLoop[DiskWritten]):
         self.fill = DiskFill()
         self._everywhere: SnapshotId | None = None  # on the disks of all nodes of the world
         self._noted_generation = 0
+        self._began_s = job.context.environment.monotonic_s()
         self._learning = asyncio.Lock()
 
     # what others ask
@@ -79,7 +80,30 @@ class JobDisk(FlushLoop[DiskWritten]):
     @property
     def is_hiding(self) -> bool:
         """Memory has nothing of the job, and what the disk has is not known yet."""
-        return not self._is_learnt and (not self.job.ledger.snapshots or self.trouble is None)
+        if self._is_learnt or not self.job.ledger.snapshots:
+            return not self._is_learnt
+        elapsed_s = self.job.context.environment.monotonic_s() - self._began_s
+        is_soon = (
+            self.is_looked_at or elapsed_s < self.tier.settings.wait_s
+        )  # a disk that hangs raises nothing
+        return self.trouble is None and is_soon
+
+    @property
+    def is_looked_at(self) -> bool:
+        return self.look is not None
+
+    def check_generation(self, generation: int) -> None:
+        floor = self._chooser.floor  # what the disk had before this memory knew it
+        if floor is None or generation > floor:
+            return
+        self.job.coordination.start_above(floor)
+        raise ConflictError(
+            f"{self.tier.description} has snapshots of generation {floor}; this start was numbered"
+            f" {generation} before that was known",
+            kind="tier_generation",
+            hint="start the trainer again: it gets a number above them",
+            job=self.job.name,
+        )
 
     @property
     def newest_stored(self) -> SnapshotId | None:
@@ -108,9 +132,37 @@ class JobDisk(FlushLoop[DiskWritten]):
             self.job.changes.notify()
 
     def may_have_newer(self, memory: Decision, *, step: int | None) -> bool:
+        if self._is_learnt and self._has_better(memory):
+            self._is_learnt, self.look = False, None
+            self.job.changes.notify()
+            return True
         if self._is_learnt:
             return bool(self.fill.problems)
         return self._how_to_ask(memory, step) is Ask.MUST
+
+    def _has_better(self, memory: Decision) -> bool:
+        """Alone: memory has lost something newer that is on the disk, and could not have it back at that moment."""
+        on_disk = {
+            self.here,
+            *(self.look.shards if self.look is not None else ()),
+        } - self.fill.problems.keys()
+        is_lost = any(
+            verdict.verdict == "unusable"
+            and verdict.id in on_disk
+            and (memory.chosen is None or verdict.id > memory.chosen)
+            for verdict in memory.verdicts
+        )
+        return is_lost and self.job.world is None
+
+    def _common(self) -> SnapshotId | None:
+        """In a cluster: the newest that the disks of all nodes are known to have. What this start went on from is
+        one: it was whole somewhere, and may be all that they have in common.
+        """
+        if self.job.world is None:
+            return None
+        generation = self.job.coordination.generation(self.job.coordination.current())
+        parent = generation.parent if generation is not None else None
+        return max((one for one in (self._everywhere, parent) if one is not None), default=None)
 
     def _how_to_ask(self, memory: Decision, step: int | None) -> Ask:
         """By the rule for any tier: what is on the disk was complete in memory first. Nobody else writes there."""
@@ -191,7 +243,7 @@ class JobDisk(FlushLoop[DiskWritten]):
                 seconds=round(job.context.environment.monotonic_s() - began_s, 3),
             )
             if not fill.problems:
-                await self.tier.ask(self._disk.tidy)
+                await self.tier.ask(self._disk.tidy, self._common())
         job.changes.notify()
 
     def _has_chore(self) -> bool:
@@ -225,7 +277,9 @@ class JobDisk(FlushLoop[DiskWritten]):
         self, facts: SnapshotFacts, stop: Event, stage: Stage, own_done: Callable[[], None]
     ) -> Coroutine[Any, Any, DiskWritten]:
         shards = self._shards(facts)
-        return self.tier.flush(self._disk.write, facts.id, shards, stop=stop, stage=stage, own_done=own_done)
+        return self.tier.flush(
+            self._disk.write, facts.id, shards, stop=stop, stage=stage, own_done=own_done, common=self._common
+        )
 
     def _done(self, facts: SnapshotFacts, done: DiskWritten) -> None:
         job, metrics, counts = self.job, self.tier.metrics, done.counts

@@ -104,6 +104,9 @@ class NodeDisks:
         job.repairs = DiskRepairs(self.tier, job.repairs)
         job.on_removed.append(lambda: self._leave(disk))
         self._known.add(job.name)
+        for one in self._found or ():
+            if one.job == job.name:
+                job.coordination.start_above(one.generation)
         self._context.spawn(disk.run(), f"disk {job.name}")
 
     def _leave(self, disk: JobDisk) -> None:

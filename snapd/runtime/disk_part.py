@@ -41,6 +41,15 @@ class DiskPart(Protocol):
         """The job has ended: returns when its newest snapshot is on the disk, or never will be, or the job goes on."""
 
     @property
+    def is_looked_at(self) -> bool:
+        """It is known what the disk had when the daemon came to it."""
+
+    def check_generation(self, generation: int) -> None:
+        """Raise ConflictError (kind `tier_generation`): `generation` was given out before it was known that the disk
+        has it, or newer ones, of another start.
+        """
+
+    @property
     def newest_stored(self) -> SnapshotId | None:
         """The newest that the disk has, good or bad, as far as it was looked at."""
 

@@ -462,9 +462,10 @@ class Node:
 
     def end_job(self, job: Job, through: int) -> None:
         """All of the generations up to this one was removed in the whole world: what is newer here stays."""
+        stored = job.disk.newest_stored if job.disk is not None else None
         newest = max(
             [session.generation for session in job.live_sessions()]
-            + [s.generation for s in job.ledger.snapshots],
+            + [s.generation for s in [*job.ledger.snapshots, *([stored] if stored is not None else [])]],
             default=0,
         )
         if newest <= through and self.jobs.get(job.name) is job:

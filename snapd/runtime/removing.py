@@ -92,6 +92,8 @@ class Removals:
             return
         if job is not None and job.opening.locked():
             return  # a newer generation may be about to begin in it; looked at again once it has
+        if job is not None and job.disk is not None and not (job.disk.is_looked_at or job.ledger.snapshots):
+            return  # after the loss of memory only the disk knows what is newer than what was removed
         self._followed[name] = through
         self._log.info("job.ended", job=name, generation=through)
         self._cluster.stop_collecting(name)

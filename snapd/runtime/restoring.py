@@ -66,6 +66,8 @@ async def plan_restore(
         if job.disk is not None and job.disk.may_have_newer(decision, step=step):
             away = await job.disk.wait_filled()
             decision = job.disk.add_verdicts(await _decide(job, session, step, is_elastic))
+        if job.disk is not None:
+            job.disk.check_generation(generation)
         if tier is not None:
             wish = Wish(
                 world_size=session.row.world_size,

@@ -175,9 +175,10 @@ class DiskJob:
         stop: threading.Event,
         stage: Stage,
         own_done: Callable[[], None],
+        common: Callable[[], SnapshotId | None] = lambda: None,
     ) -> DiskWritten:
         """Write `shards`, all that this node has of `snapshot`, and let go of older snapshots. `own_done`: the shards'
-        memory is needed no more.
+        memory is needed no more. `common`: what other nodes' disks may have as their newest, and so stays here.
 
         Raises:
             Stopped: `stop` was set. ConflictError: kind `tier_conflict`: the disk has another shard of that name.
@@ -195,7 +196,7 @@ class DiskJob:
             own_done()
             stage.text = "tidies the disk"
             store.delete([self.keys.ended_note])
-            dropped = self._tidy(store)
+            dropped = self._tidy(store, common())
             self._means().point("daemon.disk.done.after")
             return DiskWritten(counts, reused_nbytes, tuple(dropped))
 
@@ -253,16 +254,16 @@ class DiskJob:
 
     # tidying
 
-    def tidy(self) -> list[SnapshotId]:
+    def tidy(self, common: SnapshotId | None) -> list[SnapshotId]:
         """Delete what is not kept, and what attempts that were killed have left; returns the snapshots that went."""
         with self._lock:
-            return self._tidy(self._opened())
+            return self._tidy(self._opened(), common)
 
-    def _tidy(self, store: Store) -> list[SnapshotId]:
+    def _tidy(self, store: Store, common: SnapshotId | None) -> list[SnapshotId]:
         look, point = self._look(store), self._means().point
         if look.is_from_future:
             return []  # whoever wrote that may name what looks like garbage to us
-        dropped = parts_to_drop(look.parts, keep=self._keep, is_alone=self._is_alone)
+        dropped = parts_to_drop(look.parts, keep=self._keep, is_alone=self._is_alone, common=common)
         for snapshot in dropped:
             point("daemon.disk.drop.before")
             store.delete([info.key for info in store.list(self.keys.shards_of(snapshot))])

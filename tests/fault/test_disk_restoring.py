@@ -19,6 +19,7 @@ from tests.support.disk_scene import (
     disk_daemon,
     flip,
 )
+from tests.support.fake_trainer import Refused
 from tests.support.flush_scene import BY_STEPS
 from tests.support.waiting import wait_for
 
@@ -33,6 +34,16 @@ def kept(scene: DiskDaemon, last: int = 4) -> None:
     trainer = scene.trainer()
     capture_kept(scene, trainer, 1, last)
     trainer.disconnect()
+
+
+def flip_at(scene: DiskDaemon, segment: int, at: int) -> None:
+    """A bit of rank 0's memory."""
+    path = scene.daemon.arena / "jobs" / "a" / f"rank-0.seg-{segment}"
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_a_machine_that_lost_its_memory_goes_on_as_if_nothing_had_happened() -> None:
@@ -228,6 +239,58 @@ def test_a_daemon_that_is_killed_while_it_reads_the_disk() -> None:
         assert scene.trainer("two").restore(SEED) == 4
 
 
+def test_a_daemon_that_is_killed_between_two_ranks_goes_on_where_it_was() -> None:
+    with disk_daemon() as scene:
+        scene.daemon.start()
+        ranks = [scene.trainer(rank=rank, world_size=2) for rank in range(2)]
+        for trainer in ranks:
+            trainer.capture(1, SEED)
+        scene.wait_kept(1)
+        for trainer in ranks:
+            trainer.disconnect()
+        scene.reboot(is_waiting=False, SNAPD_FAULT_POINTS="daemon.bring.record.before:2=kill")
+        assert scene.daemon.process is not None
+        assert scene.daemon.process.wait(20) == -9
+        scene.daemon.start()
+        for rank in range(2):
+            plan = scene.trainer("two", rank=rank, world_size=2).plan()
+            assert (plan.outcome, plan.step, len(plan.shards)) == (FOUND, 1, 1)
+
+
+def test_a_start_that_was_numbered_before_the_disk_came_begins_again() -> None:
+    with disk_daemon() as scene:
+        kept(scene)
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        scene.reboot()
+        trainer = scene.trainer("two")
+        assert trainer.session.generation == 1  # nobody could know better
+        aside.rename(scene.root)
+        wait_for(lambda: scene.daemon.events("disk.filled"), "the disk was read")
+        with pytest.raises(Refused, match="tier_generation"):
+            trainer.plan()
+        trainer.disconnect()
+        again = scene.trainer("three")
+        assert again.session.generation == 2
+        assert again.restore(SEED) == 4
+
+
+def test_a_bad_chunk_while_the_disk_was_away_for_a_moment() -> None:
+    """Memory gives the snapshot up; the disk still has it, and an older one is not taken."""
+    with disk_daemon() as scene:
+        kept(scene)
+        request = admin_pb2.GetSnapshotRequest(job="a", has_step=True, step=4)
+        record = scene.daemon.admin("GetSnapshot", request).shards[0]
+        chunk = record.chunks[3]
+        flip_at(scene, chunk.segment, chunk.frame * record.chunk_bytes + 5)
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        last = scene.daemon.admin("Verify", admin_pb2.VerifyRequest(job="a"))[-1]
+        assert last.finished
+        aside.rename(scene.root)
+        assert scene.trainer("two").restore(SEED) == 4
+
+
 def test_there_is_no_room_in_memory() -> None:
     with disk_daemon() as scene:
         kept(scene)
@@ -247,13 +310,7 @@ def test_a_bad_chunk_in_memory_comes_anew_from_the_disk() -> None:
         request = admin_pb2.GetSnapshotRequest(job="a", has_step=True, step=4)
         record = scene.daemon.admin("GetSnapshot", request).shards[0]
         chunk = record.chunks[3]
-        path = scene.daemon.arena / "jobs" / "a" / f"rank-0.seg-{chunk.segment}"
-        at = chunk.frame * record.chunk_bytes + 5
-        with path.open("r+b") as file:
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 1]))
+        flip_at(scene, chunk.segment, chunk.frame * record.chunk_bytes + 5)
         scene.daemon.kill()
         scene.daemon.start()
         assert scene.trainer("two").restore(SEED) == 4

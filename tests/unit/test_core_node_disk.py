@@ -40,6 +40,11 @@ def test_the_newest_whole_ones_stay_and_what_is_newer_too() -> None:
     assert parts_to_drop(parts, keep=9, is_alone=True) == ids(0)
 
 
+def test_what_all_disks_have_stays_however_old_it_is() -> None:
+    parts = [part(step, 0, 1) for step in (1, 2, 3, 4)]
+    assert parts_to_drop(parts, keep=2, is_alone=False, common=SnapshotId(1, 1)) == ids(2)
+
+
 def test_nothing_goes_before_something_is_whole() -> None:
     assert parts_to_drop([part(1, 0), part(2)], keep=1, is_alone=True) == []
 
