@@ -19,7 +19,7 @@ from snapd.core.ledger import ShardFacts
 from snapd.core.manifest import ShardRecord
 from snapd.errors import ConflictError, NotFoundError
 from snapd.runtime.arena_writing import bad_reused
-from snapd.runtime.fetched import Coming, Found
+from snapd.runtime.fetched import Coming, Found, Round
 from snapd.runtime.job import Job
 from snapd.runtime.rank_arena import RankArena
 from snapd.runtime.session import Session
@@ -102,7 +102,8 @@ async def fetch_chunks(
     """Bring what is not here; `wanted`: rank -> chunks of its shard. `round_`: number, and what it restores.
 
     Raises:
-        CapacityError: no room. ConflictError: kind `chunk_bytes`. NotFoundError: kind `shard`, or `chunk`.
+        CapacityError: no room. ConflictError: kind `chunk_bytes`. NotFoundError: kind `shard`, `chunk`, or
+        `restore_round`: it was over before the frames were granted.
         NotRestorable, UnavailableError: see ShardsElsewhere.
     """
     gate = asyncio.Semaphore(SHARDS_AT_ONCE)
@@ -134,8 +135,9 @@ async def _fetch_of(
     record = await record_of(job, elsewhere, snapshot, rank)
     if any(index >= len(record.chunks) for index in indices):
         raise NotFoundError("the shard has no such chunk", kind="chunk", rank=rank, job=job.name)
-    if _shard_here(job, elsewhere, snapshot, rank) is not None:
-        return [Found(rank, record.chunks[index].place) for index in indices]
+    here = _shard_here(job, elsewhere, snapshot, rank)  # perhaps only since the record came from elsewhere
+    if here is not None:
+        return [Found(rank, here.record.chunks[index].place) for index in indices]
     assert elsewhere is not None
     return await _bring(job, session, elsewhere, number, record, indices)
 
@@ -157,8 +159,10 @@ async def _bring(
             rank=record.rank,
         )
     round_ = (session.generation, number)
-    known = job.fetched.chunks(round_)
     while True:
+        if job.fetched.is_over(round_):  # while this call waited for the record, or for frames
+            raise NotFoundError("the restore's round is over", kind="restore_round", round=number)
+        known = job.fetched.chunks(round_)
         missing = [index for index in dict.fromkeys(indices) if (record.rank, index) not in known]
         frames = _granted(job, session, record, missing)
         if frames is not None:
@@ -170,7 +174,7 @@ async def _bring(
         for some in frames:
             job.fetched.add(round_, some.arena.rank, some.owner)
             job.arriving.begin(some.arena.rank, record.chunks, some.places)
-        work = job.context.keep(_fill(job, elsewhere, known, record, frames))
+        work = job.context.keep(_fill(job, elsewhere, round_, record, frames))
         for some in frames:
             for index, place in some.places.items():
                 known[record.rank, index] = Coming(Found(some.arena.rank, place), work)
@@ -215,7 +219,7 @@ def _granted(job: Job, session: Session, record: ShardRecord, missing: Sequence[
 async def _fill(
     job: Job,
     elsewhere: ShardsElsewhere,
-    known: dict[tuple[int, int], Coming],
+    round_: Round,
     record: ShardRecord,
     frames: Sequence[_Frames],
 ) -> None:
@@ -226,13 +230,18 @@ async def _fill(
             wanted += _views(some.arena, record, await _not_arrived(job, record, some))
         if wanted:
             await elsewhere.fill(job, record, wanted)
+    except asyncio.CancelledError:
+        raise  # the daemon stops; threads may still write, so that the frames stay granted
     except BaseException:
-        for index in (index for some in frames for index in some.places):
-            known.pop((record.rank, index), None)  # whoever asks again has them brought anew
-        raise
-    finally:
+        if not job.fetched.is_over(round_):
+            known = job.fetched.chunks(round_)
+            for index in (index for some in frames for index in some.places):
+                known.pop((record.rank, index), None)  # whoever asks again has them brought anew
         for some in frames:
-            job.fetched.filled(job.arenas, some.arena.rank, some.owner)
+            job.fetched.failed(job.arenas, round_, some.arena.rank, some.owner)
+        raise
+    for some in frames:
+        job.fetched.filled(job.arenas, some.arena.rank, some.owner)
 
 
 async def _not_arrived(job: Job, record: ShardRecord, frames: _Frames) -> dict[int, Place]:

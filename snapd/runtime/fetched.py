@@ -48,10 +48,16 @@ class Fetched:
     _grants: dict[Round, list[tuple[int, LaneKey]]] = field(default_factory=dict)
     _filling: set[LaneKey] = field(default_factory=set)
     _late: set[LaneKey] = field(default_factory=set)  # of rounds that are over, still being filled
+    _over: set[Round] = field(default_factory=set)
+    _first: int = 0  # generations below it are over
 
     def chunks(self, round_: Round) -> dict[tuple[int, int], Coming]:
         """(rank, chunk of its shard) -> where it lies, or will; for the one who brings them to add to."""
         return self._chunks.setdefault(round_, {})
+
+    def is_over(self, round_: Round) -> bool:
+        """Nobody would release what is granted for it now."""
+        return round_[0] < self._first or round_ in self._over
 
     def segments(self, generation: int, rank: int) -> set[int]:
         """Those of that rank's arena that chunks for restores of `generation` were brought into."""
@@ -68,6 +74,14 @@ class Fetched:
         self._grants.setdefault(round_, []).append((rank, owner))
         self._filling.add(owner)
 
+    def failed(self, arenas: Mapping[int, RankArena], round_: Round, rank: int, owner: LaneKey) -> None:
+        """Nobody writes into these frames any more, and nobody was told of them: they are free at once."""
+        grants = self._grants.get(round_, [])
+        if (rank, owner) in grants:
+            grants.remove((rank, owner))
+            self._late.add(owner)
+        self.filled(arenas, rank, owner)
+
     def filled(self, arenas: Mapping[int, RankArena], rank: int, owner: LaneKey) -> None:
         """Nobody writes into these frames any more."""
         self._filling.discard(owner)
@@ -78,6 +92,7 @@ class Fetched:
 
     def release(self, arenas: Mapping[int, RankArena], round_: Round) -> None:
         """All ranks are done with the round. Idempotent."""
+        self._over.add(round_)
         self._chunks.pop(round_, None)
         for rank, owner in self._grants.pop(round_, ()):
             if owner in self._filling:
@@ -91,3 +106,5 @@ class Fetched:
         """Older generations restore nothing more."""
         for round_ in [key for key in {*self._grants, *self._chunks} if key[0] < generation]:
             self.release(arenas, round_)
+        self._first = max(self._first, generation)
+        self._over = {key for key in self._over if key[0] >= self._first}

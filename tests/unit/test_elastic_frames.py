@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from snapd.core.frames import FramePool
 from snapd.core.ids import Place, SnapshotId
 from snapd.core.manifest import Chunk
+from snapd.errors import NotFoundError
 from snapd.runtime.arriving import Arriving
 from snapd.runtime.elastic import fetch_chunks
 from snapd.runtime.fetched import Fetched
@@ -38,6 +39,13 @@ class Elsewhere:
         self.has_begun, self.may_end = asyncio.Event(), asyncio.Event()
         self.error: Exception | None = None
         self.filled: list[int] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.found: Any = None
+
+    async def record(self, job: Any, snapshot: SnapshotId, rank: int) -> Any:
+        await asyncio.sleep(0)
+        self.meanwhile()
+        return self.found
 
     async def fill(self, job: Any, record: Any, wanted: Any) -> None:
         self.filled += [one.number for one in wanted]
@@ -166,8 +174,55 @@ def test_what_failed_is_brought_anew_when_it_is_asked_for_again() -> None:
         scene.elsewhere.may_end.set()
         with pytest.raises(OSError, match="away"):
             await (await scene.begin())
+        assert scene.pool.free_count == 8  # a retry does not take others
         scene.elsewhere.error = None
+        scene.job.arriving.forget(0)
         found = await scene.ask([1])
-        assert scene.elsewhere.filled == [0, 1, 1] and found[1][0].place == Place(0, 2)
+        assert scene.elsewhere.filled == [0, 1, 1] and len(found[1]) == 1
+        assert scene.pool.granted_count == 1
+
+    asyncio.run(run())
+
+
+def placed(record: Any, frame: int) -> Any:
+    chunks = [Chunk(one.nbytes, one.digest, Place(0, frame + at)) for at, one in enumerate(record.chunks)]
+    return SimpleNamespace(**{**vars(record), "chunks": chunks})
+
+
+def unknown_record(scene: Scene) -> Any:
+    """The shard's record, which has to be asked for elsewhere from now on."""
+    record = scene.fetched.records.get((SNAPSHOT, 1))
+    scene.fetched.records.clear()
+    scene.elsewhere.found = record
+    scene.elsewhere.may_end.set()
+    return record
+
+
+@pytest.mark.parametrize("is_generation_over", [False, True])
+def test_a_call_that_outlives_its_round_is_granted_nothing(is_generation_over: bool) -> None:
+    async def run() -> None:
+        scene = Scene()
+        unknown_record(scene)
+        arenas = scene.job.arenas
+        scene.elsewhere.meanwhile = lambda: (
+            scene.fetched.release_below(arenas, 3)
+            if is_generation_over
+            else scene.fetched.release(arenas, (2, 0))
+        )
+        with pytest.raises(NotFoundError, match="round is over"):
+            await scene.ask([0, 1])
+        assert scene.pool.free_count == 8 and not scene.elsewhere.filled
+
+    asyncio.run(run())
+
+
+def test_a_shard_captured_while_its_record_was_asked_for_is_named_where_it_lies() -> None:
+    async def run() -> None:
+        scene = Scene()
+        here = SimpleNamespace(record=placed(unknown_record(scene), 5))
+        facts = SimpleNamespace(problem="", shards={1: here})
+        scene.elsewhere.meanwhile = lambda: scene.job.ledger.snapshots.update({SNAPSHOT: facts})
+        found = await scene.ask([1, 0])
+        assert [one.place for one in found[1]] == [Place(0, 6), Place(0, 5)]
 
     asyncio.run(run())
