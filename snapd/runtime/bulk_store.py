@@ -28,7 +28,7 @@ from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
 from snapd.runtime.loop_caller import GroupCaller, LoopCaller, Ticket
 
-LEASE_IDLE_S = 0.2
+LEASE_IDLE_S = 0.05
 GATHER_S = 0.005  # fragments that are ready within so long, pushed by peers or made here, are one transaction
 
 FindJob = Callable[[str], Job | None]

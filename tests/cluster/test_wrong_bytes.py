@@ -32,7 +32,7 @@ def test_peer_that_sends_wrong_bytes_while_it_is_protected(
     world.pause()
     liar = made.daemons[1]
     number = world.last
-    wait_for(lambda: observer.protected(world.job)[1] >= number, "all is protected", FOUND_S, made.says)
+    wait_protected_beyond(made, observer, world.job, number - 1)
     began = time.monotonic()
     with faults.rate_limit(liar.host, 1_000_000):
         world.capture(number + 1)
@@ -97,13 +97,16 @@ def test_node_is_lost_and_a_survivors_memory_is_bad(
 def test_parity_that_went_bad_is_not_believed(
     made: Cluster, observer: Observer, world: LightWorld, job: str
 ) -> None:
-    """The rows of rank 3 have their parity on n1 and n2: as bytes of n2's are wrong, n1's and data are taken."""
+    """The rows of the group's last node have their parity on its first two: as bytes of the second's are wrong, the
+    first's and data are taken.
+    """
     world.pause()
     number = world.last
     wait_protected_beyond(made, observer, job, number - 1)
     protected = observer.protected(job)[1]
     world.kill()
-    lost, bad = made.daemons[3], made.daemons[1]
+    nodes = made.daemons[0].status().cluster.groups[0].nodes  # in the order in which they joined
+    lost, bad = made[nodes[3]], made[nodes[1]]
     faults.corrupt(bad, job, files="parity.seg-*")
     lost.kill()
     lost.wipe()
