@@ -38,6 +38,7 @@ class Reports:
         self.before = Orders()
         self.parent: tuple[int, SnapshotId] | None = None
         self.store = Record()
+        self.recorded: set[SnapshotId | None] = {None}  # as protected, at some time
         self.promised: SnapshotId | None = None
         self._was_found: SnapshotId | None = None
 
@@ -162,6 +163,7 @@ class Reports:
     def record(self) -> None:
         """The store takes what was found; the answer may be lost."""
         self.store = self.core.to_record
+        self.recorded.add(self.store.told.protected)
         if self.chance.random() < 0.7:
             self.core.recorded(self.store)
 
@@ -213,8 +215,9 @@ class Reports:
             assert after.protected is not None
             assert after.protected >= before.protected
         told = self.store.told
-        if after.protected not in (before.protected, None):
-            assert after.protected == told.protected, "nobody hears of it before it is recorded"
+        if after.protected != before.protected:  # an older one again, when the recorded one has been proved bad
+            assert after.protected in self.recorded, "nobody hears of it before it is recorded"
+            assert after.protected in (told.protected, None) or told.protected in bad
         found = self.core.to_record.told.protected
         if found not in (told.protected, after.protected, self._was_found, None):
             assert self._is_done(found)
