@@ -74,9 +74,14 @@ class Collector:
         if known is not None and known.instance == report.instance and report.serial <= known.serial:
             return False
         self.reports[report.node] = report
+        self._note_problems(report)  # first: what the node was told of may be among them
         self._note_interval(report)
         self._note_told(report.told)
         return True
+
+    def _note_problems(self, report: NodeReport) -> None:
+        for snapshot, problem in report.problems:
+            self._problems.setdefault(snapshot, problem)
 
     def _note_told(self, told: Told) -> None:
         """What an earlier collector has said holds on: nothing of it is dropped before there is something newer."""
@@ -126,8 +131,7 @@ class Collector:
         """
         holders, world_sizes = self.holders(), self.world_sizes()
         for report in self.reports.values():
-            for snapshot, problem in report.problems:
-                self._problems.setdefault(snapshot, problem)
+            self._note_problems(report)
         whole = sorted(
             snapshot
             for snapshot, ranks in holders.items()

@@ -215,7 +215,9 @@ class Reports:
             assert after.protected is not None
             assert after.protected >= before.protected
         told = self.store.told
-        if after.protected != before.protected:  # an older one again, when the recorded one has been proved bad
+        if (
+            after.protected != before.protected
+        ):  # an older one again, when the recorded one has been proved bad
             assert after.protected in self.recorded, "nobody hears of it before it is recorded"
             assert after.protected in (told.protected, None) or told.protected in bad
         found = self.core.to_record.told.protected
