@@ -248,18 +248,22 @@ class Snapshotter:
         Args:
             wait: a level to wait for, e.g. "captured".
         Raises:
-            ConfigError: `step` is no whole number, or `wait` no level: such a call is a mistake in the loop.
+            ConfigError: `step` is no whole number, or `wait` no level, and nothing was handed over yet: a mistake in
+            the loop. Later in a run it is a failure like any other, which is logged and counted.
         """
-        step = self._checked_call(step, wait)
-        if self._is_closed or not self._is_due(step):
+        number = self._checked_call(step, wait)
+        if number is None or self._is_closed or not self._is_due(number):
             self._has_updated = False
             return None
-        return self.save(step, wait=wait)
+        return self._save(number, wait)
 
     def save(self, step: int, *, wait: str | None = None) -> Handle | None:
         """Capture now, whatever the interval. Raises ConfigError as `step` does."""
-        step = self._checked_call(step, wait)
-        if self._is_closed or os.getpid() != self._pid:
+        number = self._checked_call(step, wait)
+        return None if number is None or self._is_closed else self._save(number, wait)
+
+    def _save(self, step: int, wait: str | None) -> Handle | None:
+        if os.getpid() != self._pid:
             return None
         if not self._is_started:
             self._refuse_to_overwrite()
@@ -286,11 +290,15 @@ class Snapshotter:
         if self._is_closed:
             raise ConfigError("this Snapshotter is closed", hint="close() comes last", job=self.job)
 
-    @staticmethod
-    def _checked_call(step: int, wait: str | None) -> int:
-        if wait is not None:
-            check_level(wait)
-        return step if type(step) is int and 0 <= step <= STEP_MAX else checked_step(step)
+    def _checked_call(self, step: int, wait: str | None) -> int | None:
+        """The step's number; None: it is none, and a run that has been going is not ended for that."""
+
+        def checked() -> int:
+            if wait is not None:
+                check_level(wait)
+            return step if type(step) is int and 0 <= step <= STEP_MAX else checked_step(step)
+
+        return checked() if self._last is None else self._trouble.guard("snapshot", checked)
 
     def _hand_over(self, step: int) -> Handle:
         self._notice_accumulation()

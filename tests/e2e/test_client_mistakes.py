@@ -71,6 +71,35 @@ def test_what_is_no_step(daemon: DaemonProcess, step: object) -> None:
             snap.step(1, wait="captred")
 
 
+def test_what_is_no_step_ends_no_run_that_was_going(
+    daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        Snapshotter(state(), job="late", runtime_dir=str(daemon.runtime)) as snap,
+        caplog.at_level(logging.WARNING),
+    ):
+        snap.restore()
+        snap.step(1, wait="captured")
+        for _again in range(2):
+            assert snap.step("2") is None  # type: ignore[arg-type]
+            assert snap.step(2, wait="captred") is None
+        assert snap.health()["failures"] == 4
+        snap.step(2, wait="captured")
+        assert snap.last() == 2
+    told = [text for text in (record.getMessage() for record in caplog.records) if "training goes on" in text]
+    assert len(told) == 1, told
+    assert "step must be a whole number" in told[0]
+
+
+def test_what_is_no_step_is_raised_for_who_wants_it(daemon: DaemonProcess) -> None:
+    with Snapshotter(state(), job="strict", runtime_dir=str(daemon.runtime), strict=True) as snap:
+        snap.restore()
+        snap.step(1, wait="captured")
+        with pytest.raises(ConfigError, match="step must be a whole number"):
+            snap.step("2")  # type: ignore[arg-type]
+        assert snap.last() == 1
+
+
 REFUSAL = pb.HandshakeReply(
     refusal=pb.Refusal(
         kind="protocol_version", message="protocol 2 here, 1 there", hint="install the same snapd"
