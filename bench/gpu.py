@@ -2,6 +2,7 @@
 
     python bench/gpu.py                              # 211 M parameters, 2.5 GB of state
     python bench/gpu.py --kind bf16 --batch 4
+    python bench/gpu.py --durable-every 5            # every fifth goes on to a directory while training goes on
 
 Floor: every tensor of the state with `copy_(..., non_blocking=True)` into (restore: from) pinned memory of torch's own.
 Host: how long the call of `snap.step` keeps the training thread. Stream: what it adds to the training stream (the early
@@ -16,6 +17,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--block", type=int, default=10, help="steps in one half of a pair")
     parser.add_argument("--every", default="1,5", help="steps between snapshots, separated by commas")
+    parser.add_argument("--durable-every", type=int, default=0, help="steps between durable ones; 0: none")
+    parser.add_argument("--tier-rate", default="256MiB", help="as tier.rate")
     parser.add_argument("--slots", type=int, default=0, help="as of Snapshotter")
     parser.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -210,6 +214,10 @@ def worker(args: argparse.Namespace) -> None:
     result["stream"] = [trial.stream_cost() for _ in range(10)]
     result["memory"] = {"plain": trial.plain_bytes, "now": torch.cuda.memory_allocated()}
     result["every"] = {every: trial.pairs(int(every)) for every in args.every.split(",")}
+    if args.durable_every:
+        began = trial.now()
+        trial.snap.wait("durable", timeout=300)
+        result["durable_wait_s"] = trial.now() - began
     health = trial.snap.health()
     result["health"] = {key: value for key, value in health.items() if not isinstance(value, list)}
     before = anonymous_bytes()
@@ -260,6 +268,10 @@ def show(report: Report, result: dict[str, Any]) -> None:
         f"early {health['early_bytes']} B, lazy {health['lazy_bytes']} B; committed {health['committed']}, "
         f"skipped {health['skipped']}, discarded {health['discarded']}, failures {health['failures']}"
     )
+    if "durable_wait_s" in result:
+        print(
+            f"newest durable {health['durable_step']}, {result['durable_wait_s']:.1f} s after the last step"
+        )
     print(f"device memory: {(memory['now'] - memory['plain']) / 1e6:.1f} MB more than without snapd")
     print(f"CPU per snapshot: daemon {result['daemon_cpu_s'] * 1e3:.0f} ms")
     restores = result["restores"]
@@ -286,6 +298,14 @@ def scaled(values: list[float], by: float) -> list[float]:
     return [value * by for value in values]
 
 
+def tier_options(args: argparse.Namespace, folder: str) -> list[str]:
+    """Of the daemon; nothing but what goes by its step becomes durable."""
+    if not args.durable_every:
+        return []
+    every = ["--tier-every-steps", str(args.durable_every), "--tier-every", "0"]
+    return ["--tier-shared", folder, "--tier-rate", args.tier_rate, *every]
+
+
 def main() -> int:
     args = arguments()
     if args.worker:
@@ -297,11 +317,10 @@ def main() -> int:
         print("bench/gpu.py: torch sees no CUDA device; nothing was measured", file=sys.stderr)
         return 2
     report = Report("gpu", vars(args))
-    with daemon() as node:
+    with tempfile.TemporaryDirectory(prefix="snapd-gpu-") as tier, daemon(*tier_options(args, tier)) as node:
+        names = ("kind", "size", "batch", "snapshots", "pairs", "block", "every", "slots", "durable-every")
         options = [
-            text
-            for name in ("kind", "size", "batch", "snapshots", "pairs", "block", "every", "slots")
-            for text in (f"--{name}", str(getattr(args, name)))
+            text for name in names for text in (f"--{name}", str(getattr(args, name.replace("-", "_"))))
         ]
         env = node.env() | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
         results = run_worker([__file__, *options, "--worker", str(node.pid)], env=env)

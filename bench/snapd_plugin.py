@@ -21,6 +21,22 @@ JOB = "bench"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
 
+def serve(env: dict[str, str], log_path: str) -> subprocess.Popen[bytes]:
+    """A daemon that answers."""
+    from node import Asker
+
+    runtime = Path(env["SNAPD_RUNTIME_DIR"])
+    for folder in (runtime, Path(env["SNAPD_ARENA_DIR"])):
+        folder.mkdir(mode=0o700)
+    with open(log_path, "wb") as log:
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "snapd", "serve"], env=dict(os.environ, **env),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    Asker(runtime).wait_until_served(daemon, timeout_s=30.0)
+    return daemon
+
+
 class Snapd(System):  # type: ignore[misc]  # the harness is untyped
     name = "snapd"
     family = "async+memory"
@@ -39,18 +55,7 @@ class Snapd(System):  # type: ignore[misc]  # the harness is untyped
 
     @classmethod
     def start_agent(cls, workdir: str, shmdir: str, world: int) -> list[subprocess.Popen[bytes]]:
-        from node import Asker
-
-        runtime, arena = Path(shmdir) / "run", Path(shmdir) / "arena"
-        for folder in (runtime, arena):
-            folder.mkdir(mode=0o700)
-        with open(os.path.join(workdir, "daemon.log"), "wb") as log:
-            daemon = subprocess.Popen(
-                [sys.executable, "-m", "snapd", "serve"], env=dict(os.environ, **cls.env(workdir, shmdir)),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        Asker(runtime).wait_until_served(daemon, timeout_s=30.0)
-        return [daemon]
+        return [serve(cls.env(workdir, shmdir), os.path.join(workdir, "daemon.log"))]
 
     def setup(self, ctx: Any) -> None:
         super().setup(ctx)
@@ -86,4 +91,52 @@ class Snapd(System):  # type: ignore[misc]  # the harness is untyped
         self.snap.close()
 
 
-SYSTEMS = [Snapd]
+class SnapdDirectory(Snapd):
+    """Every snapshot goes on to a directory. It is restored by a second daemon, whose memory has none of it."""
+
+    name = "snapd directory"
+    family = "async+memory+disk"
+    tiers = ("disk",)
+    fsyncs = "yes"
+    note = "level durable: a commit record in the directory, everything flushed to the disk before it"
+
+    @classmethod
+    def env(cls, workdir: str, shmdir: str) -> dict[str, str]:
+        return super().env(workdir, shmdir) | {
+            "SNAPD_TIER_SHARED": os.path.join(workdir, "tier"),
+            "SNAPD_TIER_EVERY_STEPS": "1",
+            "SNAPD_TIER_EVERY": "0",
+            "SNAPD_TIER_RATE": "0",
+        }
+
+    @classmethod
+    def other_machine(cls, shmdir: str) -> dict[str, str]:
+        return {
+            "SNAPD_RUNTIME_DIR": os.path.join(shmdir, "run2"),
+            "SNAPD_ARENA_DIR": os.path.join(shmdir, "arena2"),
+        }
+
+    @classmethod
+    def start_agent(cls, workdir: str, shmdir: str, world: int) -> list[subprocess.Popen[bytes]]:
+        os.mkdir(os.path.join(workdir, "tier"))
+        other = cls.env(workdir, shmdir) | cls.other_machine(shmdir)
+        return [
+            *super().start_agent(workdir, shmdir, world),
+            serve(other, os.path.join(workdir, "daemon2.log")),
+        ]
+
+    def durable(self) -> bool:
+        health = self.snap.health()
+        step = health["durable_step"]
+        return health["durable_tier"] == "shared" and isinstance(step, int) and step >= self._step
+
+    def finish(self) -> None:
+        if self._step >= 0:
+            self.snap.wait("durable", timeout=60.0)
+
+    def restore(self, ctx: Any, source: str) -> int | None:
+        os.environ.update(self.other_machine(ctx.shmdir))
+        return super().restore(ctx, source)
+
+
+SYSTEMS = [Snapd, SnapdDirectory]
