@@ -382,7 +382,8 @@ class Snapshotter:
 
         Raises:
             ConfigError: no such level.
-            UnavailableError: the time ran out, or the snapshot was dropped; the message says which.
+            UnavailableError: the time ran out, the snapshot was dropped, or the tier refuses it in a way that
+                waiting does not mend; the message says which.
         """
         check_level(level)
         self._check_open()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from snapd_proto import trainer_pb2 as pb
 
 from .errors import ConfigError, SnapdError, UnavailableError
@@ -26,8 +28,10 @@ def wait_level(session: Session, step: int, level: str, timeout_s: float) -> str
     """Wait until the snapshot of `step` has `level` on all ranks; returns the level that it has.
 
     Raises:
-        UnavailableError: the time ran out, or the snapshot was dropped; the message says which.
+        UnavailableError: the time ran out, the snapshot was dropped, or the tier refuses it in a way that waiting does
+            not mend; the message says which.
     """
+    began_s = time.monotonic()
     request = pb.WaitLevelRequest(
         session_id=session.session_id, step=step, level=LEVELS[level], timeout_s=timeout_s
     )
@@ -36,7 +40,11 @@ def wait_level(session: Session, step: int, level: str, timeout_s: float) -> str
     )
     if not reply.reached:
         raise UnavailableError(
-            f"step {step} is not {level}", reason=reply.reason, waited_s=timeout_s, dropped=reply.dropped
+            f"step {step} is not {level}",
+            reason=reply.reason,
+            waited_s=round(time.monotonic() - began_s, 1),
+            dropped=reply.dropped,
+            refused=reply.refused,
         )
     return _LEVEL_NAMES.get(reply.level, level)
 

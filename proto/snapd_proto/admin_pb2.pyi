@@ -451,17 +451,21 @@ class FlushRequest(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    IS_AGAIN_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     timeout_s: _builtins.float
+    is_again: _builtins.bool
+    """the same wait goes on; without it, what the tier has refused is tried anew"""
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
         timeout_s: _builtins.float = ...,
+        is_again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_again", b"is_again", "job", b"job", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,12 +480,15 @@ class FlushReply(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     PAUSE_FIELD_NUMBER: _builtins.int
+    IS_REFUSED_FIELD_NUMBER: _builtins.int
     is_durable: _builtins.bool
     generation: _builtins.int
     """the durable snapshot; else the one that is waited for"""
     step: _builtins.int
     reason: _builtins.str
     pause: _builtins.str
+    is_refused: _builtins.bool
+    """waiting does not help: a person has to mend what `reason` says"""
     def __init__(
         self,
         *,
@@ -490,10 +497,11 @@ class FlushReply(_message.Message):
         step: _builtins.int = ...,
         reason: _builtins.str = ...,
         pause: _builtins.str = ...,
+        is_refused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "is_durable", b"is_durable", "pause", b"pause", "reason", b"reason", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "is_durable", b"is_durable", "is_refused", b"is_refused", "pause", b"pause", "reason", b"reason", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -964,12 +964,15 @@ class WaitLevelReply(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     LEVEL_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     reached: _builtins.bool
     dropped: _builtins.bool
     reason: _builtins.str
     level: Global___Level.ValueType
     tier: _builtins.str
     """of LEVEL_DURABLE: "shared", or "node": the own disks of the nodes"""
+    refused: _builtins.bool
+    """waiting does not help: a person has to mend what `reason` says"""
     def __init__(
         self,
         *,
@@ -978,10 +981,11 @@ class WaitLevelReply(_message.Message):
         reason: _builtins.str = ...,
         level: Global___Level.ValueType = ...,
         tier: _builtins.str = ...,
+        refused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "level", b"level", "reached", b"reached", "reason", b"reason", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "level", b"level", "reached", b"reached", "reason", b"reason", "refused", b"refused", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

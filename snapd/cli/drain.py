@@ -64,14 +64,17 @@ def drain(
 
 
 def _flush(client: LocalClient, job: str, timeout_s: float, *, as_json: bool) -> ExitCode:
-    """Until the snapshot is durable, or the time is over; says what it waits for whenever that changes."""
+    """Until the snapshot is durable, the tier refuses it in a way that waiting does not mend, or the time is over; says
+    what it waits for whenever that changes.
+    """
     until_s = time.monotonic() + timeout_s
-    told = ""
+    told, is_again = "", False
     while True:
         left_s = max(0.0, until_s - time.monotonic())
-        reply = client.flush(job, timeout_s=min(left_s, FLUSH_ASK_S))
-        if reply.is_durable or left_s <= FLUSH_ASK_S:
+        reply = client.flush(job, timeout_s=min(left_s, FLUSH_ASK_S), is_again=is_again)
+        if reply.is_durable or reply.is_refused or left_s <= FLUSH_ASK_S:
             break
+        is_again = True
         if not as_json and reply.reason != told:
             told = reply.reason
             typer.echo(f"step {reply.step} is not durable yet: {told}", err=True)
@@ -80,9 +83,8 @@ def _flush(client: LocalClient, job: str, timeout_s: float, *, as_json: bool) ->
     elif reply.is_durable:
         print(f"step {reply.step} (generation {reply.generation}) of {job} is durable")
     else:
-        print(
-            f"step {reply.step} (generation {reply.generation}) of {job} is not durable yet: {reply.reason}"
-        )
+        state = "does not become durable" if reply.is_refused else "is not durable yet"
+        print(f"step {reply.step} (generation {reply.generation}) of {job} {state}: {reply.reason}")
     return ExitCode.DONE if reply.is_durable or not timeout_s else ExitCode.UNREACHABLE
 
 
@@ -95,6 +97,7 @@ def flush_reply_json(job: str, reply: admin_pb2.FlushReply) -> dict[str, object]
         "step": reply.step,
         "reason": reply.reason,
         "pause": reply.pause or None,
+        "is_refused": reply.is_refused,
     }
 
 

@@ -198,13 +198,14 @@ class LocalClient:
         request = admin_pb2.DrainRequest(node=node, undo=undo, is_question=is_question)
         return self._call(lambda stub: stub.Drain(request, timeout=self._timeout_s, metadata=self._metadata))
 
-    def flush(self, job: str, *, timeout_s: float) -> admin_pb2.FlushReply:
-        """Have the newest complete snapshot of a job become durable; at most `timeout_s` are waited.
+    def flush(self, job: str, *, timeout_s: float, is_again: bool = False) -> admin_pb2.FlushReply:
+        """Have the newest complete snapshot of a job become durable; at most `timeout_s` are waited. What the tier has
+        refused is tried anew, unless `is_again`: the same wait goes on.
 
         Raises:
             ConfigError: there is no shared tier. NotFoundError: no such job, or it has no complete snapshot.
         """
-        request = admin_pb2.FlushRequest(job=job, timeout_s=timeout_s)
+        request = admin_pb2.FlushRequest(job=job, timeout_s=timeout_s, is_again=is_again)
         timeout_s += self._timeout_s
         return self._call(lambda stub: stub.Flush(request, timeout=timeout_s, metadata=self._metadata))
 

@@ -81,7 +81,7 @@ def flush_status(flusher: FlushLoop[Any], durable: SnapshotId | None) -> admin_p
 
 
 async def flush_now(node: Node, request: admin_pb2.FlushRequest) -> admin_pb2.FlushReply:
-    """Have the newest complete snapshot of a job become durable.
+    """Have the newest complete snapshot of a job become durable; returns early when waiting does not help.
 
     Raises:
         ConfigError: kind `no_tier`. NotFoundError: kinds `job`, `snapshot`.
@@ -97,9 +97,13 @@ async def flush_now(node: Node, request: admin_pb2.FlushRequest) -> admin_pb2.Fl
     newest = flusher.newest
     if newest is None:
         raise NotFoundError("the job has no complete snapshot", kind="snapshot", job=job.name)
-    flusher.request(newest)
+    flusher.request(newest, is_again=request.is_again)
     timeout_s = min(max(0.0, request.timeout_s), FLUSH_WAIT_MAX_S)
-    await job.changes.wait_until(lambda: job.is_removed or flusher.is_durable(newest), timeout_s)
+
+    def is_over() -> bool:
+        return job.is_removed or flusher.is_durable(newest) or flusher.is_refused(newest)
+
+    await job.changes.wait_until(is_over, timeout_s)
     is_durable = flusher.is_durable(newest)
     shown = flusher.durable if is_durable and flusher.durable is not None else newest
     return admin_pb2.FlushReply(
@@ -108,4 +112,5 @@ async def flush_now(node: Node, request: admin_pb2.FlushRequest) -> admin_pb2.Fl
         step=shown.step,
         reason="durable" if is_durable else flusher.reason,
         pause=flusher.trouble.kind if flusher.trouble is not None and not is_durable else "",
+        is_refused=not is_durable and flusher.is_refused(newest),
     )

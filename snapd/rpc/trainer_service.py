@@ -247,6 +247,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
                 or not session.is_served
                 or levels.has(job, snapshot, level)
                 or levels.lost_reason(job, snapshot, level) != ""
+                or levels.is_refused(job, snapshot, level)
             )
 
         timeout_s = min(max(0.0, request.timeout_s), self.node.context.settings.wait_max_s)
@@ -259,6 +260,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServicer):
         elif lost:
             reply.dropped, reply.reason = True, lost
         else:
+            reply.refused = levels.is_refused(job, snapshot, level)
             reply.reason = levels.missing(job, snapshot, level, world_size=session.row.world_size)
         return reply
 

@@ -24,6 +24,9 @@ class DiskPart(Protocol):
     def reason(self) -> str:
         """What is being done, or what it waits for, in words."""
 
+    def is_refused(self, snapshot: SnapshotId) -> bool:
+        """It is complete, and waiting does not help: a person has to mend what `reason` says."""
+
     @property
     def is_hiding(self) -> bool:
         """What the disk has may not be in memory yet, and memory cannot answer without it."""

@@ -30,7 +30,8 @@ class FlushChooser:
         self.durable: SnapshotId | None = None
         self.current: SnapshotId | None = None
         self.is_ending = False
-        self._lasting = 0  # attempts in a row, while ending, that failed in a way that waiting does not mend
+        self.urged = 0  # how often somebody with little patience has come
+        self._lasting = 0  # attempts in a row since then that failed in a way that waiting does not mend
         self.dropped: set[SnapshotId] = set()  # by retention, in the tier: never again
         self.brought: set[SnapshotId] = set()  # from the tier into memory
         self._wanted: SnapshotId | None = None
@@ -61,6 +62,7 @@ class FlushChooser:
         if snapshot is None or self.is_durable(snapshot):
             return False
         self.durable = snapshot
+        self._lasting = 0
         facts = self._job.ledger.snapshots.get(snapshot)
         if facts is not None and facts.shards:
             self._durable_at_s = max(s.record.captured_wall_time_s for s in facts.shards.values())
@@ -80,20 +82,31 @@ class FlushChooser:
     def is_behind(self) -> bool:
         """Whether the newest complete snapshot may still become durable, and is not."""
         newest = self.newest
-        if newest is None or self.is_durable(newest) or newest in self.dropped:
-            return False
-        return self._own(None, "").pause != PAUSE_GENERATION
+        return newest is not None and not self.is_durable(newest) and not self.is_barred
+
+    def urge(self) -> None:
+        """Somebody waits from now on: what was refused so far is tried anew, for a person may have mended it."""
+        self.urged += 1
+        self._lasting = 0
 
     def note_failed(self, kind: str) -> None:
         """An attempt ended with an error of that kind."""
-        self._lasting = self._lasting + 1 if self.is_ending and not may_pass(kind) else 0
+        self._lasting = 0 if may_pass(kind) else self._lasting + 1
 
     @property
     def is_hopeless(self) -> bool:
-        """While ending: waiting does not help. Said after a second try: a refusal has the store look for other
-        credentials.
-        """
+        """Waiting does not help. Said after a second try: a refusal has the store look for other credentials."""
         return self._lasting >= LASTING_TRIES
+
+    @property
+    def is_to_be_confirmed(self) -> bool:
+        """It was refused, and the second try is still to come."""
+        return 0 < self._lasting < LASTING_TRIES
+
+    @property
+    def is_barred(self) -> bool:
+        """The newest complete snapshot will never become durable; only a newer one may."""
+        return self.newest in self.dropped or self._own(None, "").pause == PAUSE_GENERATION
 
     def begin(self, snapshot: SnapshotId) -> None:
         """It is being flushed from now on."""

@@ -20,6 +20,7 @@ from snapd.core.flushing import FlushChoice
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.reports import FlushNews
+from snapd.core.tier_failures import may_pass
 from snapd.errors import InternalError, NotFoundError, SnapdError
 from snapd.runtime.flush_choosing import STUCK_AFTER_S, FlushChooser
 from snapd.runtime.flush_report import FlushReport
@@ -31,7 +32,7 @@ from snapd.tier.writing import ShardBytes, Stopped
 
 WATCH_S = 0.25
 LOOK_S = 60.0
-ENDING_RETRY_S = 1.0  # little time is left
+PRESSING_RETRY_S = 1.0  # little time is left, or somebody waits to hear whether it is refused for good
 Done = TypeVar("Done")
 
 
@@ -127,14 +128,22 @@ class FlushLoop(ABC, Generic[Done]):
         """(bytes of chunks that are in packs, of so many) of the flush under way."""
         return (self._stage.counts.raw_nbytes, self._stage.nbytes_total) if self._stop is not None else (0, 0)
 
-    def request(self, snapshot: SnapshotId) -> None:
-        """Have it, or a newer one, become durable now."""
-        if self._chooser.want(snapshot):
+    def request(self, snapshot: SnapshotId, *, is_again: bool = False) -> None:
+        """Have it, or a newer one, become durable now. What refuses us is tried anew at once, unless `is_again`:
+        the same wait goes on. What may pass is tried at its own pace.
+        """
+        is_news = self._chooser.want(snapshot)
+        is_refused = self.trouble is not None and not may_pass(self.trouble.kind)
+        if is_refused and not is_again and not self._chooser.is_ending:
+            self._chooser.urge()
+            is_news = True
+        if is_news:
             self.job.changes.notify()
 
     def finish(self) -> None:
         """This node goes away: have the newest become durable."""
         self._chooser.is_ending = True
+        self._chooser.urge()
         self.job.changes.notify()
 
     def is_behind(self) -> bool:
@@ -143,8 +152,14 @@ class FlushLoop(ABC, Generic[Done]):
 
     @property
     def is_hopeless(self) -> bool:
-        """After `finish`: it failed in a way that waiting does not mend."""
+        """Since the last `finish` or `request` it failed in a way that waiting does not mend."""
         return self._chooser.is_hopeless
+
+    def is_refused(self, snapshot: SnapshotId) -> bool:
+        """It is complete, and waiting does not help: a person has to mend what `reason` says."""
+        newest = self.newest
+        is_complete = newest is not None and newest >= snapshot
+        return is_complete and (self._chooser.is_hopeless or self._chooser.is_barred)
 
     async def wait_newest_durable(self) -> None:
         """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""
@@ -225,13 +240,16 @@ class FlushLoop(ABC, Generic[Done]):
             self.job.context.log.info(self._events.again, job=self.job.name, reason=error.message)
         else:
             self._tell(Trouble.of(error))
-        was_ending = self._chooser.is_ending
+        if self._chooser.is_hopeless:
+            self.job.changes.notify()
+        urged = self._chooser.urged
 
         def is_over() -> bool:
-            return self.job.is_removed or self._chooser.is_ending != was_ending
+            return self.job.is_removed or self._chooser.urged != urged
 
+        is_pressing = self._chooser.is_ending or self._chooser.is_to_be_confirmed
         wait_s = retry_s(self._failures)
-        await self.job.changes.wait_until(is_over, min(wait_s, ENDING_RETRY_S) if was_ending else wait_s)
+        await self.job.changes.wait_until(is_over, min(wait_s, PRESSING_RETRY_S) if is_pressing else wait_s)
 
     def _doubt(self, snapshot: SnapshotId, error: SnapdError) -> None:
         """Memory does not have what was recorded: look at all of the snapshot, mend it or condemn it."""

@@ -88,6 +88,9 @@ class FlushPart(Protocol):
     def reason(self) -> str:
         """What is being done, or what it waits for, in words."""
 
+    def is_refused(self, snapshot: SnapshotId) -> bool:
+        """It is complete, and waiting does not help: a person has to mend what `reason` says."""
+
     def news(self) -> FlushNews:
         """What the job's collector is told."""
 

@@ -74,6 +74,12 @@ def lost_reason(job: Job, snapshot: SnapshotId, level: Level) -> str:
     return dropped.reason
 
 
+def is_refused(job: Job, snapshot: SnapshotId, level: Level) -> bool:
+    """It is complete, and waiting for the level does not help: a person has to mend what `missing` says."""
+    tier = job.flusher or job.disk
+    return level is Level.DURABLE and tier is not None and tier.is_refused(snapshot)
+
+
 def missing(job: Job, snapshot: SnapshotId, level: Level, *, world_size: int) -> str:
     """What a snapshot still lacks, in words."""
     tier = job.flusher or job.disk

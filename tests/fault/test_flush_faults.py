@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,23 +218,46 @@ def test_only_what_changed_is_written_and_nothing_is_left_over() -> None:
         assert flush["reason"] == "the newest complete snapshot is durable"
 
 
+def drained(scene: TierDaemon, *arguments: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "snapd", "drain", *arguments]
+    done = subprocess.run(command, env=scene.daemon.env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
 def test_drain_of_a_job_on_the_command_line() -> None:
     with tier_daemon(**ON_DEMAND) as scene:
         scene.daemon.start()
         capture_steps(opened(scene), 1, 3)
-
-        def drain(*arguments: str) -> tuple[int, str]:
-            command = [sys.executable, "-m", "snapd", "drain", *arguments]
-            done = subprocess.run(command, env=scene.daemon.env, capture_output=True, text=True, check=False)
-            return done.returncode, done.stdout + done.stderr
-
-        assert drain("--job", "a") == (0, "step 3 (generation 1) of a is durable\n")
-        code, text = drain("--job", "a", "--json")
+        assert drained(scene, "--job", "a") == (0, "step 3 (generation 1) of a is durable\n")
+        code, text = drained(scene, "--job", "a", "--json")
         assert code == 0 and json.loads(text)["is_durable"]
-        assert drain("--job", "other")[0] == 1
-        code, text = drain()
+        assert drained(scene, "--job", "other")[0] == 1
+        code, text = drained(scene)
         assert code == 2 and "--node" in text
         assert SnapshotId(1, 3) in scene.snapshots()
+
+
+def test_drain_does_not_wait_for_what_waiting_cannot_mend() -> None:
+    with tier_daemon(**ON_DEMAND) as scene:
+        scene.daemon.start()
+        trainer = opened(scene)
+        capture_steps(trainer, 1, 3)
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        began_s = time.monotonic()
+        code, text = drained(scene, "--job", "a")
+        assert code == 4 and "step 3 (generation 1) of a does not become durable: paused: " in text, text
+        assert str(scene.root) in text and time.monotonic() - began_s < 20
+        code, text = drained(scene, "--job", "a", "--json")
+        told = json.loads(text)
+        assert (code, told["is_durable"], told["is_refused"], told["pause"]) == (4, False, True, "bucket")
+        reply = trainer.wait_durable(3, 60.0)
+        assert reply.refused and not (reply.reached or reply.dropped)
+        assert time.monotonic() - began_s < 30
+        aside.rename(scene.root)  # after six failures the daemon's own next try is 16 s away
+        began_s = time.monotonic()
+        assert drained(scene, "--job", "a") == (0, "step 3 (generation 1) of a is durable\n")
+        assert time.monotonic() - began_s < 10
 
 
 def test_a_job_that_ends_leaves_memory_when_its_last_snapshot_is_durable() -> None:

@@ -126,12 +126,16 @@ def lasting(server: Seaweed) -> dict[str, tuple[str, dict[str, str]]]:
 
 
 @pytest.mark.parametrize("what", ["rights", "credentials", "bucket", "tls"])
-def test_what_waiting_cannot_mend_does_not_hold_up_the_end(scene: Scene, server: Seaweed, what: str) -> None:
+def test_what_waiting_cannot_mend_is_not_waited_for(scene: Scene, server: Seaweed, what: str) -> None:
     kind, settings = lasting(server)[what]
     scene.daemon.start(SNAPD_TIER_GRACE="60s", **settings)
     trainer = opened(scene)
     capture_steps(trainer, 1, 4)
     scene.wait_pause(kind)
+    began_s = time.monotonic()
+    reply = trainer.wait_durable(4, 60.0)
+    assert reply.refused and not (reply.reached or reply.dropped) and "paused: " in reply.reason
+    assert time.monotonic() - began_s < 10
     began_s = time.monotonic()
     assert scene.daemon.stop() == 0
     assert time.monotonic() - began_s < 10
@@ -149,6 +153,8 @@ def test_what_may_pass_is_waited_for_at_the_end(scene: Scene, server: Seaweed) -
     try:
         capture_steps(trainer, 3, 4)
         scene.wait_pause("store_unreachable")
+        began_s = time.monotonic()
+        assert not trainer.wait_durable(4, 4.0).refused and time.monotonic() - began_s >= 4
         assert scene.daemon.process is not None
         scene.daemon.process.terminate()
         wait_for(lambda: scene.daemon.events("daemon.stopping"), "it was told to end")
