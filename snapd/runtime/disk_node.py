@@ -8,7 +8,6 @@ from typing import Any
 
 from snapd.core.ids import SnapshotId
 from snapd.core.restore import Repair
-from snapd.core.words import listed
 from snapd.errors import SnapdError, UnavailableError
 from snapd.runtime.context import Context
 from snapd.runtime.disk_job import JobDisk
@@ -163,19 +162,7 @@ class DiskRepairs:
     ) -> Repair:
         why = await self._from_disk(job, snapshot, rank)
         if not why:
-            told = listed([f"chunk {index}: {what}" for index, what in bad], shown=4, separator="; ")
             self._tier.metrics.repaired_shards.inc()
-            job.context.log.warning(
-                "shard.repaired",
-                job=job.name,
-                generation=snapshot.generation,
-                step=snapshot.step,
-                rank=rank,
-                chunks=len(bad),
-                source=self._tier.description,
-                reason=told,
-            )
-            job.settle()
             return Repair(True, source=self._tier.description)
         if self.other is not None:
             return await self.other.repair(job, snapshot, rank, bad)

@@ -24,7 +24,6 @@ from snapd.runtime.inventories import gather_inventories
 from snapd.runtime.job import Job
 from snapd.runtime.peers import Brought, ShardSource
 
-CHUNKS_SHOWN = 4
 BadChunk = tuple[int, str]
 
 
@@ -86,16 +85,6 @@ class Repairs:
         facts = job.ledger.snapshots.get(snapshot)
         if facts is None or rank not in facts.shards:
             return Repair(False, is_proved=False, why="the shard has been dropped meanwhile")
-        listed = "; ".join(f"chunk {index}: {what}" for index, what in bad[:CHUNKS_SHOWN])
-        job.context.log.error(
-            "shard.bad",
-            job=job.name,
-            generation=snapshot.generation,
-            step=snapshot.step,
-            rank=rank,
-            chunks=len(bad),
-            reason=listed,
-        )
         point("daemon.repair.before")
         outcome = Repair(False)
         for one in self._sharing(job, snapshot, rank, bad):
@@ -105,7 +94,10 @@ class Repairs:
         if not outcome.is_whole:  # what another snapshot got back may be what this one lacks
             outcome = await self._bring(job, snapshot, rank)
         point("daemon.repair.after")
-        self._tell(job, snapshot, rank, outcome, len(bad), listed)
+        if outcome.is_whole:
+            self._metrics.repaired_chunks.inc(len(bad))
+        else:
+            self._metrics.repairs_failed.inc()
         return outcome
 
     def _sharing(
@@ -148,29 +140,6 @@ class Repairs:
             self._cluster.living, lambda node: self._cluster.inventory(node, job)
         )
         return sources_of(snapshot, inventories), silent
-
-    def _tell(
-        self, job: Job, snapshot: SnapshotId, rank: int, outcome: Repair, count: int, listed: str
-    ) -> None:
-        name, log = job.name, job.context.log
-        generation, step = snapshot.generation, snapshot.step
-        if outcome.is_whole:
-            self._metrics.repaired_chunks.inc(count)
-            log.warning(
-                "shard.repaired",
-                job=name,
-                generation=generation,
-                step=step,
-                rank=rank,
-                chunks=count,
-                source=outcome.source,
-                reason=listed,
-            )
-            job.settle()
-            return
-        self._metrics.repairs_failed.inc()
-        reason = f"{outcome.why}; {'it is given up' if outcome.is_proved else 'it is tried again'}"
-        log.error("shard.not_repaired", job=name, generation=generation, step=step, rank=rank, reason=reason)
 
 
 def sources_of(snapshot: SnapshotId, inventories: Iterable[Inventory]) -> list[ShardSource]:

@@ -17,6 +17,7 @@ from snapd.memory.hashing import bad_chunks
 from snapd.runtime.digesting import read_layout
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
+from snapd.runtime.mending import mended
 from snapd.runtime.session import Session
 from snapd.runtime.tier_restoring import TierRestores, Wish
 
@@ -216,7 +217,8 @@ async def _repaired(job: Job, snapshot: SnapshotId, found: Sequence[tuple[int, i
     is_waiting = False
     for rank in sorted({rank for rank, _, _ in found}):
         mine = [entry for entry in found if entry[0] == rank]
-        result = await job.repairs.repair(job, snapshot, rank, [(index, what) for _, index, what in mine])
+        bad_here = [(index, what) for _, index, what in mine]
+        result = await mended(job, job.repairs, snapshot, rank, bad_here)
         (repaired if result.is_whole else bad).extend(mine)
         if result.is_whole:
             sources[result.source] = None

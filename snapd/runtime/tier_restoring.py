@@ -25,7 +25,6 @@ from snapd.core.tier_choice import (
     merged,
     unreachable,
 )
-from snapd.core.words import listed
 from snapd.errors import (
     CapacityError,
     ConflictError,
@@ -153,31 +152,11 @@ class TierRestores(TierAccess):
         """On one machine: chunks that are bad in memory come anew from the tier, if it has the snapshot. Implements
         `job.Repairing`.
         """
-        told = listed([f"chunk {index}: {what}" for index, what in bad], shown=4, separator="; ")
-        job.context.log.error(
-            "shard.bad",
-            job=job.name,
-            generation=snapshot.generation,
-            step=snapshot.step,
-            rank=rank,
-            chunks=len(bad),
-            reason=told,
-        )
         try:
             await bring_from_tier(self, job, snapshot, rank)
         except SnapdError as error:  # a restore asks the tier again, and waits for it
             return Repair(False, is_proved=True, why=error.message)
         job.ledger.unhold(snapshot)
-        job.context.log.warning(
-            "shard.repaired",
-            job=job.name,
-            generation=snapshot.generation,
-            step=snapshot.step,
-            rank=rank,
-            chunks=len(bad),
-            source=self.url,
-            reason=told,
-        )
         return Repair(True, source=self.url)
 
     # a round

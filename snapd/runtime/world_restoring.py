@@ -18,6 +18,7 @@ from snapd.errors import NotFoundError, SnapdError
 from snapd.memory.hashing import bad_chunks
 from snapd.runtime.elastic import Wanted
 from snapd.runtime.job import Job
+from snapd.runtime.mending import mended
 from snapd.runtime.peers import Brought, ShardSource, WorldAsk, WorldPlan
 from snapd.runtime.restoring import condemn, holders_of
 from snapd.runtime.session import Session
@@ -269,7 +270,7 @@ class WorldRestores:
             if rank not in facts.shards:  # it could not be brought at all, and why is what the rank says
                 left += [(rank, *entry) for entry in mine]
                 continue
-            repair = await job.repairs.repair(job, facts.id, rank, mine)
+            repair = await mended(job, job.repairs, facts.id, rank, mine)
             if not repair.is_whole and not repair.is_proved:
                 return RankReport(False, failure=f"bad chunks cannot be brought anew now: {repair.why}")
             if not repair.is_whole:
