@@ -92,8 +92,9 @@ class Ticket:
         """Wait, helping, until the sources of `group` (-1: all) may change: every byte of them is in place.
 
         Never waits for a copy thread that the scheduler starves: the block that it is in the middle of is taken over
-        after some 30 microseconds. Such a thread may still, once it runs again, write a few bytes that it read before (the same
-        that are there); so after a fence, commit only if `is_done()`, else when `fileno()` becomes readable or `wait()` returns.
+        after some 30 microseconds. Such a thread may still, once it runs again, write a few bytes that it read before
+        (the same that are there); so after a fence, commit only if `is_done()`, else when `fileno()` becomes readable
+        or `wait()` returns.
         """
     def is_done(self, group: int = -1) -> bool:
         """Are the bytes of `group` in place (-1: all are, and no thread touches the destinations any more)?"""
@@ -200,9 +201,10 @@ def copy_kernel() -> str:
     """Which kernel the processor got: "avx512", "avx2", "sse2" or "scalar"; SNAPD_COPY_KERNEL forces one."""
 
 def shuffle_bytes(src: Buffer, dst: Buffer, width: int) -> None:
-    """Fill `dst` with the byte planes of `src`: byte 0 of every element of `width` (2, 4, 8) bytes, then byte 1, and so on.
+    """Fill `dst` with the byte planes of `src`: byte 0 of every element of `width` (2, 4, 8) bytes, then byte 1, ...
 
-    Bytes behind the last whole element come last, as they are. Of equal size, contiguous, not overlapping. Without the GIL.
+    Bytes behind the last whole element come last, as they are. Of equal size, contiguous, not overlapping. Without
+    the GIL.
     """
 
 def unshuffle_bytes(src: Buffer, dst: Buffer, width: int) -> None:
