@@ -164,6 +164,14 @@ class TierConfig:
         low=1,
         high=64,
     )
+    node_scrub: float = setting(
+        86400.0,
+        "duration",
+        "How often all that is kept on the node's own disk is read again and verified: a chunk that snapshots share is"
+        " written once, and no other read would find it bad. Half of `tier.node_rate` at most. 0: never.",
+        low=0,
+        high=365 * 86400,
+    )
     keep_last: int = setting(
         5, "count", "So many of the newest durable snapshots stay; 0: all of them.", low=0, high=1 << 30
     )

@@ -18,6 +18,7 @@ from snapd.config import Config, MetricsConfig, Paths, node_settings, paths, unk
 from snapd.config_cluster import plan_cluster
 from snapd.config_tiers import TierConfig, check_tier, collect_rules, hurried, node_folder, store_of
 from snapd.core.flushing import FlushRules
+from snapd.core.scrubbing import ScrubRules
 from snapd.errors import ConfigError, ConflictError, IntegrityError, SnapdError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
 from snapd.obs.disk_metrics import DiskMetrics
@@ -39,6 +40,7 @@ from snapd.runtime.tier_restoring import TierRestores
 from snapd.runtime.tiers import NodeTier, TierSettings
 from snapd.store.directory import DirectoryStore
 from snapd.store.surroundings import Surroundings
+from snapd.units import MIB
 
 if TYPE_CHECKING:
     from snapd.clustering import Clustering
@@ -48,6 +50,7 @@ EXIT_USAGE = 2
 EXIT_UNUSABLE = 3
 EXIT_BUG = 70
 TIER_CLOSE_S = 3.0
+SCRUB_RATE_MAX = 64 * MIB  # where nothing bounds what goes to the node's own disk
 SOCKET_PATH_MAX = 107
 
 
@@ -257,6 +260,7 @@ async def _disks(config: TierConfig, node: Node) -> NodeDisks | None:
         rules=FlushRules(every_s=config.node_every),
         rate=config.node_rate,
         keep=config.node_keep,
+        scrub=ScrubRules(config.node_scrub, config.node_rate / 2 if config.node_rate else SCRUB_RATE_MAX),
         is_alone=cluster is None,
         wait_s=config.restore_wait,
     )
@@ -270,6 +274,7 @@ async def _disks(config: TierConfig, node: Node) -> NodeDisks | None:
     disks = NodeDisks(tier, context, node.job_for, saw_generation)
     if cluster is not None:
         cluster.check_disk = disks.check_brought
+        cluster.disk_troubles = disks.troubles
     try:
         await disks.begin()
     except SnapdError:

@@ -342,6 +342,8 @@ class FlushStatus(_message.Message):
     NBYTES_DONE_FIELD_NUMBER: _builtins.int
     NBYTES_TOTAL_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    BAD_COUNT_FIELD_NUMBER: _builtins.int
+    BAD_REASON_FIELD_NUMBER: _builtins.int
     has_durable: _builtins.bool
     durable_generation: _builtins.int
     durable_step: _builtins.int
@@ -354,6 +356,10 @@ class FlushStatus(_message.Message):
     nbytes_done: _builtins.int
     """of the flush under way"""
     nbytes_total: _builtins.int
+    bad_count: _builtins.int
+    """stored chunks and manifests on the node's own disk that are proved bad"""
+    bad_reason: _builtins.str
+    """one of them, in words"""
     @_builtins.property
     def last(self) -> Global___FlushedPart: ...
     def __init__(
@@ -368,10 +374,12 @@ class FlushStatus(_message.Message):
         nbytes_done: _builtins.int = ...,
         nbytes_total: _builtins.int = ...,
         last: Global___FlushedPart | None = ...,
+        bad_count: _builtins.int = ...,
+        bad_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_s", b"behind_s", "durable_generation", b"durable_generation", "durable_step", b"durable_step", "has_durable", b"has_durable", "last", b"last", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "pause", b"pause", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_count", b"bad_count", "bad_reason", b"bad_reason", "behind_s", b"behind_s", "durable_generation", b"durable_generation", "durable_step", b"durable_step", "has_durable", b"has_durable", "last", b"last", "nbytes_done", b"nbytes_done", "nbytes_total", b"nbytes_total", "pause", b"pause", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -410,6 +418,7 @@ class TierStatus(_message.Message):
     RECEIVED_NBYTES_FIELD_NUMBER: _builtins.int
     TROUBLE_FIELD_NUMBER: _builtins.int
     TROUBLE_KIND_FIELD_NUMBER: _builtins.int
+    SCRUB_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     is_open: _builtins.bool
     compression: _builtins.str
@@ -424,6 +433,10 @@ class TierStatus(_message.Message):
     def requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """since the store was opened"""
 
+    @_builtins.property
+    def scrub(self) -> Global___DiskScrub:
+        """of the node's own disk"""
+
     def __init__(
         self,
         *,
@@ -436,14 +449,57 @@ class TierStatus(_message.Message):
         received_nbytes: _builtins.int = ...,
         trouble: _builtins.str = ...,
         trouble_kind: _builtins.str = ...,
+        scrub: Global___DiskScrub | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scrub", b"scrub"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "is_open", b"is_open", "received_nbytes", b"received_nbytes", "requests", b"requests", "retries", b"retries", "sent_nbytes", b"sent_nbytes", "trouble", b"trouble", "trouble_kind", b"trouble_kind", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "is_open", b"is_open", "received_nbytes", b"received_nbytes", "requests", b"requests", "retries", b"retries", "scrub", b"scrub", "sent_nbytes", b"sent_nbytes", "trouble", b"trouble", "trouble_kind", b"trouble_kind", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TierStatus: _TypeAlias = TierStatus  # noqa: Y015
+
+@_typing.final
+class DiskScrub(_message.Message):
+    """How far reading all of the node's own disk again is. Ages in seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERIOD_S_FIELD_NUMBER: _builtins.int
+    NBYTES_FIELD_NUMBER: _builtins.int
+    FRESH_NBYTES_FIELD_NUMBER: _builtins.int
+    HAS_OLDEST_FIELD_NUMBER: _builtins.int
+    OLDEST_S_FIELD_NUMBER: _builtins.int
+    BAD_COUNT_FIELD_NUMBER: _builtins.int
+    period_s: _builtins.float
+    """everything is read so often; 0: never"""
+    nbytes: _builtins.int
+    """that are kept"""
+    fresh_nbytes: _builtins.int
+    """of them: read or written in this life of the daemon"""
+    has_oldest: _builtins.bool
+    """all of them were"""
+    oldest_s: _builtins.float
+    """since that was of what was not read for the longest time"""
+    bad_count: _builtins.int
+    """stored chunks and manifests of all jobs that are proved bad"""
+    def __init__(
+        self,
+        *,
+        period_s: _builtins.float = ...,
+        nbytes: _builtins.int = ...,
+        fresh_nbytes: _builtins.int = ...,
+        has_oldest: _builtins.bool = ...,
+        oldest_s: _builtins.float = ...,
+        bad_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_count", b"bad_count", "fresh_nbytes", b"fresh_nbytes", "has_oldest", b"has_oldest", "nbytes", b"nbytes", "oldest_s", b"oldest_s", "period_s", b"period_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskScrub: _TypeAlias = DiskScrub  # noqa: Y015
 
 @_typing.final
 class FlushRequest(_message.Message):

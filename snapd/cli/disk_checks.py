@@ -6,9 +6,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from snapd_proto import admin_pb2
+
 from snapd.cli.checks import Finding, Verdict
 from snapd.cli.tier_checks import Questions, judge_error
 from snapd.cli.tier_folder import FolderLook, judge_folder, look_into
+from snapd.cli.tier_view import scrub_text
 from snapd.config_tiers import TierConfig, node_folder
 from snapd.errors import SnapdError
 from snapd.rpc.local_client import LocalClient
@@ -76,4 +79,22 @@ def _daemon_findings(folder: Path, runtime: Path) -> list[Finding]:
                 kind="tier_daemon",
             )
         ]
-    return [Finding(check=check, verdict=Verdict.GOOD, found="opened" if disk.is_open else "not opened yet")]
+    if not disk.is_open:
+        found = f"cannot be asked: {disk.trouble}" if disk.trouble else "not opened yet"
+        verdict = Verdict.WARNING if disk.trouble else Verdict.GOOD
+        return [Finding(check=check, verdict=verdict, found=found, kind=disk.trouble_kind)]
+    return [judge_scrub(disk.scrub)]
+
+
+def judge_scrub(scrub: admin_pb2.DiskScrub) -> Finding:
+    """What reading the disk again has found."""
+    text = f"opened; {scrub_text(scrub)}"
+    if scrub.bad_count:
+        return Finding(
+            check="disk of daemon",
+            verdict=Verdict.BAD,
+            found=text,
+            hint="snapd status names them; what memory still has is written again. Replace a disk that goes on so",
+            kind="disk_rotten",
+        )
+    return Finding(check="disk of daemon", verdict=Verdict.GOOD, found=text)

@@ -13,7 +13,15 @@ from snapd.cli.connect import connected
 from snapd.cli.options import JsonOption, RuntimeDirOption
 from snapd.cli.outcome import ExitCode
 from snapd.cli.output import facts, format_age, print_json, print_parts, table
-from snapd.cli.tier_view import disk_facts, disk_json, flush_json, flush_parts, tier_facts, tier_json
+from snapd.cli.tier_view import (
+    disk_facts,
+    disk_json,
+    flush_json,
+    flush_parts,
+    job_disk_json,
+    tier_facts,
+    tier_json,
+)
 from snapd.errors import NotFoundError
 from snapd.units import format_size
 
@@ -137,7 +145,7 @@ def job_json(job: admin_pb2.JobStatus) -> dict[str, object]:
         "sessions": [session_json(session) for session in job.sessions],
         **(protection_json(job) if job.is_clustered else {}),
         **({"flush": flush_json(job.flush)} if job.HasField("flush") else {}),
-        **({"disk": flush_json(job.disk)} if job.HasField("disk") else {}),
+        **({"disk": job_disk_json(job.disk)} if job.HasField("disk") else {}),
     }
 
 

@@ -32,7 +32,27 @@ def tier_facts(tier: admin_pb2.TierStatus) -> dict[str, str]:
 
 def disk_facts(disk: admin_pb2.TierStatus) -> dict[str, str]:
     """The node's own disk, as a name and a value."""
-    return {"node's disk": disk.url if disk.is_open else f"{disk.url}; not opened yet"}
+    if not disk.is_open:
+        why = f"CANNOT BE ASKED: {disk.trouble} [{disk.trouble_kind}]" if disk.trouble else "not opened yet"
+        return {"node's disk": f"{disk.url}; {why}"}
+    return {"node's disk": f"{disk.url}; {scrub_text(disk.scrub)}"}
+
+
+def scrub_text(scrub: admin_pb2.DiskScrub) -> str:
+    """How long ago what is kept was read again, and what was bad."""
+    if not scrub.period_s:
+        text = "never read again (tier.node_scrub = 0)"
+    elif scrub.has_oldest:
+        text = f"all of {format_size(scrub.nbytes)} verified within the last {format_age(scrub.oldest_s)}"
+    elif scrub.nbytes:
+        text = f"{format_size(scrub.fresh_nbytes)} of {format_size(scrub.nbytes)} verified since the start"
+    else:
+        text = "nothing is kept"
+    return f"{text}; {_damaged(scrub.bad_count)}" if scrub.bad_count else text
+
+
+def _damaged(count: int) -> str:
+    return f"DAMAGED in {count} place{'s' * (count != 1)}"
 
 
 def flush_parts(reply: admin_pb2.StatusReply) -> list[RenderableType]:
@@ -49,6 +69,8 @@ def flush_parts(reply: admin_pb2.StatusReply) -> list[RenderableType]:
 
 def _disk_row(job: admin_pb2.JobStatus) -> tuple[str, ...]:
     durable, text = _said(job.disk)
+    if job.disk.bad_count:
+        text = f"{_damaged(job.disk.bad_count)}: {job.disk.bad_reason}; {text}"
     last, behind = job.disk.last, format_age(job.disk.behind_s)
     if not job.disk.HasField("last"):
         return (job.job, durable, behind, "", "", "", text)
@@ -102,7 +124,24 @@ def tier_json(tier: admin_pb2.TierStatus) -> dict[str, object]:
 
 def disk_json(disk: admin_pb2.TierStatus) -> dict[str, object]:
     """The node's own disk in the JSON."""
-    return {"folder": disk.url, "is_open": disk.is_open}
+    scrub = disk.scrub
+    return {
+        "folder": disk.url,
+        "is_open": disk.is_open,
+        "trouble": {"kind": disk.trouble_kind, "reason": disk.trouble} if disk.trouble else None,
+        "scrub": {
+            "period_s": scrub.period_s or None,
+            "nbytes": scrub.nbytes,
+            "fresh_nbytes": scrub.fresh_nbytes,
+            "oldest_s": scrub.oldest_s if scrub.has_oldest else None,
+            "bad_count": scrub.bad_count,
+        },
+    }
+
+
+def job_disk_json(disk: admin_pb2.FlushStatus) -> dict[str, object]:
+    """What a job's JSON says of the node's own disk."""
+    return {**flush_json(disk), "bad_count": disk.bad_count, "bad_reason": disk.bad_reason or None}
 
 
 def flush_json(flush: admin_pb2.FlushStatus) -> dict[str, object]:

@@ -24,6 +24,19 @@ class DiskMetrics:
         self.repaired_shards = counter(
             "repaired_shards", "Shards that were bad in memory and came anew from the disk."
         )
+        self.scrubbed_bytes = counter(
+            "scrubbed_bytes", "Bytes on the node's disk that were read again and verified."
+        )
+        self.rotten_chunks = counter(
+            "rotten_chunks", "Stored chunks and manifests on the node's disk that turned out to be bad."
+        )
+        self.mended_chunks = counter("mended_chunks", "Of these, those that were written again from memory.")
+        self.rotten = Gauge(
+            "snapd_disk_rotten",
+            "Stored chunks and manifests on the node's disk that are bad, and not written again yet.",
+            ["job"],
+            registry=registry,
+        )
         self.failures = Counter(
             "snapd_disk_failures", "Attempts that failed, by the kind of error.", ["kind"], registry=registry
         )

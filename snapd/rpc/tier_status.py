@@ -36,8 +36,21 @@ def tier_status(tier: NodeTier) -> admin_pb2.TierStatus:
 
 def disk_status(disks: NodeDisks) -> admin_pb2.TierStatus:
     """The own disk of this node."""
-    tier = disks.tier
-    return admin_pb2.TierStatus(url=tier.description, is_open=tier.store is not None)
+    tier, facts = disks.tier, disks.scrub.facts
+    reply = admin_pb2.TierStatus(url=tier.description, is_open=tier.store is not None)
+    reply.scrub.CopyFrom(
+        admin_pb2.DiskScrub(
+            period_s=tier.settings.scrub.period_s,
+            nbytes=facts.nbytes,
+            fresh_nbytes=facts.fresh_nbytes,
+            has_oldest=facts.oldest_s is not None,
+            oldest_s=facts.oldest_s or 0.0,
+            bad_count=sum(len(damages) for damages in disks.damages().values()),
+        )
+    )
+    if not reply.is_open and (trouble := disks.trouble) is not None:
+        reply.trouble, reply.trouble_kind = trouble.message, trouble.kind
+    return reply
 
 
 def add_jobs(reply: admin_pb2.JobStatus, node: Node, name: str) -> None:
@@ -47,6 +60,8 @@ def add_jobs(reply: admin_pb2.JobStatus, node: Node, name: str) -> None:
     disk = node.disks.jobs.get(name) if node.disks is not None else None
     if disk is not None:
         reply.disk.CopyFrom(flush_status(disk, disk.here))
+        damages = disk.damages
+        reply.disk.bad_count, reply.disk.bad_reason = len(damages), damages[0] if damages else ""
 
 
 def flush_status(flusher: FlushLoop[Any], durable: SnapshotId | None) -> admin_pb2.FlushStatus:

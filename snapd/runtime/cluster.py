@@ -49,6 +49,7 @@ class Cluster:
         self._collectors: dict[str, CollectorHost] = {}
         self.tier_look: TierLook | None = None  # set where there is a shared tier
         self.check_disk: Callable[[str], None] = lambda name: None  # raises while the disk is read
+        self.disk_troubles: Callable[[], list[str]] = list
         self._asked: dict[str, str] = {}
         self._arenas: dict[str, str] = {}
         self._epoch_seen = (False, 0)
@@ -422,15 +423,14 @@ class Cluster:
 
     def own_facts(self) -> NodeFacts:
         parity, sent, received, exposure = self._parts.protection.facts()
-        troubles = [
-            f"job {name}: {text}" for name, world in sorted(self.worlds.items()) if (text := world.trouble())
-        ]
+        worlds = sorted(self.worlds.items())
+        troubles = [f"job {name}: {text}" for name, world in worlds if (text := world.trouble())]
         return NodeFacts(
             node=self.name,
             version=self._parts.version,
             arena_bytes=self._parts.arena_bytes(),
             parity_bytes=parity,
-            trouble="; ".join(troubles[:4]),
+            trouble="; ".join((self.disk_troubles() + troubles)[:4]),
             jobs=tuple(sorted(self._parts.jobs.jobs)),
             sent_bytes=sent,
             received_bytes=received,

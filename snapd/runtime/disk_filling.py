@@ -19,6 +19,7 @@ from snapd.runtime.tier_bringing import Lacking, bring_stored
 from snapd.runtime.tier_restoring import forgive
 from snapd.tier.node_disk import DiskLook
 from snapd.tier.reading import TierReader
+from snapd.tier.streaming import Fault
 
 CLUSTER_COUNT = 2  # the disks of a world's nodes may differ by one snapshot
 
@@ -128,6 +129,7 @@ async def _bring_one(tier: DiskTier, job: Job, reader: TierReader, shard: Stored
     except Lacking as lacking:
         if lacking.is_away:
             raise _away(lacking, tier) from lacking
+        note_rotten(tier, job.name, lacking)
         return f"rank {shard.rank}: {lacking.reason}"
     except CapacityError as error:
         fill.has_no_room = True
@@ -135,6 +137,14 @@ async def _bring_one(tier: DiskTier, job: Job, reader: TierReader, shard: Stored
     except ConflictError as error:
         return error.message
     return ""
+
+
+def note_rotten(tier: DiskTier, job: str, lacking: Lacking) -> None:
+    """What was read and is bad, or missing, is not used again."""
+    bad = [miss for miss in lacking.misses if miss.fault in (Fault.BAD, Fault.GONE)]
+    found = {(miss.chunk.pack, miss.chunk.offset): miss.what for miss in bad}
+    if found and tier.job(job).note_rotten(found):
+        tier.metrics.rotten_chunks.inc(len(found))
 
 
 def _give_up(job: Job, snapshot: SnapshotId) -> None:

@@ -45,10 +45,22 @@ class JobDisk(FlushLoop[DiskWritten]):
         self.fill = DiskFill()
         self._everywhere: SnapshotId | None = None  # on the disks of all nodes of the world
         self._noted_generation = 0
+        self._is_rotten = False  # something on the disk is bad, and it may be mended
         self._began_s = job.context.environment.monotonic_s()
         self._learning = asyncio.Lock()
+        tier.metrics.rotten.labels(job=job.name).set_function(lambda: float(len(self.damages)))
 
     # what others ask
+
+    @property
+    def damages(self) -> list[str]:
+        """What on the disk is known to be bad, in words."""
+        return self._disk.damages
+
+    def note_rotten(self) -> None:
+        """Something on the disk was found to be bad."""
+        self._is_rotten = True
+        self.job.changes.notify()
 
     @property
     def durable(self) -> SnapshotId | None:
@@ -244,11 +256,12 @@ class JobDisk(FlushLoop[DiskWritten]):
             )
             if not fill.problems:
                 await self.tier.ask(self._disk.tidy, self._common())
+        self._is_rotten = bool(self._disk.rotten)
         job.changes.notify()
 
     def _has_chore(self) -> bool:
         is_new = self.job.coordination.current() > self._noted_generation
-        return is_new or self._is_overtaken() or not self._is_learnt
+        return is_new or self._is_overtaken() or self._is_rotten or not self._is_learnt
 
     async def _step(self) -> None:
         if not self._is_learnt:
@@ -259,7 +272,47 @@ class JobDisk(FlushLoop[DiskWritten]):
         if current > self._noted_generation:
             await self.tier.ask(self._disk.note_generation, current)
             self._noted_generation = current
+        if self._is_rotten:
+            await self._mend()
         await super()._step()
+
+    async def _mend(self) -> None:
+        """What is bad on the disk is written again from memory; of what cannot be, a newer snapshot takes the place."""
+        job, log = self.job, self.job.context.log
+        facts = job.ledger.snapshots.get(self.newest) if self.newest is not None else None
+        stop = Event()
+        if facts is not None:
+            job.ledger.hold(facts.id)
+        try:
+            shards = self._shards(facts) if facts is not None else []
+            mended = await self.tier.flush(self._disk.mend, shards, stop)
+        finally:
+            stop.set()
+            if facts is not None:
+                job.ledger.unhold(facts.id)
+                job.settle()
+        self._is_rotten = False
+        if mended.chunks:
+            self.tier.metrics.mended_chunks.inc(mended.chunks)
+            log.info(
+                "disk.mended",
+                job=job.name,
+                chunks=mended.chunks,
+                nbytes=mended.nbytes,
+                manifests=mended.manifests,
+                left=mended.left,
+            )
+        if mended.left:
+            look = await self.tier.ask(self._disk.look)
+            whole = whole_parts(look.parts, is_alone=self.tier.settings.is_alone)
+            newest = whole[0] if whole else None
+            if self.here is not None and (newest is None or newest < self.here):
+                log.warning(
+                    "disk.behind_again", job=job.name, lost=str(self.here), whole=str(newest or "none")
+                )
+                self._chooser.note_lost(newest)
+        self._failures = 0
+        job.changes.notify()
 
     def _is_overtaken(self) -> bool:
         """What was brought is held until something newer is complete."""
@@ -300,6 +353,7 @@ class JobDisk(FlushLoop[DiskWritten]):
         metrics.raw_bytes.inc(counts.raw_nbytes)
         metrics.reused_bytes.inc(done.reused_nbytes)
         metrics.seconds.inc(max(0.0, seconds))
+        self._is_rotten = bool(self._disk.rotten)  # what was written just now may mend more
         job.context.log.info(
             "disk.kept",
             job=job.name,
@@ -312,6 +366,11 @@ class JobDisk(FlushLoop[DiskWritten]):
         )
 
     # its end
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        with contextlib.suppress(KeyError):
+            self.tier.metrics.rotten.remove(self.job.name)
 
     async def forget(self) -> None:
         """All of the job on the disk goes, now or when the disk is there again while this daemon lives."""

@@ -8,9 +8,12 @@ from typing import Any
 
 from snapd.core.ids import SnapshotId
 from snapd.core.restore import Repair
+from snapd.core.words import listed
 from snapd.errors import SnapdError, UnavailableError
 from snapd.runtime.context import Context
+from snapd.runtime.disk_filling import note_rotten
 from snapd.runtime.disk_job import JobDisk
+from snapd.runtime.disk_scrub import DiskScrub
 from snapd.runtime.disk_tier import DiskTier
 from snapd.runtime.job import Job, Repairing
 from snapd.runtime.tier_bringing import Lacking, bring_stored
@@ -38,6 +41,8 @@ class NodeDisks:
         self._known: set[str] = set()  # jobs that the disk has, in memory or not
         self._found: Sequence[JobOnDisk] | None = None
         self._forgetting: dict[str, asyncio.Task[Any]] = {}
+        self.trouble: SnapdError | None = None  # why it could not be looked at yet
+        self.scrub = DiskScrub(tier, context, self._readable, self._found_rotten)
 
     # start
 
@@ -52,6 +57,7 @@ class NodeDisks:
 
     def start(self) -> None:
         """The jobs of the arena were taken up: those come that only the disk has."""
+        self._context.spawn(self.scrub.run(), "scrub the disk")
         if self._found is not None:
             self._take_up(self._found)
         else:
@@ -84,12 +90,13 @@ class NodeDisks:
             except SnapdError as error:
                 if error.kind == "stopping":
                     return
+                self.trouble = error
                 self._context.log.once(
                     f"disk {error.kind}", "disk.away", kind=error.kind, reason=error.message
                 )
                 await asyncio.sleep(FIND_AGAIN_S)
                 continue
-            self._found = found
+            self._found, self.trouble = found, None
             self._see(found)
             self._take_up(found)
             return
@@ -115,6 +122,31 @@ class NodeDisks:
     def has(self, name: str) -> bool:
         """Whether the disk may have something of a job."""
         return name in self._known
+
+    # what has gone bad
+
+    def _readable(self) -> list[str]:
+        """Jobs of which the disk may be read in the background: nobody waits for it."""
+        return [name for name in self._known if name not in self.jobs or self.jobs[name].is_filled]
+
+    def _found_rotten(self, name: str) -> None:
+        if name in self.jobs:
+            self.jobs[name].note_rotten()
+
+    def damages(self) -> dict[str, list[str]]:
+        """By job: what on the disk is known to be bad, in words."""
+        found = {name: self.tier.job(name).damages for name in sorted(self._known)}
+        return {name: damages for name, damages in found.items() if damages}
+
+    def troubles(self) -> list[str]:
+        """What of the disk is bad, for people; and why nothing gets there."""
+        found = [f"cannot be asked: {self.trouble.message}"] if self.trouble is not None else []
+        for name, damages in self.damages().items():
+            found.append(f"job {name}: damaged: {listed(damages, shown=2, separator='; ')}")
+        for name, disk in sorted(self.jobs.items()):
+            if disk.trouble is not None:
+                found.append(f"job {name}: paused: {disk.trouble.reason}")
+        return [f"disk: {text}" for text in found]
 
     # its end
 
@@ -183,6 +215,7 @@ class DiskRepairs:
         except SnapdError as error:
             return error.message
         except Lacking as lacking:
+            note_rotten(tier, job.name, lacking)
             return lacking.reason
         finally:
             tier.pool.trim()

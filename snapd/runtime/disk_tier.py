@@ -15,6 +15,7 @@ from pathlib import Path
 from snapd.codec.compress import Mode
 from snapd.core.flushing import FlushRules
 from snapd.core.ids import JOB_NAME
+from snapd.core.scrubbing import ScrubRules
 from snapd.core.tier_keys import JOBS
 from snapd.errors import SnapdError, UnavailableError
 from snapd.obs.disk_metrics import DiskMetrics
@@ -44,8 +45,8 @@ _POINTS = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSettings:
     """What the node needs of `[tier]`. `open`: makes the store, asks nothing of it. `rate`: bytes a second, 0: any.
-    `keep`: whole snapshots that stay. `is_alone`: worlds do not span nodes. `wait_s`: how long a restore waits for a
-    disk that is away.
+    `keep`: whole snapshots that stay. `scrub`: how often they are read again. `is_alone`: worlds do not span nodes.
+    `wait_s`: how long a restore waits for a disk that is away.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class DiskSettings:
     rules: FlushRules
     rate: int
     keep: int
+    scrub: ScrubRules
     is_alone: bool
     wait_s: float
 

@@ -68,6 +68,13 @@ class FlushChooser:
             self._durable_at_s = max(s.record.captured_wall_time_s for s in facts.shards.values())
         return True
 
+    def note_lost(self, durable: SnapshotId | None) -> None:
+        """What was there has gone bad: `durable` is the newest that is good. Memory's newest takes its place."""
+        self.durable = durable
+        if self.newest is not None:
+            self.brought.discard(self.newest)
+            self._wanted = max(self.newest, self._wanted or self.newest)
+
     def behind_s(self) -> float:
         """Since the newest durable snapshot was captured."""
         return max(0.0, self._job.context.environment.wall_s() - self._durable_at_s)

@@ -15,11 +15,13 @@ from typing import Any
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.reports import FlushNews
+from snapd.core.scrubbing import Spot
 from snapd.errors import SnapdError
 from snapd.runtime.flush_choosing import FlushChooser
 from snapd.runtime.flush_loop import FlushLoop, LoopEvents
 from snapd.runtime.flush_report import count_report, log_fields, report_of
 from snapd.runtime.job import Job
+from snapd.runtime.tier_access import TierAccess
 from snapd.runtime.tiers import NodeTier
 from snapd.tier.flush import Flushed, Stage, TierWriter
 from snapd.tier.writing import ShardBytes
@@ -30,10 +32,13 @@ OPEN_WAIT_S = 3.0  # an OpenSession waits so long for the tier to say which gene
 
 
 class JobFlusher(FlushLoop[Flushed]):
-    """One per job and node with a shared tier. Implements `job.FlushPart`."""
+    """One per job and node with a shared tier. Implements `job.FlushPart`. `reading`: how this daemon reads the same
+    tier, if it does.
+    """
 
-    def __init__(self, job: Job, tier: NodeTier) -> None:
+    def __init__(self, job: Job, tier: NodeTier, reading: TierAccess | None = None) -> None:
         self.tier = tier
+        self._reading = reading
         floor = job.index.tier_floors().get(tier.settings.url)
         chooser = FlushChooser(job, tier.settings.rules, floor)
         super().__init__(EVENTS, job, chooser, tier.metrics)
@@ -141,8 +146,13 @@ class JobFlusher(FlushLoop[Flushed]):
     ) -> Flushed:
         """In a flush thread."""
         if self._writer is None:
-            self._writer = TierWriter(self.tier.flush_means(), self.job.name, self._writer_name)
+            means = self.tier.flush_means()
+            self._writer = TierWriter(means, self.job.name, self._writer_name, self._proved_bad)
         return self._writer.flush(snapshot, world_size, shards, stop=stop, stage=stage, own_done=own_done)
+
+    def _proved_bad(self) -> frozenset[Spot]:
+        """What restores and repairs of this daemon found bad in the tier: it is written anew."""
+        return self._reading.proved_bad(self.job.name) if self._reading is not None else frozenset()
 
     def _done(self, facts: SnapshotFacts, done: Flushed) -> None:
         job = self.job

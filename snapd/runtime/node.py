@@ -142,7 +142,7 @@ class Node:
             self.disks.join(job)
 
     def _join_shared(self, job: Job, tier: NodeTier) -> None:
-        flusher = self.flushers[job.name] = JobFlusher(job, tier)
+        flusher = self.flushers[job.name] = JobFlusher(job, tier, self.tier_restores)
         job.flusher = flusher
         job.repairs = job.repairs or self.tier_restores
         job.on_removed.append(lambda: self._leave_tier(flusher))

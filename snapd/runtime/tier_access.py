@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
+from snapd.core.scrubbing import Spot
 from snapd.errors import (
     AuthError,
     CapacityError,
@@ -41,6 +43,9 @@ class TierAccess:
         self._opening = threading.Lock()
         self._store: Store | None = None
         self._is_closing = False
+        self._bad: dict[
+            str, frozenset[Spot]
+        ] = {}  # job -> where stored chunks lie that were read and are bad
         self.pool = ReadPool()
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="snapd-restore")
 
@@ -66,7 +71,18 @@ class TierAccess:
         return await asyncio.wrap_future(future)
 
     async def reader(self, job: str) -> TierReader:
-        return TierReader(await self.ask(self._opened), job, self.pool)
+        return TierReader(await self.ask(self._opened), job, self.pool, partial(self._note_bad, job))
+
+    def _note_bad(self, job: str, spots: Collection[Spot]) -> None:
+        if spots:
+            with self._opening:
+                self._bad[job] = self.proved_bad(job) | frozenset(spots)
+
+    def proved_bad(self, job: str) -> frozenset[Spot]:
+        """Where stored chunks lie that this daemon has read and found bad: no later snapshot is to name them. From any
+        thread.
+        """
+        return self._bad.get(job, frozenset())
 
     def close(self) -> None:
         """Let go of the store, and join the threads. Blocking."""

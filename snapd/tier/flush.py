@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from snapd.core.committing import attempt_of, check_base
 from snapd.core.ids import SnapshotId
+from snapd.core.scrubbing import Spot
 from snapd.core.stored import Intent, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import UnavailableError
@@ -81,9 +82,18 @@ class Stage:
 class TierWriter:
     """One per job and node. `flush` is called by one thread at a time."""
 
-    def __init__(self, means: FlushMeans, job: str, node: str) -> None:
-        """`node`: names the writer across restarts; nobody else has that name."""
+    def __init__(
+        self,
+        means: FlushMeans,
+        job: str,
+        node: str,
+        proved_bad: Callable[[], Collection[Spot]] = frozenset,
+    ) -> None:
+        """`node`: names the writer across restarts; nobody else has that name. `proved_bad`: where stored chunks lie
+        that were read and are bad: they are written anew.
+        """
         self.keys = TierKeys(job)
+        self._proved_bad = proved_bad
         self._means, self._node = means, node
         self._beat_s = min(
             BEAT_LOOK_S, means.ttl_s / (2 * BEATS_PER_TTL)
@@ -230,6 +240,7 @@ class TierWriter:
         known.without_packs(
             {pack for pack in known.packs if pack not in packs or keys.pack(pack) in condemned}
         )
+        known.without(self._proved_bad())
         return known
 
     def _packs(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from snapd.core.ids import SnapshotId
+from snapd.core.scrubbing import Spot
 from snapd.core.stored import ShardEntry, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import IntegrityError, NotFoundError
@@ -44,6 +45,12 @@ class KnownChunks:
         """Forget what lies in packs that may not be relied upon."""
         if packs:
             self._chunks = {name: chunk for name, chunk in self._chunks.items() if chunk.pack not in packs}
+
+    def without(self, spots: Collection[Spot]) -> None:
+        """Forget what lies in these places."""
+        if spots:
+            there = self._chunks.items()
+            self._chunks = {name: chunk for name, chunk in there if (chunk.pack, chunk.offset) not in spots}
 
     @property
     def packs(self) -> frozenset[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snapd.core.ids import SnapshotId
 from snapd.core.node_disk import DiskPart, parts_to_drop
+from snapd.core.scrubbing import Spot
 from snapd.core.stored import StoredChunk, StoredShard
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import IntegrityError, NotFoundError, SnapdError
@@ -23,6 +24,7 @@ from snapd.tier.envelope import NBYTES_MAX, Kind
 from snapd.tier.flush import Stage
 from snapd.tier.known_chunks import KnownChunks
 from snapd.tier.manifests import decode_shard, encode_shard
+from snapd.tier.node_mending import Mended, name_of, plan_again, rotten_in, spot_of, with_places
 from snapd.tier.shard_writing import write_shards
 from snapd.tier.writing import PackWriter, ShardBytes, Stopped, WriteCounts, WriteMeans, plan_packs
 
@@ -34,12 +36,15 @@ BEAT_S = 60.0  # nobody waits for signs of life here
 @dataclass(frozen=True, slots=True)
 class DiskLook:
     """What the disk has of a job. `problems`: what is wrong with a snapshot, in words that name the object; the good
-    shards of such a one are not in `shards`. `generation`: the newest of anything there. `is_from_future`: some of it
-    was written by a newer snapd.
+    shards of such a one are not in `shards`. `unread`: those of them that may name more than is known. `manifests`: all
+    that can be read, by key. `generation`: the newest of anything there. `is_from_future`: some of it was written by a
+    newer snapd.
     """
 
     shards: Mapping[SnapshotId, Mapping[int, StoredShard]] = field(default_factory=dict)
     problems: Mapping[SnapshotId, str] = field(default_factory=dict)
+    unread: frozenset[SnapshotId] = frozenset()
+    manifests: Mapping[str, StoredShard] = field(default_factory=dict)
     generation: int = 0
     is_from_future: bool = False
 
@@ -52,10 +57,9 @@ class DiskLook:
         return found + [DiskPart(snapshot, frozenset(), 0) for snapshot in self.problems]
 
     def chunks(self) -> Iterable[StoredChunk]:
-        """Of the newest snapshots first."""
-        for snapshot in sorted(self.shards, reverse=True):
-            for shard in self.shards[snapshot].values():
-                yield from shard.chunks
+        """All that are named, those of the newest snapshots first."""
+        for key in sorted(self.manifests, reverse=True):
+            yield from self.manifests[key].chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,15 @@ class DiskJob:
         self._means, self._keep, self._is_alone = means, keep, is_alone
         self._write_id, self._next_pack = random_token(), 0
         self._lock = threading.Lock()
-        self._known: dict[str, StoredShard] = {}  # manifests by key: they never change
+        self._known: Mapping[str, StoredShard] = {}  # manifests by key; never changed in place
+        self._unread: Mapping[
+            SnapshotId, str
+        ] = {}  # snapshots with manifests that are bad; never changed in place
+        self._is_known = False
+        self._rotten: Mapping[
+            Spot, str
+        ] = {}  # stored chunks that were found to be bad; never changed in place
+        self._marking = threading.Lock()  # of those
         self._carried: list[StoredChunk] = []  # in packs of attempts of ours that failed
         self._generation = 0
         self._is_doomed = False
@@ -121,7 +133,7 @@ class DiskJob:
     def _look(self, store: Store) -> DiskLook:
         shards: dict[SnapshotId, dict[int, StoredShard]] = {}
         problems: dict[SnapshotId, str] = {}
-        is_from_future, known = False, {}
+        is_from_future, known = False, dict[str, StoredShard]()
         for info in sorted(store.list(self.keys.shards), key=lambda info: info.key):
             named = self.keys.shard_of(info.key)
             if named is None or named[2] != 0:
@@ -139,16 +151,102 @@ class DiskJob:
                     snapshot, f"{info.key} is of another world than the snapshot's other shards"
                 )
             others[rank] = shard
-        self._known = known
+        self._known, self._is_known = known, True
         self._generation = max(
             [_noted(store, self.keys), *(each.generation for each in {*shards, *problems})]
         )
+        unread = frozenset(problems)
+        self._unread = dict(problems)
+        for snapshot, found in shards.items():
+            why = rotten_in(found.values(), self._rotten)
+            if why:
+                problems.setdefault(snapshot, why)
         good = {snapshot: found for snapshot, found in shards.items() if snapshot not in problems}
-        return DiskLook(good, problems, self._generation, is_from_future)
+        return DiskLook(good, problems, unread, known, self._generation, is_from_future)
 
     def _read(self, store: Store, key: str) -> StoredShard:
         data = store.read(key, max_nbytes=NBYTES_MAX[Kind.SHARD])
         return decode_shard(data, key=key, job=self.keys.job)
+
+    # what has gone bad
+
+    @property
+    def rotten(self) -> Mapping[Spot, str]:
+        """Stored chunks that are known to be bad, and what is wrong with each. Nothing that is written names them."""
+        return self._rotten
+
+    @property
+    def damages(self) -> list[str]:
+        """All that is known to be bad and is there still, in words."""
+        return [*self._unread.values(), *sorted(self._rotten.values())]
+
+    def note_rotten(self, found: Mapping[Spot, str]) -> bool:
+        """They were read and are not what their hashes say. Returns whether any of it is news. Never waits."""
+        with self._marking:
+            is_news = not found.keys() <= self._rotten.keys()
+            self._rotten = {**found, **self._rotten}
+            return is_news
+
+    def manifests(self) -> Mapping[str, StoredShard]:
+        """Every manifest that can be read, by key, as it was seen or written last. Raises what a store raises."""
+        if not self._is_known:
+            self.look()
+        return self._known
+
+    @property
+    def known(self) -> Mapping[str, StoredShard]:
+        """As `manifests`, of what was looked at already."""
+        return self._known
+
+    def confirm_gone(self, pack: str) -> bool | None:
+        """Whether a pack that manifests name is not there. None: something is being written: ask later."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            store = self._opened()
+            is_named = any(pack in shard.packs for shard in self._look(store).manifests.values())
+            return is_named and pack not in self._packs(store)
+        finally:
+            self._lock.release()
+
+    def write_manifest_again(self, key: str) -> bool:
+        """What lies there under that key is bad: as it was when it was good. False: it is not to be there any more."""
+        with self._lock:
+            shard = self._known.get(key)
+            if shard is not None:
+                self._opened().put(key, encode_shard(shard))
+            return shard is not None
+
+    def mend(self, shards: Sequence[ShardBytes], stop: threading.Event) -> Mended:
+        """Write what is rotten and is in the memory of `shards` again, and name it in all manifests that need it.
+
+        Raises:
+            Stopped. IntegrityError, and what a store raises: what was written so far is used next time.
+        """
+        with self._lock:
+            store = self._opened()
+            look, rotten, there = self._look(store), self._rotten, set(self._packs(store))
+            before = {spot_of(chunk): name_of(chunk) for chunk in look.chunks() if spot_of(chunk) in rotten}
+            wanted = set(before.values())
+            known = self._reusable(look, there)
+            good = {name: chunk for name in wanted if (chunk := known.find(*name)) is not None}
+            packs = plan_again(shards, wanted - good.keys(), first_number=self._next_pack)
+            self._next_pack += len(packs)
+            writer = self._writer(shards, stop)
+            for stored in writer.write(packs):
+                self._carried.extend(stored)
+                good.update((name_of(chunk), chunk) for chunk in stored)
+            manifests, count = dict(look.manifests), 0
+            for key, shard in look.manifests.items():
+                if (mended := with_places(shard, rotten, good)) is not shard:
+                    store.put(key, encode_shard(mended))
+                    manifests[key] = mended
+                    count += 1
+            self._known = manifests
+            named = {spot_of(chunk) for shard in manifests.values() for chunk in shard.chunks}
+            left = named & rotten.keys()
+            self._forget_rotten(named)
+            return Mended(len(before) - len(left), writer.counts.raw_nbytes, count, len(left))
 
     # the notes
 
@@ -223,14 +321,10 @@ class DiskJob:
         stop: threading.Event,
         stage: Stage,
     ) -> tuple[WriteCounts, int]:
-        known = KnownChunks()
-        known.add(look.chunks())
-        known.add(self._carried)
-        known.without_packs(known.packs - set(self._packs(store)))
+        known = self._reusable(look, set(self._packs(store)))
         plan = plan_packs([shard.record for shard in shards], known, first_number=self._next_pack)
         self._next_pack += len(plan.packs)  # no name is used twice, whatever becomes of this attempt
-        means = self._means()
-        writer = PackWriter(means, self.keys, self._write_id, shards, stop, beat=lambda: None, beat_s=BEAT_S)
+        means, writer = self._means(), self._writer(shards, stop)
         stage.text, stage.counts = "writes packs", writer.counts
         stage.nbytes_total = sum(pack.raw_nbytes for pack in plan.packs)
 
@@ -247,6 +341,18 @@ class DiskJob:
 
         write_shards(writer, plan, shards, known, stop, packed=packed, write=write)
         return writer.counts, plan.reused_nbytes
+
+    def _reusable(self, look: DiskLook, packs: Collection[str]) -> KnownChunks:
+        """What the disk has already, and nothing that is known to be bad or missing."""
+        known, rotten = KnownChunks(), self._rotten
+        known.add(chunk for chunk in look.chunks() if spot_of(chunk) not in rotten and chunk.pack in packs)
+        known.add(chunk for chunk in self._carried if spot_of(chunk) not in rotten and chunk.pack in packs)
+        return known
+
+    def _writer(self, shards: Sequence[ShardBytes], stop: threading.Event) -> PackWriter:
+        return PackWriter(
+            self._means(), self.keys, self._write_id, shards, stop, beat=lambda: None, beat_s=BEAT_S
+        )
 
     def _packs(self, store: Store) -> list[str]:
         names = (self.keys.pack_name(info.key) for info in store.list(self.keys.packs))
@@ -269,14 +375,22 @@ class DiskJob:
             store.delete([info.key for info in store.list(self.keys.shards_of(snapshot))])
         left = self._look(store)
         named = {chunk.pack for chunk in left.chunks()}
-        unread = [snapshot for snapshot in left.problems if snapshot not in dropped]
+        unread = left.unread - set(dropped)
         garbage = [name for name in self._packs(store) if name not in named]
         if garbage and not unread:  # a manifest that cannot be read names packs, too
             point("daemon.disk.pack_drop.before")
             store.delete([self.keys.pack(name) for name in sorted(garbage)])
         kept = set(self._packs(store))
         self._carried = [chunk for chunk in self._carried if chunk.pack in kept]
+        self._forget_rotten({spot_of(chunk) for chunk in left.chunks()} if self._rotten else ())
         return dropped
+
+    def _forget_rotten(self, named: Collection[Spot]) -> None:
+        """Nothing but `named` can be named by anything that is written from now on."""
+        with self._marking:
+            rotten = self._rotten
+            self._carried = [chunk for chunk in self._carried if spot_of(chunk) not in rotten]
+            self._rotten = {spot: why for spot, why in rotten.items() if spot in named}
 
     # removing
 
@@ -295,7 +409,7 @@ class DiskJob:
         manifests = [key for key in keys if key.startswith(self.keys.shards)]
         store.delete(manifests)
         store.delete([key for key in keys if key not in set(manifests)])
-        self._known, self._carried, self._generation = {}, [], 0
+        self._known, self._unread, self._rotten, self._carried, self._generation = {}, {}, {}, [], 0
         self._is_doomed = False
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from snapd.core.ids import JOB_NAME, SnapshotId
+from snapd.core.scrubbing import Spot
 from snapd.core.stored import ShardEntry, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import JOBS, TierKeys, job_of
 from snapd.errors import IntegrityError, NotFoundError
@@ -70,14 +71,23 @@ def jobs_of(store: Store) -> list[str]:
 
 
 class TierReader:
-    """One job in one tier. The store and the pool are the caller's."""
+    """One job in one tier. The store and the pool are the caller's. `proved_bad`: hears where stored chunks lie that
+    were read and are not what their hashes say; on any thread.
+    """
 
-    def __init__(self, store: Store, job: str, pool: ReadPool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        job: str,
+        pool: ReadPool,
+        proved_bad: Callable[[Collection[Spot]], None] = lambda spots: None,
+    ) -> None:
         assert JOB_NAME.fullmatch(job), job
         self.store = store
         self.job = job
         self.keys = TierKeys(job)
         self.pool = pool
+        self._proved_bad = proved_bad
 
     # what there is
 
@@ -187,6 +197,7 @@ class TierReader:
         misses: list[Miss] = []
         for _ in range(REFRESHES_MAX):
             found = self.pool.read(self.store, self.keys.pack, wants, place, done=done, stop=stop)
+            self._proved_bad({(m.chunk.pack, m.chunk.offset) for m in found if m.fault is Fault.BAD})
             gone = [miss for miss in found if miss.fault is Fault.GONE]
             misses += [miss for miss in found if miss.fault is not Fault.GONE]
             if not gone:

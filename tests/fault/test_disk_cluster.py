@@ -169,3 +169,43 @@ def test_durable_means_on_all_disks() -> None:
         assert [(reply.reached, reply.tier) for reply in replies] == [(True, "node")] * 2
         assert [steps_on(nodes, node) for node in nodes.nodes] == [[1], [1]]
         world.close()
+
+
+def row_of(asked: Cluster, by: str, node: str) -> str:
+    """What the daemon of `by` says is wrong with `node`."""
+    rows = asked[by].asker.status(ask_peers=True).cluster.nodes
+    return next(row.trouble for row in rows if row.node == node)
+
+
+def test_what_is_wrong_with_a_disk_is_told_by_every_node() -> None:
+    with nodes_with_disks(3, "2+1", SNAPD_TIER_NODE_SCRUB="0.5") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        for step in (1, 2):
+            world.capture(step)
+            wait_kept(nodes, step)
+        world.die()
+        power_cut(nodes)
+        for path in (disk_of(nodes, "n2") / TierKeys("w").packs).glob("*.pack"):
+            path.chmod(0o600)
+            path.write_bytes(bytes(path.stat().st_size))  # all that this node had; memory has it no more
+        nodes.start()
+        nodes.wait_settled()
+
+        def is_told() -> bool:
+            said = row_of(nodes, "n1", "n2")
+            return said.startswith("disk: job w: damaged: ") and "pack" in said
+
+        wait_for(is_told, "n1 says what n2's disk has lost", WAIT_S, nodes.tails)
+        assert "disk" not in row_of(nodes, "n1", "n3")
+        aside = disk_of(nodes, "n3").with_name("aside")
+        disk_of(nodes, "n3").rename(aside)
+        world = FakeWorld(nodes.daemons, "w", "two")
+        wait_for(
+            lambda: "disk: job w: paused: " in row_of(nodes, "n1", "n3"),
+            "and that n3's is away",
+            WAIT_S,
+            nodes.tails,
+        )
+        world.die()

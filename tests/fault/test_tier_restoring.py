@@ -15,7 +15,7 @@ import pytest
 from snapd_proto import admin_pb2, trainer_pb2
 
 from snapd.core.ids import SnapshotId
-from snapd.core.stored import StoredShard
+from snapd.core.stored import StoredChunk, StoredShard
 from snapd.core.tier_keys import TierKeys
 from snapd.tier.known_chunks import read_record
 from tests.support.fake_trainer import FakeTrainer
@@ -325,3 +325,46 @@ def test_the_arena_is_filled_before_the_trainer_starts() -> None:
         wait_for(lambda: scene.daemon.events("tier.learnt"), "the daemon knows what the tier has")
         scene.root.rename(scene.root.with_name("aside"))
         assert opened(scene, "two").restore(SEED) == 4
+
+
+def frozen_chunk(scene: TierDaemon, snapshot: SnapshotId) -> StoredChunk:
+    """The one that every step has alike."""
+    return shards_of(scene.store, read_record(scene.store, KEYS, snapshot, 0))[0].chunks[5]
+
+
+def test_what_a_restore_found_bad_in_the_tier_is_not_built_upon() -> None:
+    with tier_daemon() as scene:
+        captured(scene)
+        bad = frozen_chunk(scene, SnapshotId(1, 4))
+        assert bad == frozen_chunk(scene, SnapshotId(1, 2))
+        changed(scene.root / KEYS.pack(bad.pack), flip(bad.offset + 9))
+        lose_memory(scene)
+        trainer = opened(scene, "two")
+        assert trainer.plan().outcome == UNUSABLE  # both snapshots name it
+        capture_steps(trainer, 1, 2, seed=SEED)
+        scene.wait_durable(2, generation=2)
+        assert frozen_chunk(scene, SnapshotId(2, 2)) != bad
+        trainer.disconnect()
+        lose_memory(scene)
+        assert opened(scene, "three").restore(SEED) == 2
+
+
+def test_a_bad_pack_that_is_put_aside_is_not_built_upon() -> None:
+    """What docs/tiers.md has an operator do when `snapd verify --from URL --deep` names a bad pack."""
+    with tier_daemon() as scene:
+        captured(scene)
+        bad = frozen_chunk(scene, SnapshotId(1, 4))
+        path = scene.root / KEYS.pack(bad.pack)
+        changed(path, flip(bad.offset + 9))
+        path.rename(path.with_suffix(".aside"))
+        trainer = opened(scene, "two")
+        assert trainer.restore(SEED) == 4  # from memory
+        capture_steps(trainer, 5, 6, seed=SEED)
+        scene.wait_durable(6, generation=2)
+        assert (
+            bad.pack
+            not in shards_of(scene.store, read_record(scene.store, KEYS, SnapshotId(2, 6), 0))[0].packs
+        )
+        trainer.disconnect()
+        lose_memory(scene)
+        assert opened(scene, "three").restore(SEED) == 6
