@@ -775,6 +775,8 @@ def main() -> int:
         parser.error("a snapshot is named GENERATION-STEP with 10 and 15 digits, as `list` prints it")
     if not args.dir.is_dir():
         parser.error(f"{args.dir} is no directory")
+    if (args.dir / ".snapd-node").is_file():
+        parser.error(f"{args.dir} is the own disk of a node: no tier, for there are no commit records")
     return int(args.run(Tier(args.dir), args))
 
 

@@ -168,10 +168,38 @@ def test_the_document_knows_every_field() -> None:
     }  # fmt: skip
 
 
+def test_the_document_knows_how_every_object_is_written() -> None:
+    """What the client calls its ways to write objects, and the types of its named values, stand in docs/format.md."""
+    sources = "".join(path.read_text() for path in sorted((ROOT / "client/snapd_client/state").glob("*.py")))
+    hows = set(
+        re.findall(
+            r"""(?:\.how = type_name\(.*?\), |Producer\(|opaque\(value, out, |return |how == )"(\w+)"[,:]""",
+            sources,
+        )
+    )
+    named = set(
+        re.findall(r'"((?:torch|builtins|datetime|decimal|fractions|uuid|pathlib|numpy|snapd):\w+)"', sources)
+    )
+    assert {"module", "optimizer", "loader", "packed", "array", "python_random"} <= hows and len(named) >= 18
+    page = (ROOT / "docs" / "format.md").read_text()
+    inner = {"rng", "extra_state"}  # of a scalar, not of an object
+    assert [how for how in sorted(hows - inner) if f"| `{how}` |" not in page] == []
+    factories = {f"builtins:{name}" for name in ("dict", "float", "int", "list", "set", "tuple")}
+    named -= factories  # of a defaultdict
+    whole = {re.sub("^(datetime|pathlib):.*", r"\1:...", name) for name in named}
+    assert [name for name in sorted(whole) if f"`{name}`" not in page] == []
+
+
 def test_the_example_in_the_document_is_the_golden_pin() -> None:
     [block] = re.findall(r"```\n(89 53.*?)```", (ROOT / "docs" / "format.md").read_text(), re.DOTALL)
     shown = "".join(re.match(r"(?:[0-9a-f]{2} +)+", line)[0] for line in block.splitlines())  # type: ignore[index]
     assert bytes.fromhex(shown) == OBJECTS[KEYS.pin("best")]
+
+
+def test_the_reader_knows_the_own_disk_of_a_node(tmp_path: Path) -> None:
+    (tmp_path / ".snapd-node").write_text("0" * 32 + "\n")
+    done = run_reader("list", tmp_path)
+    assert done.returncode == 2 and "own disk of a node" in done.stderr
 
 
 def test_the_reader_lists_and_verifies() -> None:
