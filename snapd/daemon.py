@@ -21,6 +21,7 @@ from snapd.core.flushing import FlushRules
 from snapd.core.scrubbing import ScrubRules
 from snapd.errors import ConfigError, ConflictError, IntegrityError, SnapdError
 from snapd.memory.folders import ArenaFolder, FolderLock, private_folder
+from snapd.memory.shortage import raise_open_files
 from snapd.obs.disk_metrics import DiskMetrics
 from snapd.obs.log import BoundedFile, EventLog, LogStream, configure_logging
 from snapd.obs.metrics import Metrics
@@ -60,6 +61,7 @@ def run_daemon(config: Config, *, is_embedded: bool = False) -> int:
     """
     where = paths(config)
     os.umask(0o077)
+    raise_open_files()
     with contextlib.ExitStack() as stack:
         try:
             faultpoints.arm(config.fault.points)

@@ -26,6 +26,7 @@ from snapd.memory.arriving_rows import ArrivingRows
 from snapd.memory.protection_rows import SCHEMA as PROTECTION_SCHEMA
 from snapd.memory.protection_rows import ProtectionRows
 from snapd.memory.records import record_from_bytes, record_to_proto
+from snapd.memory.shortage import index_shortage
 
 INDEX_VERSION = 1
 _SCHEMA = """
@@ -93,7 +94,7 @@ class Index:
         """Open and check the index of `job`; create it if `may_create`.
 
         Raises: JobUnusable: it is missing though it must be there, truncated, damaged, or of another job or
-            version.
+            version. CapacityError: kind `files`: descriptors or memory are lacking.
         """
         if not may_create and (not path.exists() or path.stat().st_size == 0):
             raise JobUnusable(f"the index of job {job!r} is missing or empty", hint=KEEP_FILES_HINT, job=job)
@@ -103,9 +104,9 @@ class Index:
                 undo.callback(connection.close)
                 _prepare(connection, job, may_create=may_create)
             except sqlite3.Error as error:
-                raise JobUnusable(
-                    f"the index of job {job!r} is damaged: {error}", hint=KEEP_FILES_HINT, job=job
-                ) from error
+                text = f"the index of job {job!r} is damaged: {error}"
+                damaged = JobUnusable(text, hint=KEEP_FILES_HINT, job=job)
+                raise index_shortage(error, job) or damaged from error
             undo.pop_all()
         return cls(connection, job)
 

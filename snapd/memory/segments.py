@@ -12,6 +12,7 @@ from snapd_native import Mapping
 
 from snapd.core.ids import Place
 from snapd.errors import CapacityError, IntegrityError, InvariantViolated
+from snapd.memory.shortage import shortage
 from snapd.units import MIB
 
 BACKING_PIECE_BYTES = 64 * MIB
@@ -68,8 +69,9 @@ class Segment:
             mode = os.O_RDWR if is_writable else os.O_RDONLY
             descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise IntegrityError(
-                f"segment {path.name} cannot be opened: {error.strerror}", kind="segment"
+            what = f"segment {path.name} cannot be opened"
+            raise shortage(error, what) or IntegrityError(
+                f"{what}: {error.strerror}", kind="segment"
             ) from error
         try:
             found = os.fstat(descriptor).st_size

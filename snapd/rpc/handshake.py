@@ -30,6 +30,7 @@ FRAME_BYTES_MAX = 1 << 20
 DESCRIPTORS_MAX = 250
 HELLO_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 10.0
+ACCEPT_PAUSE_S = 0.2
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -59,7 +60,11 @@ class HandshakeServer:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                connection, _ = await loop.sock_accept(self._listener)
+                try:
+                    connection, _ = await loop.sock_accept(self._listener)
+                except OSError as error:
+                    await self._wait_accept(error)
+                    continue
                 if len(self._tasks) >= self._connections_max:
                     self._node.context.log.once(
                         "connections", "handshake.refused", reason="too many connections"
@@ -74,6 +79,15 @@ class HandshakeServer:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _wait_accept(self, error: OSError) -> None:
+        """Out of descriptors or memory, or the other end went before we came: who waits is served when that is over."""
+        self._node.context.log.once(
+            f"accept {error.errno}",
+            "handshake.accept_failed",
+            reason=f"nobody can connect for now: {error.strerror or error}; who is connected is served",
+        )
+        await asyncio.sleep(ACCEPT_PAUSE_S)
 
     async def _serve(self, connection: socket.socket) -> None:
         peer: Peer | None = None

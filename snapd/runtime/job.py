@@ -27,6 +27,7 @@ from snapd.memory.folders import JobFolder
 from snapd.memory.index import KEEP_FILES_HINT, Index
 from snapd.memory.parity import ParityStore
 from snapd.memory.segments import back_segment
+from snapd.memory.shortage import shortage
 from snapd.runtime.arriving import Arriving
 from snapd.runtime.changes import Changes
 from snapd.runtime.context import Context
@@ -467,9 +468,9 @@ class Job:
             loop = asyncio.get_running_loop()
             segment = await loop.run_in_executor(self.context.blocking, back_segment, path, number, nbytes)
         except OSError as error:
-            raise JobUnusable(
-                f"job {self.name!r}: {path.name}: {error.strerror}", hint=KEEP_FILES_HINT, job=self.name
-            ) from error
+            what = f"job {self.name!r}: {path.name}"
+            unusable = JobUnusable(f"{what}: {error.strerror}", hint=KEEP_FILES_HINT, job=self.name)
+            raise shortage(error, what, job=self.name) or unusable from error
         if self.is_removed:
             path.unlink(missing_ok=True)
             return

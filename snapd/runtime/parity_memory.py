@@ -10,6 +10,7 @@ from snapd.errors import CapacityError, JobUnusable
 from snapd.memory.index import KEEP_FILES_HINT
 from snapd.memory.parity import PARITY_SEGMENTS_MAX
 from snapd.memory.segments import back_segment
+from snapd.memory.shortage import shortage
 from snapd.obs.protection_metrics import ProtectionMetrics
 from snapd.runtime.faultpoints import point
 from snapd.runtime.job import Job
@@ -44,9 +45,9 @@ async def _grow(job: Job, plan: RowPlan, node: str, metrics: ProtectionMetrics) 
                 job.context.blocking, lambda: back_segment(path, number, nbytes, is_writable=True)
             )
         except OSError as error:
-            raise JobUnusable(
-                f"job {job.name!r}: {path.name}: {error.strerror}", hint=KEEP_FILES_HINT, job=job.name
-            ) from error
+            what = f"job {job.name!r}: {path.name}"
+            unusable = JobUnusable(f"{what}: {error.strerror}", hint=KEEP_FILES_HINT, job=job.name)
+            raise shortage(error, what, job=job.name) or unusable from error
         if job.is_removed:
             path.unlink(missing_ok=True)
             return

@@ -17,10 +17,11 @@ from snapd.core.ids import Place
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.manifest import ShardRecord
 from snapd.core.states import LaneState, LaneStep, SessionEvent, SessionState
-from snapd.errors import IntegrityError, InvariantViolated, JobUnusable
+from snapd.errors import CapacityError, ConfigError, IntegrityError, InvariantViolated, JobUnusable
 from snapd.memory.folders import DATA_PATTERNS, JobFolder
 from snapd.memory.index import KEEP_FILES_HINT, Index, SessionRow
 from snapd.memory.segments import Segment
+from snapd.memory.shortage import shortage
 from snapd.runtime.capture import tell_places
 from snapd.runtime.context import Context
 from snapd.runtime.job import Job
@@ -42,14 +43,18 @@ def take_up(
     there.
 
     Raises:
-        JobUnusable: says which file is wrong, and how.
+        JobUnusable: says which file is wrong, and how. ConfigError: kind `files`: none is, but descriptors or memory
+            are lacking: such a daemon does not start.
     """
     folder = context.arena.job(name)
     if not folder.has_data() and not _has_index(folder):
         with contextlib.suppress(OSError):
             folder.remove()
         return None
-    index = Index.open(folder.index, job=name, may_create=not folder.has_data())
+    try:
+        index = Index.open(folder.index, job=name, may_create=not folder.has_data())
+    except CapacityError as error:
+        raise _lacks(error, name) from error
     try:
         job = Job(context, name, folder, index, make_coordination(name, index))
         _load_segments(job)
@@ -65,7 +70,16 @@ def take_up(
         if isinstance(error, JobUnusable):
             raise
         raise JobUnusable(f"job {name!r}: {error.message}", hint=KEEP_FILES_HINT, job=name) from error
+    except CapacityError as error:
+        index.close()
+        raise _lacks(error, name) from error
     return job
+
+
+def _lacks(error: CapacityError, name: str) -> ConfigError:
+    """What kept a job from being taken up is no fault of its files, and would keep trainers from connecting, too."""
+    hint = f"all files are untouched: {error.hint}, then start the daemon again"
+    return ConfigError(f"job {name!r} cannot be taken up: {error.message}", kind=error.kind, hint=hint)
 
 
 def _has_index(folder: JobFolder) -> bool:
@@ -120,9 +134,8 @@ def _load_session(job: Job, row: SessionRow, find_process: ProcessFinder) -> Ses
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
-        raise IntegrityError(
-            f"control page {path.name} cannot be opened: {error.strerror}", kind="page"
-        ) from error
+        what = f"control page {path.name} cannot be opened"
+        raise shortage(error, what) or IntegrityError(f"{what}: {error.strerror}", kind="page") from error
     try:
         page = ControlPage.attach(descriptor)
     except (ValueError, OSError) as error:

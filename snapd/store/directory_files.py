@@ -39,6 +39,11 @@ _AWAY = {
     errno.ENODEV,
     errno.ENXIO,
 }
+_HINTS = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has no file descriptors left (fs.file-max)",
+    errno.EIO: "the disk reports errors: see the kernel's log (dmesg)",
+}
 
 
 class Publishing(enum.Enum):
@@ -105,7 +110,9 @@ class Root:
             return missing or NotFoundError(f"{self.path} has no {key}", kind="object")
         if number in _FULL:
             return CapacityError(
-                text, kind="store_full", hint="free space, raise the quota, or keep fewer snapshots"
+                text,
+                kind="store_full",
+                hint="free space (df -h) or inodes (df -i), raise the quota, or keep fewer snapshots",
             )
         if number in _DENIED:
             return AuthError(
@@ -115,7 +122,7 @@ class Root:
             return UnavailableError(text, kind="store_unreachable")
         if number in (errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR):
             return ConfigError(text, kind="store")
-        return UnavailableError(text, kind="store_failing")
+        return UnavailableError(text, kind="store_failing", hint=_HINTS.get(number, ""))
 
     # the folder itself
 
@@ -152,7 +159,7 @@ class Root:
             raise NotFoundError(
                 f"the folder {self.path} is not the one that it was",
                 kind="bucket",
-                hint="is its disk still mounted?",
+                hint="is its disk still mounted? If it is new on purpose, restart the daemon",
             )
         self._identity = found or None
 
@@ -191,6 +198,7 @@ class Root:
         """Give a synced file its name, and sync that too. False: the name is taken; nothing was changed."""
         target = self.path_of(key)
         for _ in range(_PUBLISH_ATTEMPTS):
+            self.check()  # writing may have taken long: no folder is made below another tier, or none
             self._make_parents(key)
             try:
                 if is_replacing:

@@ -236,6 +236,20 @@ def test_another_folder_in_the_root_s_place_is_not_filled(store: DirectoryStore,
     assert store.create("a", b"x") is Created.OURS
 
 
+def test_a_disk_that_goes_while_something_is_written_leaves_no_folders_behind(
+    store: DirectoryStore, root: Path, tmp_path: Path
+) -> None:
+    """An upload takes long; what is below the disk when it ends is an empty mount point."""
+    upload = store.upload("jobs/a/packs/x.pack")
+    upload.write([b"abc"])
+    root.rename(tmp_path / "the disk")
+    root.mkdir()
+    with pytest.raises(NotFoundError) as error:
+        upload.commit()
+    assert error.value.kind == "bucket" and "restart the daemon" in error.value.hint
+    assert list(root.iterdir()) == []
+
+
 def test_the_first_probe_of_an_empty_folder_says_so(root: Path) -> None:
     store = directory_store(root)
     assert "should be mounted" in " ".join(store.probe().problems)
