@@ -45,6 +45,27 @@ class ChunkSource:
     is_reused: bool
 
 
+def grantable_lanes(slots: int, *, taken: int, held: int, is_restoring: bool) -> int:
+    """How many more lanes of a session may be granted.
+
+    Room for one shard stays free until there is one, as in every moment after: what a restore brings from other nodes
+    or from a tier lies there, so that the slots are all that a job ever needs. While it may still restore, one more
+    stays free if there are three: an older snapshot may be here, which is kept until the newer one has come.
+
+    Args:
+        slots: shards that fit.
+        taken: lanes that have frames.
+        held: shards that are here, from the newest complete one on.
+        is_restoring: no shard of this start of the world is here, nor is its restore over.
+    """
+    if slots - held - taken <= 0:
+        return 0
+    if slots == 1:
+        return 1
+    kept = max(held, 1) + (1 if is_restoring and slots > 2 else 0)
+    return max(slots - kept - taken, 0 if taken else 1)
+
+
 def check_hand_over(
     lane: HandOver,
     *,

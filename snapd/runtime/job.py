@@ -21,7 +21,6 @@ from snapd.core.ledger import Ledger, ShardFacts
 from snapd.core.replicas import ReplicaState
 from snapd.core.reports import FlushNews
 from snapd.core.restore import Repair, RestoreRound
-from snapd.core.states import LaneState, LaneStep
 from snapd.errors import CapacityError, JobUnusable
 from snapd.memory.folders import JobFolder
 from snapd.memory.index import KEEP_FILES_HINT, Index
@@ -34,6 +33,7 @@ from snapd.runtime.context import Context
 from snapd.runtime.disk_part import DiskPart
 from snapd.runtime.faultpoints import point
 from snapd.runtime.fetched import Fetched
+from snapd.runtime.granting import free_lanes, free_slots, grant_lane, lane_grants, small_grants
 from snapd.runtime.limits import arena_limits
 from snapd.runtime.rank_arena import SEGMENTS_MAX, RankArena
 from snapd.runtime.session import Session
@@ -237,10 +237,12 @@ class Job:
         slots = [session.row.slots for session in served]
         return max(slots) - 1 if slots else len(self.ledger.snapshots) + 1
 
-    def _drop(self) -> None:
+    def _drop(self, *, keep_complete: int = 0) -> None:
+        """`keep_complete`: so many complete ones stay, whatever the slots have room for; 0: what they have room for."""
         closed_below = self.closed_below()
+        keep = keep_complete or self._keep_complete()
         doomed = (
-            self.ledger.to_drop(keep_complete=self._keep_complete(), closed_below=closed_below)
+            self.ledger.to_drop(keep_complete=keep, closed_below=closed_below)
             if self.world is None
             else self.world.doomed(self)
         )
@@ -318,11 +320,13 @@ class Job:
             return
         self._tell_slots_held(session)
         # a grant that has become too small is extended before a free lane takes what is left
-        free = self._free_lanes(session)[: self._free_slots(session)]
-        for lane, is_extended in [*self._small_grants(session, wanted), *free]:
-            if not self._grant_lane(session, arena, lane, wanted, is_extended=is_extended):
+        free = free_slots(session, arena.pool, self.ledger, is_restoring=self._is_restoring(session))
+        fresh = free_lanes(session)[:free]
+        for lane, is_extended in [*small_grants(session, arena.pool, wanted), *fresh]:
+            if not grant_lane(session, arena.pool, lane, wanted, is_extended=is_extended):
                 self._grow_later(session, arena, wanted)
                 return
+            self.has_new_writers = True
 
     def _tell_slots_held(self, session: Session) -> None:
         """Where snapshots stay until a newer one is protected, no trainer must wait for a slot: it may be minutes."""
@@ -336,58 +340,14 @@ class Job:
         if bool(session.page.load("slots_held")) != is_held:
             session.page.store("slots_held", int(is_held))
 
-    def _small_grants(self, session: Session, wanted: int) -> list[tuple[int, bool]]:
-        granted = self._lane_grants(session)
-        return sorted(((lane, True) for lane, have in granted.items() if have < wanted), reverse=True)
-
-    def _free_slots(self, session: Session) -> int:
-        """Slots that neither a lane nor a shard takes, from the newest complete one on.
-
-        Frames that are free beyond them (a trainer that was overtaken left some) are not hoarded in lanes.
-        """
-        newest = self.ledger.newest_complete()
-        held = [
-            facts
-            for facts in self.ledger.snapshots.values()
-            if session.rank in facts.shards
-            and not facts.problem
-            and (newest is None or facts.id >= newest.id)
-        ]
-        return max(0, session.row.slots - len(held) - len(self.arena(session.rank).pool.lanes_of(session.id)))
-
-    def _free_lanes(self, session: Session) -> list[tuple[int, bool]]:
-        lanes = range(session.page.lane_count)
-        return [
-            (n, False) for n in lanes if n not in session.pending and session.lane_state(n) is LaneState.FREE
-        ]
-
-    def _lane_grants(self, session: Session) -> dict[int, int]:
-        """Lanes that are granted and not taken, with the frames that they hold."""
-        pool = self.arena(session.rank).pool
-        lanes = range(session.page.lane_count)
-        return {
-            n: len(pool.grant_of(session.key(n))) for n in lanes if session.lane_state(n) is LaneState.GRANTED
-        }
-
-    def _grant_lane(
-        self, session: Session, arena: RankArena, lane: int, wanted: int, *, is_extended: bool
-    ) -> bool:
-        """Write a grant. An extended one keeps its frames and order, so that a trainer that just took it is
-        right too.
-        """
-        key = session.key(lane)
-        if wanted - len(arena.pool.grant_of(key)) > arena.pool.free_count:
-            return False
-        if is_extended and not session.move_lane(lane, LaneState.GRANTED, LaneStep.EXTEND):
-            return True
-        places = arena.pool.grant(key, wanted)
-        assert places is not None
-        self.has_new_writers = True
-        point("daemon.grant.before")
-        session.page.write_grant(lane, [place.segment for place in places], [place.frame for place in places])
-        session.move_lane(lane, LaneState.FREE, LaneStep.GRANT)
-        point("daemon.grant.after")
-        return True
+    def _is_restoring(self, session: Session) -> bool:
+        """Whether the session may still ask for a snapshot: it has captured none, and no restore of it is over."""
+        number = session.generation
+        is_over = any(key[0] == number and round_.is_concluded for key, round_ in self.rounds.items())
+        return not is_over and not any(
+            snapshot.generation == number and session.rank in facts.shards
+            for snapshot, facts in self.ledger.snapshots.items()
+        )
 
     # growth
 
@@ -411,7 +371,9 @@ class Job:
     def _frames_missing(self, session: Session, arena: RankArena, wanted: int) -> int:
         newest = self.ledger.newest_complete()
         shard = newest.shards.get(session.rank) if newest else None
-        idle = sorted(self._lane_grants(session).values())[:-1]  # in lanes other than the one that grows
+        idle = sorted(lane_grants(session, arena.pool).values())[
+            :-1
+        ]  # in lanes other than the one that grows
         return arena.frames_missing(
             wanted_per_slot=wanted,
             slots=session.row.slots,
@@ -449,8 +411,16 @@ class Job:
     async def _back_frames(self, arena: RankArena, wanted: int) -> None:
         async with arena.growing, self.context.backing:
             missing = wanted - arena.pool.free_count
-            if missing > 0 and not self.is_removed:
+            if missing <= 0 or self.is_removed:
+                return
+            try:
                 await self._add_segment(arena, missing * self.chunk_bytes)
+            except CapacityError:
+                if self.world is not None:
+                    raise
+                self._drop(keep_complete=1)  # what older ones hold is of less use than what is brought
+                if arena.pool.free_count < wanted:
+                    raise
 
     async def _add_segment(self, arena: RankArena, nbytes: int) -> None:
         number = arena.memory.next_number

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from snapd.core.ids import Place, SnapshotId
-from snapd.core.lanes import REUSED, HandOver, check_hand_over
+from snapd.core.lanes import REUSED, HandOver, check_hand_over, grantable_lanes
 from snapd.core.manifest import Chunk, ShardRecord
 from snapd.errors import RemoteProtocolError
 
@@ -109,3 +109,24 @@ def test_a_reused_chunk_beyond_the_base():
     )
     with pytest.raises(RemoteProtocolError, match="another layout"):
         check(lane)
+
+
+@pytest.mark.parametrize("slots", range(1, 9))
+@pytest.mark.parametrize("is_restoring", [False, True])
+def test_lanes_leave_room_for_what_a_restore_brings(slots: int, is_restoring: bool) -> None:
+    for held in range(slots + 2):
+        for taken in range(slots + 2):
+            more = grantable_lanes(slots, taken=taken, held=held, is_restoring=is_restoring)
+            case = f"{slots=} {held=} {taken=} {more=}"
+            if held + taken >= slots:
+                assert more == 0, case
+                continue
+            assert 0 <= more <= slots - held - taken, case
+            assert more + taken >= 1, case  # nobody who trains is left without a lane
+            if not is_restoring and held:
+                assert more == slots - held - taken, case  # all of them
+            if held == 0 and taken == 0 and slots > 1:
+                assert more < slots, case
+                assert slots - more >= (2 if is_restoring and slots > 2 else 1), case
+            if held == 1 and taken == 0 and slots > 2 and is_restoring:
+                assert slots - more - held >= 1, case
