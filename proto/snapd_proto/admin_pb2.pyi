@@ -1184,13 +1184,37 @@ class RemoveJobReply(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ReasonsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SNAPSHOTS_REMOVED_FIELD_NUMBER: _builtins.int
     ARENA_BYTES_FREED_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     LATE_NODES_FIELD_NUMBER: _builtins.int
     ABSENT_NODES_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    DISK_WAITS_FIELD_NUMBER: _builtins.int
     snapshots_removed: _builtins.int
     arena_bytes_freed: _builtins.int
+    disk_waits: _builtins.str
+    """why this node's own disk still has it; it goes when the disk is there again"""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """that had something of it"""
@@ -1203,6 +1227,10 @@ class RemoveJobReply(_message.Message):
     def absent_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """could not be asked; they drop what they have when they come back"""
 
+    @_builtins.property
+    def reasons(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """of absent_nodes that live: why they could not be asked"""
+
     def __init__(
         self,
         *,
@@ -1211,10 +1239,12 @@ class RemoveJobReply(_message.Message):
         nodes: _abc.Iterable[_builtins.str] | None = ...,
         late_nodes: _abc.Iterable[_builtins.str] | None = ...,
         absent_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        reasons: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        disk_waits: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_nodes", b"absent_nodes", "arena_bytes_freed", b"arena_bytes_freed", "late_nodes", b"late_nodes", "nodes", b"nodes", "snapshots_removed", b"snapshots_removed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_nodes", b"absent_nodes", "arena_bytes_freed", b"arena_bytes_freed", "disk_waits", b"disk_waits", "late_nodes", b"late_nodes", "nodes", b"nodes", "reasons", b"reasons", "snapshots_removed", b"snapshots_removed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

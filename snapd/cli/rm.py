@@ -36,6 +36,8 @@ def rm(
                 "nodes": list(reply.nodes),
                 "late_nodes": list(reply.late_nodes),
                 "absent_nodes": list(reply.absent_nodes),
+                "reasons": dict(reply.reasons),
+                "disk_waits": reply.disk_waits or None,
             }
         )
     else:
@@ -46,6 +48,14 @@ def rm(
         print(f"{job}: {what} removed{where}, {freed} given back")
         if reply.late_nodes:
             print(f"  not done yet: {', '.join(reply.late_nodes)}")
-        if reply.absent_nodes:
-            print(f"  absent, and will drop what they have of it: {', '.join(reply.absent_nodes)}")
+        absent = [node for node in reply.absent_nodes if node not in reply.reasons]
+        if absent:
+            print(f"  absent, and will drop what they have of it: {', '.join(absent)}")
+        for node, why in sorted(reply.reasons.items()):
+            print(f"  {node} will drop what it has of it once it can: {why}")
+        if reply.disk_waits:
+            print(f"  not gone from this node's disk yet: {reply.disk_waits}")
+            print(
+                "  it goes when the disk is there again, if this daemon still runs then; else give the command again"
+            )
     return ExitCode.DONE

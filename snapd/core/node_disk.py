@@ -65,3 +65,18 @@ def parts_to_bring(
     """
     whole = whole_parts(parts, is_alone=is_alone)
     return [snapshot for snapshot in whole if newest_here is None or snapshot > newest_here]
+
+
+def held_to_let_go(
+    held: Collection[SnapshotId], *, newest: SnapshotId | None, parent: SnapshotId | None, slots: int
+) -> list[SnapshotId]:
+    """Which of the snapshots that were brought need not be held in memory any more: all, once one that is newer than
+    they is complete. Before, where the job goes on from `parent` already, those that leave it no slot to capture into:
+    with few slots set by hand, an older one that was brought beside it in case that the disks differ.
+    """
+    if newest is not None and held and newest > max(held):
+        return sorted(held)
+    surplus = len(held) - (slots - 1)
+    if parent is None or surplus <= 0:
+        return []
+    return sorted(snapshot for snapshot in held if snapshot != parent)[:surplus]

@@ -169,9 +169,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         node, name = self.node, checked_job_name(request.job)
         if node.cluster is None or name in node.broken:
             count, freed = node.remove_job(name, is_forced=request.force)
-            if node.disks is not None:
-                await node.disks.forgotten(name, FORGET_WAIT_S)
-            return admin_pb2.RemoveJobReply(snapshots_removed=count, arena_bytes_freed=freed)
+            waits = await node.disks.forgotten(name, FORGET_WAIT_S) if node.disks is not None else ""
+            return admin_pb2.RemoveJobReply(
+                snapshots_removed=count, arena_bytes_freed=freed, disk_waits=waits
+            )
         removed = await node.cluster.removals.remove(name, is_forced=request.force)
         return admin_pb2.RemoveJobReply(
             snapshots_removed=removed.snapshots,
@@ -179,6 +180,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             nodes=removed.nodes,
             late_nodes=removed.late,
             absent_nodes=removed.absent,
+            reasons=removed.reasons,
+            disk_waits=await node.disks.forgotten(name, FORGET_WAIT_S) if node.disks is not None else "",
         )
 
     @told

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from operator import attrgetter
 from threading import Event
 from typing import Any
 
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
-from snapd.core.node_disk import whole_parts
+from snapd.core.node_disk import held_to_let_go, whole_parts
 from snapd.core.reports import FlushNews
 from snapd.core.restore import Decision, Outcome, Verdict
 from snapd.core.tier_choice import Ask, TierFacts, how_to_ask, merged, unreachable
@@ -172,9 +172,12 @@ class JobDisk(FlushLoop[DiskWritten]):
         """
         if self.job.world is None:
             return None
+        return max((one for one in (self._everywhere, self._parent()) if one is not None), default=None)
+
+    def _parent(self) -> SnapshotId | None:
+        """What the current generation has gone on from; None: it has not restored yet, or nothing."""
         generation = self.job.coordination.generation(self.job.coordination.current())
-        parent = generation.parent if generation is not None else None
-        return max((one for one in (self._everywhere, parent) if one is not None), default=None)
+        return generation.parent if generation is not None else None
 
     def _how_to_ask(self, memory: Decision, step: int | None) -> Ask:
         """By the rule for any tier: what is on the disk was complete in memory first. Nobody else writes there."""
@@ -261,13 +264,13 @@ class JobDisk(FlushLoop[DiskWritten]):
 
     def _has_chore(self) -> bool:
         is_new = self.job.coordination.current() > self._noted_generation
-        return is_new or self._is_overtaken() or self._is_rotten or not self._is_learnt
+        return is_new or self._is_rotten or not self._is_learnt or bool(self._held_to_let_go())
 
     async def _step(self) -> None:
         if not self._is_learnt:
             return
-        if self._is_overtaken():
-            self._let_go_of_brought()
+        if surplus := self._held_to_let_go():
+            self._let_go_of(surplus)
         current = self.job.coordination.current()
         if current > self._noted_generation:
             await self.tier.ask(self._disk.note_generation, current)
@@ -314,16 +317,23 @@ class JobDisk(FlushLoop[DiskWritten]):
         self._failures = 0
         job.changes.notify()
 
-    def _is_overtaken(self) -> bool:
-        """What was brought is held until something newer is complete."""
-        newest = self.newest
-        return newest is not None and bool(self.fill.held) and newest > max(self.fill.held)
+    def _held_to_let_go(self) -> list[SnapshotId]:
+        """Of what was brought: memory is kept for the others until something newer is complete."""
+        if not self.fill.held:
+            return []
+        slots = [session.row.slots for session in self.job.served_sessions()]
+        return held_to_let_go(
+            self.fill.held,
+            newest=self.newest,
+            parent=self._parent(),
+            slots=min(slots, default=len(self.fill.held) + 1),
+        )
 
-    def _let_go_of_brought(self) -> None:
-        for snapshot in self.fill.held:
+    def _let_go_of(self, snapshots: Sequence[SnapshotId]) -> None:
+        for snapshot in snapshots:
+            self.fill.held.remove(snapshot)
             if snapshot in self.job.ledger.snapshots:
                 self.job.ledger.unhold(snapshot)
-        self.fill.held.clear()
         self.job.settle()
 
     def _flush(

@@ -20,6 +20,7 @@ from snapd.runtime.tier_bringing import Lacking, bring_stored
 from snapd.tier.node_disk import JobOnDisk
 
 FIND_AGAIN_S = 5.0
+FORGET_LOOK_S = 0.1
 
 
 class NodeDisks:
@@ -41,6 +42,7 @@ class NodeDisks:
         self._known: set[str] = set()  # jobs that the disk has, in memory or not
         self._found: Sequence[JobOnDisk] | None = None
         self._forgetting: dict[str, asyncio.Task[Any]] = {}
+        self._not_forgotten: dict[str, str] = {}  # jobs that were removed and are on the disk still, and why
         self.trouble: SnapdError | None = None  # why it could not be looked at yet
         self.scrub = DiskScrub(tier, context, self._readable, self._found_rotten)
 
@@ -119,10 +121,6 @@ class NodeDisks:
         if self.jobs.get(disk.job.name) is disk:
             del self.jobs[disk.job.name]
 
-    def has(self, name: str) -> bool:
-        """Whether the disk may have something of a job."""
-        return name in self._known
-
     # what has gone bad
 
     def _readable(self) -> list[str]:
@@ -141,6 +139,8 @@ class NodeDisks:
     def troubles(self) -> list[str]:
         """What of the disk is bad, for people; and why nothing gets there."""
         found = [f"cannot be asked: {self.trouble.message}"] if self.trouble is not None else []
+        for name, why in sorted(self._not_forgotten.items()):
+            found.append(f"job {name}: was removed and is there still: {why}")
         for name, damages in self.damages().items():
             found.append(f"job {name}: damaged: {listed(damages, shown=2, separator='; ')}")
         for name, disk in sorted(self.jobs.items()):
@@ -157,18 +157,52 @@ class NodeDisks:
         disk.doom()
 
         async def finish() -> None:
-            try:
-                await self.tier.flush(disk.finish)
-            except SnapdError as error:
-                self._context.log.warning("disk.not_tidied", job=name, kind=error.kind, reason=error.message)
+            while True:
+                try:
+                    await self.tier.flush(disk.finish)
+                except SnapdError as error:
+                    if error.kind == "stopping":
+                        return
+                    if name not in self._not_forgotten:
+                        self._context.log.warning(
+                            "disk.not_tidied", job=name, kind=error.kind, reason=error.message
+                        )
+                    self._not_forgotten[name] = error.message
+                    await asyncio.sleep(FIND_AGAIN_S)
+                    continue
+                self._not_forgotten.pop(name, None)
+                return
 
         self._forgetting[name] = self._context.keep(finish())
 
-    async def forgotten(self, name: str, timeout_s: float) -> None:
-        """Wait until it has gone, or the time is over."""
+    async def forgotten(self, name: str, timeout_s: float) -> str:
+        """Wait until it has gone, the disk refuses, or the time is over; why it has not gone, if so."""
         task = self._forgetting.pop(name, None)
-        if task is not None:
-            await asyncio.wait([task], timeout=timeout_s)
+        clock = asyncio.get_running_loop()
+        deadline_s = clock.time() + timeout_s
+        while task is not None and not task.done():
+            if name in self._not_forgotten:
+                return self._not_forgotten[name]
+            if clock.time() >= deadline_s:
+                return f"{self.tier.description} does not answer"
+            await asyncio.wait([task], timeout=FORGET_LOOK_S)
+        return ""
+
+    def may_have(self, name: str) -> bool:
+        """Whether the disk has something of a job that memory knows nothing of.
+
+        Raises:
+            UnavailableError: kind `disk_away`: it could not be looked at yet.
+        """
+        if self._found is None and name not in self._known:
+            why = self.trouble.message if self.trouble is not None else "it does not answer"
+            raise UnavailableError(
+                f"the node's disk may have job {name!r}, and cannot be asked: {why}",
+                kind="disk_away",
+                hint="ask again when the disk is there; one that is gone for good has to be taken out of tier.node",
+                job=name,
+            )
+        return name in self._known
 
     def check_brought(self, name: str) -> None:
         """Raise UnavailableError (kind `settling`): memory may still lack what the disk has of a job."""

@@ -410,7 +410,7 @@ class Node:
         """Delete a job; returns its snapshots and bytes. A broken one's files are deleted only when forced.
 
         Raises: NotFoundError; ConflictError (kind `job_in_use`): live sessions; JobUnusable: broken and not
-            forced.
+            forced; UnavailableError (kind `disk_away`).
         """
         checked_job_name(name)
         if name in self.broken:
@@ -418,7 +418,7 @@ class Node:
                 self.check_healthy(name)
             del self.broken[name]
             return 0, self.context.arena.job(name).remove()
-        if self.disks is not None and self.disks.has(name) and name not in self.jobs:
+        if self.disks is not None and name not in self.jobs and self.disks.may_have(name):
             self.disks.forget(name)
             return 0, 0
         job = self.existing_job(name)

@@ -14,7 +14,7 @@ from typing import Protocol
 from snapd.coordination.jobs import ClusterCoordination
 from snapd.core.ending import is_gone
 from snapd.core.recovery import Inventory
-from snapd.errors import ConflictError, FencedError, NotFoundError, UnavailableError
+from snapd.errors import ConflictError, FencedError, NotFoundError, SnapdError, UnavailableError
 from snapd.obs.log import EventLog
 from snapd.runtime.inventories import gather_inventories
 from snapd.runtime.job import Job
@@ -59,7 +59,7 @@ class Ending(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
     """What `snapd rm` did. `nodes`: those that had something of the job; `late`: of these, not done yet; `absent`:
-    nodes that could not be asked: they drop what they have when they come back.
+    nodes that could not be asked: they drop what they have when they come back; `reasons`: why not, of those that live.
     """
 
     snapshots: int
@@ -67,6 +67,7 @@ class Removed:
     nodes: tuple[str, ...]
     late: tuple[str, ...]
     absent: tuple[str, ...]
+    reasons: Mapping[str, str]
 
 
 class Removals:
@@ -130,7 +131,9 @@ class Removals:
         if name not in self._jobs.jobs and not has_any and not await self._cluster.is_recorded(name):
             raise NotFoundError(f"no job {name[:64]!r} in the cluster", kind="job")
         if not is_forced:
-            self._check(name, has_any, sorted({*silent, *self._cluster.doubtful}))
+            self._check(
+                name, has_any, silent | {node: silent.get(node, "") for node in self._cluster.doubtful}
+            )
         coordination = self._cluster.coordination(name)
         await coordination.refresh()
         held = {each.id for inventory in has_any for each in inventory.held}
@@ -144,9 +147,10 @@ class Removals:
             nodes=tuple(each.node for each in has_any),
             late=tuple(late),
             absent=tuple(sorted({*silent, *self._cluster.absent})),
+            reasons=silent,
         )
 
-    def _check(self, name: str, inventories: Iterable[Inventory], unknown: list[str]) -> None:
+    def _check(self, name: str, inventories: Iterable[Inventory], unknown: Mapping[str, str]) -> None:
         served = {each.node: each.live_ranks for each in inventories if each.live_ranks}
         if served:
             told = "; ".join(
@@ -159,17 +163,27 @@ class Removals:
                 job=name,
             )
         if unknown:
+            named = [f"{node} ({why})" if why else node for node, why in sorted(unknown.items())]
             raise UnavailableError(
-                f"{', '.join(unknown[:8])} cannot be asked, and may have trainers of job {name!r}",
+                f"{', '.join(named[:8])} cannot be asked, and may have trainers or snapshots of job {name!r}",
                 kind="absent_nodes",
-                hint="--force removes it on the others now, and there when they come back",
+                hint="--force removes it on the others now, and there when they, or their disks, come back",
                 job=name,
             )
 
-    async def _ask(self, name: str) -> tuple[list[Inventory], list[str]]:
-        return await gather_inventories(
-            self._cluster.living, lambda node: self._cluster.inventory(node, name)
-        )
+    async def _ask(self, name: str) -> tuple[list[Inventory], dict[str, str]]:
+        """What the living nodes have; and why some could not say it."""
+        reasons: dict[str, str] = {}
+
+        async def ask(node: str) -> Inventory:
+            try:
+                return await self._cluster.inventory(node, name)
+            except SnapdError as error:
+                reasons[node] = error.message
+                raise
+
+        inventories, _ = await gather_inventories(self._cluster.living, ask)
+        return inventories, reasons
 
     async def _wait_gone(self, name: str, through: int, nodes: list[str]) -> list[str]:
         """The nodes that still have something of the job, when all are done or ten seconds have passed."""

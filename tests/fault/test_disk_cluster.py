@@ -209,3 +209,78 @@ def test_what_is_wrong_with_a_disk_is_told_by_every_node() -> None:
             nodes.tails,
         )
         world.die()
+
+
+def test_a_job_is_removed_while_the_disk_of_a_node_without_memory_is_away() -> None:
+    with nodes_with_disks(3, "2+1") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        world.capture(1)
+        wait_kept(nodes, 1)
+        world.close()
+        nodes["n3"].kill()
+        assert nodes["n3"].wipe() > 0
+        aside = disk_of(nodes, "n3").with_name("aside")
+        disk_of(nodes, "n3").rename(aside)
+        nodes["n3"].start()
+        wait_for(lambda: nodes["n3"].events("disk.away"), "its disk is away", WAIT_S, nodes.tails)
+        nodes.wait_settled()
+        said = nodes["n1"].command("rm", "w", code=4)
+        assert "n3 (" in said
+        assert str(disk_of(nodes, "n3")) in said
+        assert "--force" in said
+        said = nodes["n1"].command("rm", "w", "--force")  # ends, and says what is left
+        assert "n3 will drop what it has of it once it can: " in said
+        assert [steps_on(nodes, node) for node in ("n1", "n2")] == [[], []]
+        aside.rename(disk_of(nodes, "n3"))
+        wait_for(lambda: not steps_on(nodes, "n3"), "it is gone from there, too", WAIT_S, nodes.tails)
+        assert all(daemon.job("w") is None for daemon in nodes.running)
+
+
+def test_a_job_that_is_closed_for_good_goes_from_all_disks() -> None:
+    """As docs/tiers.md says: alone it stays there until `snapd rm`, in a cluster it goes as it goes from memory."""
+    with nodes_with_disks(2, "1+1") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        world.capture(1)
+        wait_kept(nodes, 1)
+        world.close(is_final=True)
+        wait_for(
+            lambda: all(steps_on(nodes, node) == [] for node in nodes.nodes), "gone", WAIT_S, nodes.tails
+        )
+        power_cut(nodes)
+        nodes.start()
+        nodes.wait_settled()
+        assert all(daemon.job("w") is None for daemon in nodes.running)
+
+
+def test_with_two_slots_capture_goes_on_after_both_were_filled_from_the_disk() -> None:
+    with nodes_with_disks(3, "2+1", SNAPD_ARENA_SLOTS="2") as nodes:
+        nodes.start()
+        nodes.wait_settled()
+        world = FakeWorld(nodes.daemons, "w")
+        for step in (1, 2, 3):
+            world.capture(step)
+            wait_kept(nodes, step)
+        world.die()
+        power_cut(nodes)
+        nodes.start()
+        nodes.wait_settled()
+        wait_for(
+            lambda: all(daemon.events("disk.filled") for daemon in nodes.running),
+            "filled",
+            WAIT_S,
+            nodes.tails,
+        )
+        brought = [
+            event["brought"] for daemon in nodes.running for event in daemon.events("disk.filled")[-1:]
+        ]
+        assert brought == [["1/3", "1/2"]] * 3
+        world = FakeWorld(nodes.daemons, "w", "two")
+        assert world.restore() == [3, 3, 3]
+        for step in (4, 5, 6):
+            world.capture(step)
+            wait_kept(nodes, step, 2)
+        world.close()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 from snapd_proto import admin_pb2, trainer_pb2
 
@@ -283,3 +284,40 @@ def test_a_generation_that_left_no_snapshot_is_not_given_out_again() -> None:
         third = scene.trainer("three")
         assert third.session.generation == 3
         assert SnapshotId(third.session.newest_generation, third.session.newest_step) == SnapshotId(1, 1)
+
+
+def test_a_job_that_is_removed_while_the_disk_is_away_goes_when_it_is_back() -> None:
+    with disk_daemon() as scene:
+        scene.daemon.start()
+        trainer = scene.trainer()
+        capture_kept(scene, trainer, 1, 2)
+        trainer.disconnect()
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        reply = scene.daemon.admin("RemoveJob", admin_pb2.RemoveJobRequest(job="a", force=True))
+        assert str(scene.root) in reply.disk_waits
+        assert len(scene.daemon.events("disk.not_tidied")) == 1
+        aside.rename(scene.root)
+        wait_for(lambda: not (scene.root / "jobs" / "a").exists(), "all of it is gone from the disk")
+        assert len(scene.daemon.events("disk.not_tidied")) == 1
+
+
+def test_removing_what_only_a_disk_that_was_never_seen_may_have_ends_with_one_line() -> None:
+    with disk_daemon() as scene:
+        scene.daemon.start()
+        trainer = scene.trainer()
+        capture_kept(scene, trainer, 1, 2)
+        trainer.disconnect()
+        aside = scene.root.with_name("aside")
+        scene.root.rename(aside)
+        scene.reboot()
+        request = admin_pb2.RemoveJobRequest(job="a", force=True)
+        with pytest.raises(grpc.RpcError) as caught:
+            scene.daemon.admin("RemoveJob", request)
+        assert f"may have job 'a', and cannot be asked: the folder {scene.root} is missing" in str(
+            caught.value
+        )
+        aside.rename(scene.root)
+        wait_for(lambda: scene.daemon.status().jobs, "the disk was found")
+        assert scene.daemon.admin("RemoveJob", request).disk_waits == ""
+        assert not list((scene.root / "jobs").rglob("*.*"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from snapd.core.flushing import choose_for_disks
 from snapd.core.ids import SnapshotId
-from snapd.core.node_disk import DiskPart, parts_to_bring, parts_to_drop, whole_parts
+from snapd.core.node_disk import DiskPart, held_to_let_go, parts_to_bring, parts_to_drop, whole_parts
 from snapd.core.reports import FlushNews
 
 
@@ -59,6 +59,21 @@ def test_only_what_memory_lacks_is_brought_newest_first() -> None:
     assert parts_to_bring(parts, newest_here=None, is_alone=True) == ids(2, 1)
     assert parts_to_bring(parts, newest_here=SnapshotId(1, 1), is_alone=True) == ids(2)
     assert parts_to_bring(parts, newest_here=SnapshotId(1, 2), is_alone=True) == []
+
+
+def test_what_was_brought_is_held_until_something_newer_is_complete() -> None:
+    held = ids(1, 2)
+    assert held_to_let_go(held, newest=SnapshotId(1, 2), parent=None, slots=2) == []
+    assert held_to_let_go(held, newest=SnapshotId(1, 2), parent=SnapshotId(1, 2), slots=3) == []
+    assert held_to_let_go(held, newest=SnapshotId(2, 3), parent=SnapshotId(1, 2), slots=3) == held
+    assert held_to_let_go([], newest=SnapshotId(2, 3), parent=None, slots=2) == []
+
+
+def test_with_two_slots_only_what_the_job_goes_on_from_is_held() -> None:
+    held = ids(1, 2)
+    assert held_to_let_go(held, newest=SnapshotId(1, 2), parent=SnapshotId(1, 2), slots=2) == ids(1)
+    assert held_to_let_go(held, newest=SnapshotId(1, 2), parent=SnapshotId(1, 1), slots=2) == ids(2)
+    assert held_to_let_go(ids(2), newest=SnapshotId(1, 2), parent=SnapshotId(1, 2), slots=2) == []
 
 
 HOLDERS = {SnapshotId(1, step): {0: {"a"}, 1: {"b"}} for step in (1, 2)}
