@@ -75,17 +75,20 @@ void add_mapping(nb::module_& module) {
       .def_prop_ro("address", [](const PyMapping& self) { return reinterpret_cast<uintptr_t>(opened(self).data()); })
       .def_prop_ro("nbytes", [](const PyMapping& self) { return self.mapping.nbytes(); })
       .def("populate",
-           [](PyMapping& self) {
-             opened(self);
+           [](PyMapping& self, nb::handle offset, nb::handle nbytes) {
+             const uint64_t size = opened(self).nbytes();
+             const uint64_t begin = to_number(offset, "offset", size);
+             const uint64_t count = nbytes.is_none() ? size - begin : to_number(nbytes, "nbytes", size - begin);
              self.view_count += 1;  // keeps close() away meanwhile
              Status status;
              {
                const nb::gil_scoped_release released;
-               status = self.mapping.populate();
+               status = self.mapping.populate(begin, count);
              }
              self.view_count -= 1;
              raise_unless_ok(status);
-           })
+           },
+           "offset"_a = 0, "nbytes"_a.none() = nb::none())
       .def("view", &view, "offset"_a, "nbytes"_a)
       .def("close", &close);
 }

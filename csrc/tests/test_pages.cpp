@@ -42,6 +42,22 @@ CASE("mapping: populating fills the page tables of all of it, the last odd piece
   CHECK_EQUAL(static_cast<size_t>(found.st_blocks) * 512, (kBytes + 4095) / 4096 * 4096);
 }
 
+CASE("mapping: populating a part fills that part, and refuses what is no part") {
+  constexpr size_t kBytes = size_t{9} << 20;
+  const File file;
+  CHECK_EQUAL(ftruncate(file.fd, kBytes), 0);
+  Mapping mapping;
+  CHECK(Mapping::map(file.fd, kBytes, true, &mapping).ok());
+  CHECK(mapping.populate(size_t{2} << 20, (size_t{5} << 20) + 4096).ok());
+  struct stat found{};
+  CHECK_EQUAL(fstat(file.fd, &found), 0);
+  CHECK_EQUAL(static_cast<size_t>(found.st_blocks) * 512, (size_t{5} << 20) + 4096);
+  CHECK(mapping.populate(kBytes, 0).ok());
+  CHECK(!mapping.populate(1, 4096).ok());
+  CHECK(!mapping.populate(4096, kBytes).ok());
+  CHECK(!mapping.populate(kBytes + 4096, 0).ok());
+}
+
 CASE("mapping: refuses what is beyond the file, and is absent in a forked child") {
   const File file;
   CHECK_EQUAL(ftruncate(file.fd, 10'000), 0);

@@ -31,7 +31,10 @@ class Mapping {
   /// Fill the page tables for all of it (and back holes of the file, if writable), so that no copy pays for faults.
   /// A refusal by an old kernel is not an error: the pages are then faulted in as they are touched. In pieces, so that
   /// other threads can map and unmap meanwhile.
-  Status populate() noexcept;
+  Status populate() noexcept { return populate(0, nbytes_); }
+
+  /// The same for a part that begins on a page; several threads may each do theirs.
+  Status populate(size_t offset, size_t nbytes) noexcept;
 
   void unmap() noexcept;
   bool is_mapped() const noexcept;
