@@ -163,7 +163,7 @@ async def serve(
             if node.tier is not None:
                 is_hanging = not await loop.run_in_executor(None, node.tier.close, TIER_CLOSE_S)
             if node.tier_restores is not None:
-                await loop.run_in_executor(None, node.tier_restores.close)
+                is_hanging |= not await loop.run_in_executor(None, node.tier_restores.close, TIER_CLOSE_S)
             if node.disks is not None:
                 is_hanging |= not await loop.run_in_executor(None, node.disks.tier.close, TIER_CLOSE_S)
     refused = next((error for error in failures if isinstance(error, (ConfigError, ConflictError))), None)

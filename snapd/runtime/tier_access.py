@@ -84,13 +84,22 @@ class TierAccess:
         """
         return self._bad.get(job, frozenset())
 
-    def close(self) -> None:
-        """Let go of the store, and join the threads. Blocking."""
+    def close(self, wait_s: float) -> bool:
+        """Let go of the store, and join the threads. Blocking, for at most `wait_s`; False: some still hang in a
+        request that cannot be called off.
+        """
         self._is_closing = True
         if self._store is not None:
             self._store.close()
-        self.threads.shutdown(wait=True, cancel_futures=True)
-        self.pool.close()
+
+        def join() -> None:
+            self.threads.shutdown(wait=True, cancel_futures=True)
+            self.pool.close()
+
+        joining = threading.Thread(target=join, name="snapd-restore-end")
+        joining.start()
+        joining.join(wait_s)
+        return not joining.is_alive()
 
     # what there is
 

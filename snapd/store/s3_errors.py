@@ -108,9 +108,9 @@ def failure_of(error: BaseException, doing: str, wall_s: float) -> Failure:
     if isinstance(
         error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError
     ):
-        return Failure(_no_credentials(text), False)
+        return Failure(no_credentials(text), False)
     if isinstance(error, boto.TokenRetrievalError | boto.SSOError | boto.ProfileNotFound | boto.LoginError):
-        return Failure(_no_credentials(text), False)
+        return Failure(no_credentials(text), False)
     if isinstance(error, boto.SSLError):
         if any(word in str(error).upper().replace(" ", "_") for word in _NO_TLS):
             hint = "tier.ca names the authority of the server's certificate; tier.endpoint says http or https"
@@ -142,7 +142,7 @@ def _of_answer(error: boto.ClientError, doing: str, wall_s: float) -> Failure:
     if code in _CLOCK:
         return Failure(_clock_is_off(doing, code, date_of(_answer(error)), wall_s), False)
     if code in _CREDENTIALS:
-        return Failure(_no_credentials(text), False)
+        return Failure(no_credentials(text), False)
     if code in _THROTTLED or status == 429:
         return Failure(UnavailableError(text, kind="store_throttled"), True)
     if code in _FULL or status == 507:
@@ -165,7 +165,7 @@ def _of_answer(error: boto.ClientError, doing: str, wall_s: float) -> Failure:
     return Failure(UnavailableError(text, kind="store_failing"), True)
 
 
-def _no_credentials(text: str) -> AuthError:
+def no_credentials(text: str) -> AuthError:
     return AuthError(
         text,
         kind="store_credentials",

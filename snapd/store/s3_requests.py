@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError
 
 from snapd.errors import AuthError, ConfigError, IntegrityError, SnapdError, UnavailableError
 from snapd.store.opening import StoreOptions
-from snapd.store.s3_errors import RAISED, Failure, answer_of, date_of, failure_of
+from snapd.store.s3_errors import RAISED, Failure, answer_of, date_of, failure_of, no_credentials
 from snapd.store.surroundings import Meter, StoreClock, Surroundings
 
 T = TypeVar("T")
@@ -60,6 +60,7 @@ class S3Requests:
         self.clock = StoreClock(surroundings.monotonic_s)
         self._closing = threading.Event()
         self._lock = threading.Lock()
+        self._making = threading.Lock()  # held while the chain is asked, which may run a program that hangs
         self._session: Any = None
         self._clients: dict[float, Any] = {}
 
@@ -149,9 +150,12 @@ class S3Requests:
         with self._lock:
             if self._closing.is_set():
                 raise self._closed()
-            if stall_s not in self._clients:
-                self._clients[stall_s] = self._made(stall_s)
-            return self._clients[stall_s]
+            session, client = self._session, self._clients.get(stall_s)
+        if session is not None and client is not None:
+            self._have_credentials(session)
+            return client
+        with self._making:
+            return self._made(stall_s)
 
     def _ask_chain_again(self) -> None:
         """The next request looks for credentials anew: a person may have put others in place."""
@@ -159,13 +163,34 @@ class S3Requests:
             self._session = None
             self._clients.clear()  # those in use end by themselves
 
+    def _have_credentials(self, session: Any) -> None:
+        """Have the chain fetch them, or fetch them anew before they expire. Its errors are not the store's.
+
+        Raises:
+            AuthError: kind `store_credentials`. BotoCoreError, ClientError: of what the chain asks.
+        """
+        try:
+            credentials = session.get_credentials()
+            if credentials is not None:
+                credentials.get_frozen_credentials()
+        except (OSError, RuntimeError, ValueError, LookupError) as error:
+            # a program that is not there, or says nothing that can be read; those that it gave are expired
+            self._ask_chain_again()
+            why = f"{type(error).__name__}: {error}"
+            raise no_credentials(f"the chain of AWS gives none for {self.description}: {why}") from error
+
     def _made(self, stall_s: float) -> Any:
+        """A client; the one that another thread has made meanwhile."""
         options = self.options
+        with self._lock:
+            session, there = self._session, self._clients.get(stall_s)
+        if session is not None and there is not None:
+            return there
         if options.ca and not os.access(options.ca, os.R_OK):
             raise ConfigError(f"tier.ca: the file {options.ca} cannot be read", kind="store")
         try:
-            if self._session is None:
-                self._session = boto3.session.Session()
+            session = session or boto3.session.Session()
+            self._have_credentials(session)
             config = Config(
                 connect_timeout=min(options.connect_s, stall_s),
                 read_timeout=stall_s,
@@ -177,10 +202,10 @@ class S3Requests:
                 tcp_keepalive=True,
                 user_agent_extra="snapd",
             )
-            return self._session.client(
+            client = session.client(
                 "s3",
                 endpoint_url=options.endpoint or None,
-                region_name=options.region or self._session.region_name or "us-east-1",
+                region_name=options.region or session.region_name or "us-east-1",
                 verify=options.ca or None,
                 config=config,
             )
@@ -189,6 +214,11 @@ class S3Requests:
             if isinstance(error, ValueError | OSError):
                 raise ConfigError(f"{self.description} cannot be used: {error}", kind="store") from error
             raise failure.error from error
+        with self._lock:
+            if self._closing.is_set():
+                raise self._closed()
+            self._session, self._clients[stall_s] = session, client
+        return client
 
 
 def _style(options: StoreOptions) -> str:
