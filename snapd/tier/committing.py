@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from snapd.core.committing import Place
 from snapd.core.ids import SnapshotId
-from snapd.core.stored import ShardEntry, StoredShard, StoredSnapshot
+from snapd.core.stored import ShardEntry, StoredShard, StoredSnapshot, VoidRecord
 from snapd.core.tier_keys import TierKeys, snapshot_text
 from snapd.errors import ConflictError, IntegrityError, NotFoundError
 from snapd.store.base import Created, Store
@@ -20,6 +20,7 @@ from snapd.tier.envelope import NBYTES_MAX, Kind
 from snapd.tier.intents import WriterIntent, condemned_error
 from snapd.tier.known_chunks import read_record
 from snapd.tier.manifests import decode_shard, encode_shard, encode_snapshot, entry_of
+from snapd.tier.notes import encode_void
 
 DEADLINE_S = 120.0  # of the commit itself
 
@@ -116,6 +117,24 @@ class Committer:
         entry = entry_of(shard, key, data)
         self._noted[shard.rank] = _Noted(entry, shard.packs, shard.parent, self.means.monotonic_s())
         return shard
+
+    def check_packs(self, shard: StoredShard, packs: Collection[str]) -> None:
+        """See that what a manifest names, which we did not write just now, is there; `packs`: that were listed. If not,
+        the attempt is given up for all: its manifests cannot be replaced, the next revision's can be written.
+
+        Raises:
+            UnavailableError: kind `tier_condemned`.
+        """
+        store, keys = self.means.store, self.means.keys
+        for pack in sorted(shard.packs.difference(packs)):
+            try:
+                store.head(keys.pack(pack))
+            except NotFoundError as error:
+                if error.kind != "object":
+                    raise
+                void = VoidRecord(keys.job, self.snapshot, self.revision, False, self.write_id)
+                store.create(keys.snapshot(self.snapshot, self.revision), encode_void(void))
+                raise condemned_error("a pack that a shard manifest names", keys.pack(pack)) from error
 
     # the snapshot
 

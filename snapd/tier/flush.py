@@ -172,9 +172,9 @@ class TierWriter:
         )
         if attempt.revision is None:
             return self._there_already(committer, shards, own_done)
-        known = self._known(snapshot, attempt.revision, [shard.record.rank for shard in shards])
+        known, packs = self._known(snapshot, attempt.revision, [shard.record.rank for shard in shards])
         point("daemon.flush.intent.after")
-        resumed = self._resumed(committer, shards)
+        resumed = self._resumed(committer, shards, packs)
         left = [shard for shard in shards if shard.record.rank not in resumed]
         writer, reused_nbytes = self._write(committer, left, known, stop, stage)
         own_done()
@@ -182,6 +182,7 @@ class TierWriter:
         stage.waits_since_s = self._means.write.monotonic_s()
         wait_s = WAIT_FIRST_S
         while progress.committed is None:
+            self._check_own(committer, shards, progress.missing)
             stage.is_waiting = True
             stage.text = f"waits for the shards of ranks {', '.join(map(str, progress.missing[:8]))}"
             self._wait(wait_s, stop, stage.look_now)
@@ -217,9 +218,11 @@ class TierWriter:
             round_s=means.round_s,
         )
 
-    def _known(self, snapshot: SnapshotId, revision: int, ranks: Sequence[int]) -> KnownChunks:
-        """Publish the intent, and gather what may be used again; nothing that a collector is about to delete. The
-        order is the protocol's: intent, condemned lists, then what is built upon.
+    def _known(
+        self, snapshot: SnapshotId, revision: int, ranks: Sequence[int]
+    ) -> tuple[KnownChunks, dict[str, int]]:
+        """Publish the intent, and gather what may be used again, nothing that a collector is about to delete; and all
+        packs that are there. The order is the protocol's: intent, condemned lists, then what is built upon.
         """
         store, keys = self._means.store, self.keys
         if self._intent.is_published:
@@ -241,7 +244,7 @@ class TierWriter:
             {pack for pack in known.packs if pack not in packs or keys.pack(pack) in condemned}
         )
         known.without(self._proved_bad())
-        return known
+        return known, packs
 
     def _packs(self) -> dict[str, int]:
         """Name -> size of every pack of the job."""
@@ -266,8 +269,15 @@ class TierWriter:
         self._carried += chunks_of_packs(store, keys, {each.intent.write_id for each in adopted}, packs)
         self._is_adopting = False
 
-    def _resumed(self, committer: Committer, shards: Sequence[ShardBytes]) -> set[int]:
-        """Our ranks whose manifests are there already, from an attempt before this one, or from a replica."""
+    def _resumed(
+        self, committer: Committer, shards: Sequence[ShardBytes], packs: Collection[str]
+    ) -> set[int]:
+        """Our ranks whose manifests are there already, from an attempt before this one, or from a replica; and `packs`
+        has what they name.
+
+        Raises:
+            UnavailableError: kind `tier_condemned`: it has not: somebody has emptied the tier meanwhile.
+        """
         there = committer.ranks_there()
         resumed = set()
         for shard in shards:
@@ -275,8 +285,22 @@ class TierWriter:
             found = committer.existing(rank) if rank in there else None
             if found is not None:
                 check_same_shard(committer.shard_key(rank), found, shard.record.digest, self.write_id)
+                committer.check_packs(found, packs)
                 resumed.add(rank)
         return resumed
+
+    def _check_own(
+        self, committer: Committer, shards: Sequence[ShardBytes], missing: Collection[int]
+    ) -> None:
+        """What we have written is there, or nobody would wait for it in vain: somebody may have emptied the tier.
+
+        Raises:
+            UnavailableError: kind `tier_condemned`.
+        """
+        for shard in shards:
+            rank = shard.record.rank
+            if rank in missing and committer.existing(rank) is None:
+                raise condemned_error("a shard manifest", committer.shard_key(rank))
 
     def _write(
         self,
