@@ -16,6 +16,7 @@ from snapd.cli.output import progress_bar
 from snapd.cli.shards import open_snapshot
 from snapd.cli.tier_shards import stored_views, usable_snapshots
 from snapd.cli.tier_source import opened_tier, summary_of
+from snapd.core.ids import SnapshotId
 from snapd.errors import CapacityError, ConfigError, IntegrityError, NotFoundError, UnavailableError
 from snapd.export.directory import Export, export_nbytes, write_directory
 from snapd.export.shard_view import ShardView
@@ -87,12 +88,20 @@ def write_from_tier(target: Path, wanted: Wanted, url: str, *, show_progress: bo
                     ranks = sorted(set(wanted.ranks or range(opened.record.world_size)))
                     export = _write(target, views, ranks, show_progress=show_progress)
             except IntegrityError as error:
+                if reader.was_deleted(opened.id):
+                    raise _deleted(opened.id, reader.job) from error
                 broken.append(Broken(opened.id, str(error)))
                 told = _tell(broken, told)
                 continue
             summary = summary_of(opened.record, [*opened.shards.values()])
             return Written(summary, ranks, export, tuple(broken))
     raise AssertionError("usable_snapshots ends with an error")
+
+
+def _deleted(snapshot: SnapshotId, job: str) -> UnavailableError:
+    """What could not be read is not damaged: retention dropped it meanwhile, and older ones before it."""
+    hint = f"try again, or pin one first: snapd pin NAME --job {job} --step STEP, and snapd unpin NAME afterwards"
+    return UnavailableError(f"{snapshot} of {job} was deleted while it was read", kind="deleted", hint=hint)
 
 
 def _tell(broken: Sequence[Broken], told: int) -> int:

@@ -51,6 +51,7 @@ class Verdict:
     step: int
     nbytes: int = 0
     problem: str = ""  # of its manifests
+    is_deleted: bool = False  # while it was verified: nothing is known of it, and nothing is wrong
     note: str = ""
     bad: list[BadStored] = field(default_factory=list)
     bad_indexes: list[str] = field(
@@ -125,6 +126,8 @@ def _verify_job(
             _read_indexes(reader, one, verdict, checked)
         else:
             _look_for_packs(reader, one, verdict, packs)
+        if not verdict.is_good and reader.was_deleted(one.id):
+            verdict.bad, verdict.bad_indexes, verdict.is_deleted = [], [], True
     return verdicts
 
 
@@ -216,6 +219,8 @@ def _contents(
 
 def _lines(verdict: Verdict, *, is_deep: bool) -> list[str]:
     head = f"{verdict.job} generation {verdict.generation} step {verdict.step}: "
+    if verdict.is_deleted:
+        return [f"{head}was deleted while it was verified (retention, or by hand)"]
     if verdict.problem:
         return [f"{head}unusable: {verdict.problem}"]
     how = f"{format_size(verdict.nbytes)} hashed" if is_deep else "manifests and sizes of packs"
@@ -240,6 +245,7 @@ def _json(verdict: Verdict, *, is_deep: bool) -> dict[str, object]:
         "is_deep": is_deep,
         "nbytes": verdict.nbytes,
         "problem": verdict.problem or None,
+        "is_deleted": verdict.is_deleted,
         "passed_over": verdict.note or None,
         "bad_pack_indexes": verdict.bad_indexes,
         "bad_chunks": [

@@ -134,7 +134,9 @@ class TierReader:
                 return Opened(record, {shard.rank: shard for shard in shards}, "; ".join(reasons))
         if is_gone:  # a collector may have deleted or rewritten it since it was listed
             again = next((c for c in self.candidates() if c.id == candidate.id), None)
-            if again is not None and again.revisions != candidate.revisions:
+            if again is None:
+                return Broken(candidate.id, f"{candidate.id} was deleted meanwhile", is_void=True)
+            if again.revisions != candidate.revisions:
                 return self.open(again, ranks)
         return Broken(candidate.id, "; ".join(reasons), is_void)
 
@@ -144,6 +146,16 @@ class TierReader:
         if candidate is None:
             return Broken(snapshot, f"{self.store.description} has no commit record of {snapshot}")
         return self.open(candidate, ranks)
+
+    def was_deleted(self, snapshot: SnapshotId) -> bool:
+        """Whether retention has dropped it, or a person has deleted it, since it was opened: what could not be read of
+        it is not damaged then. Raises what the store raises.
+        """
+        now = next((candidate for candidate in self.candidates() if candidate.id == snapshot), None)
+        if now is None:
+            return True
+        opened = self.open(now)
+        return isinstance(opened, Broken) and opened.is_void
 
     def open_all(
         self, candidates: Sequence[Candidate], ranks: Collection[int] | None = ()

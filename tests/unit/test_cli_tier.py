@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -11,9 +13,11 @@ from typer.testing import CliRunner
 
 from snapd.cli.main import app
 from snapd.core.ids import SnapshotId
-from snapd.core.stored import StoredChunk
+from snapd.core.stored import StoredChunk, StoredShard
 from snapd.core.tier_keys import TierKeys
 from snapd.tier.known_chunks import read_entry, read_record
+from snapd.tier.reading import Candidate, TierReader
+from snapd.tier.streaming import Miss
 from tests.support.stored_snapshot import TierWriter, build_world, directory_store, flip_bit
 
 KEYS = TierKeys("job")
@@ -110,6 +114,51 @@ def test_restore_takes_the_next_when_the_newest_is_bad_and_says_so(tier: Path, t
     told = run("restore", "--to", tmp_path / "named", "--step", "20", "--from", tier, code=3)
     assert pack in told
     assert not (tmp_path / "named").exists()
+
+
+def test_what_retention_drops_while_it_is_read_is_not_called_damaged(
+    tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, read = tmp_path / "kept", TierReader.read
+    shutil.copytree(tier, kept)
+    deleted: list[int] = []
+
+    def read_late(reader: TierReader, shard: StoredShard, *more: Any, **named: Any) -> list[Miss]:
+        record = tier / KEYS.snapshot(shard.id, 0)
+        if shard.id.step == 20 and record.exists():
+            deleted.append(shard.id.step)
+            record.unlink()
+            shutil.rmtree(tier / KEYS.packs)
+        return read(reader, shard, *more, **named)
+
+    monkeypatch.setattr(TierReader, "read", read_late)
+    told = run("restore", "--to", tmp_path / "out", "--from", tier, code=4)
+    assert "1/20 of job was deleted while it was read" in told and "snapd pin" in told
+    assert deleted == [20] and not (tmp_path / "out").exists()
+    shutil.rmtree(tier)
+    shutil.copytree(kept, tier)
+    told = run("verify", "job", "--step", "20", "--deep", "--from", tier)
+    assert "step 20: was deleted while it was verified" in told and deleted == [20, 20]
+    damage(kept, 20)  # what is there still is damaged
+    assert "bad chunk" in run("verify", "job", "--step", "20", "--deep", "--from", kept, code=3)
+
+
+def test_what_is_deleted_between_listing_and_looking_is_not_listed(
+    tier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = TierReader.candidates
+    listed: list[int] = []
+
+    def then_delete(reader: TierReader) -> list[Candidate]:
+        found = candidates(reader)
+        if not listed:
+            listed.extend(candidate.id.step for candidate in found)
+            (tier / KEYS.snapshot(SnapshotId(1, 20), 0)).unlink()
+        return found
+
+    monkeypatch.setattr(TierReader, "candidates", then_delete)
+    rows = json.loads(run("ls", "--from", tier, "--json"))
+    assert listed == [20, 10] and [(row["step"], row["complete"]) for row in rows] == [(10, True)]
 
 
 def test_a_job_must_be_named_where_there_are_several(tier: Path, tmp_path: Path) -> None:
