@@ -108,9 +108,9 @@ class DiskScrub:
         """Read one object, if it is time; the seconds to wait before the next."""
         await self._look()
         nbytes = sum(kept.nbytes for kept in self._kept.values())
+        self._tell_end(nbytes)
         choice = choose_scrub(self._read_s, self._now_s(), self._rules, self._salt)
         if choice.key is None:
-            self._tell_end(nbytes)
             return min(choice.wait_s, LOOK_S)
         rate = scrub_rate(nbytes, self._rules)
         self._bucket.set_rate(rate, max(1, int(rate)), self._now_s())
@@ -141,8 +141,9 @@ class DiskScrub:
 
     def _tell_end(self, nbytes: int) -> None:
         """All that is kept was read, or written, since this was told last."""
-        oldest_s = min((at_s for at_s in self._read_s.values() if at_s is not None), default=None)
-        if oldest_s is None or oldest_s <= self._told_s or not self._nbytes_read:
+        if not self._nbytes_read or any(
+            at_s is None or at_s <= self._told_s for at_s in self._read_s.values()
+        ):
             return
         self._context.log.info(
             "disk.scrubbed",
