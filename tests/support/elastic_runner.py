@@ -1,8 +1,9 @@
 """One rank that saves its shard to a folder, or restores from all shards there, cut its own way. Run by torchrun:
 
-    elastic_runner.py save|load KIND FOLDER [trained]
+    elastic_runner.py save:KIND:FOLDER|load:KIND:FOLDER|trained:KIND:FOLDER ...
 
-KIND says how the model is cut: plain, ddp, fsdp, hsdp (2 x n), tp (fsdp x tensor parallel of 2).
+KIND says how the model is cut: plain, ddp, fsdp, hsdp (2 x n), tp (fsdp x tensor parallel of 2). `trained` restores
+into a state that is there already. Several are done one after the other: starting a world is what costs.
 """
 
 from __future__ import annotations
@@ -128,9 +129,7 @@ def restore(tree: Any, shards: dict[int, Snapshot]) -> float:
     return sum(count > 0 for _, count in pending.pieces_of_chunk) / chunks
 
 
-def main() -> None:
-    mode, kind, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    dist.init_process_group("gloo")
+def do(mode: str, kind: str, folder: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make(kind, seed=1 if mode == "save" else 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -141,16 +140,23 @@ def main() -> None:
         found = contents(model, optimizer)
         if rank == 0:
             save_file(found, folder / "whole.safetensors")
-    else:
-        if "trained" in sys.argv:
-            train(model, optimizer, 1)
-        share = restore(tree, read(folder))
-        found, expected = contents(model, optimizer), load_file(folder / "whole.safetensors")
-        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-        bad = [name for name in expected if not torch.equal(found[name], expected[name])]
-        assert not bad, bad
-        train(model, optimizer, 1)  # the optimizer takes its state as it is
-        print(f"restored rank={rank} share={share:.3f}", flush=True)
+        return
+    if mode == "trained":
+        train(model, optimizer, 1)
+    share = restore(tree, read(folder))
+    found, expected = contents(model, optimizer), load_file(folder / "whole.safetensors")
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    bad = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not bad, bad
+    train(model, optimizer, 1)  # the optimizer takes its state as it is
+    print(f"restored {mode}:{kind}:{folder.name} rank={rank} share={share:.3f};", flush=True)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    for order in sys.argv[1:]:
+        mode, kind, folder = order.split(":")
+        do(mode, kind, Path(folder))
     leave_together()
 
 
