@@ -280,6 +280,9 @@ class Loading(SmallRun):
         found = super().fingerprint()
         return {name: value for name, value in found.items() if not name.startswith("loader")}
 
+    def end(self) -> None:
+        self.batches = self.loader._iterator = None
+
 
 class LoadingWithWorkers(Loading):
     workers = 2
