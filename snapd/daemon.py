@@ -351,12 +351,25 @@ async def _poll(node: Node) -> None:
 
 
 def _on_signals(stop: asyncio.Event, log: EventLog) -> None:
+    told: list[str] = []
+
     def on_signal(name: str) -> None:
-        if stop.is_set():
+        told.append(name)
+        if len(told) > 1:
             log.warning("daemon.killed", reason=f"a second {name}")
             os._exit(1)  # the arena needs no farewell: a kill -9 must do it no harm either
         log.info("daemon.stopping", reason=name)
         stop.set()
 
+    def on_hangup() -> (
+        None
+    ):  # a login manager sends it beside SIGTERM: never the second signal that ends at once
+        if not stop.is_set():
+            log.info("daemon.stopping", reason="SIGHUP")
+            stop.set()
+
+    loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, on_signal, signal.Signals(signum).name)
+        loop.add_signal_handler(signum, on_signal, signal.Signals(signum).name)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)

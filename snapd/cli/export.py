@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import typer
 from snapd.cli.exporting import (
     Wanted,
     Written,
+    check_room,
     write_from_daemon,
     write_from_tier,
     written_json,
@@ -26,7 +26,7 @@ from snapd.cli.output import print_json
 from snapd.cli.restore import JobOption
 from snapd.cli.tier_source import FromOption
 from snapd.errors import ConfigError, NotRestorable
-from snapd.export.directory import check_target
+from snapd.export.directory import check_target, working_folder
 
 CLIENT_UNUSABLE = 3
 
@@ -77,24 +77,17 @@ def export(
 
 def _convert(target: Path, form: Format, write: Callable[[Path], Written]) -> Written:
     """By way of safetensors beside the target; the target appears complete or not at all."""
-    between = target.parent / f".{target.name}.safetensors"
-    working = target.parent / f".{target.name}.{form.value}"
-    _remove(between, working)
-    try:
+    with working_folder(target, form.value) as folder:
+        between, working = folder / "safetensors", folder / form.value
         written = write(between)
+        check_room(target, written.export.nbytes)
         command = [sys.executable, "-m", "snapd_client.export", form.value, str(between), str(working)]
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if result.returncode:
             raise _failed(form, result.returncode, result.stderr)
+        check_target(target)  # somebody else may have been quicker
         working.rename(target)
-    finally:
-        _remove(between, working)
     return written
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _failed(form: Format, code: int, told: str) -> ConfigError | NotRestorable:

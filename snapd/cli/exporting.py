@@ -112,10 +112,7 @@ def _tell(broken: Sequence[Broken], told: int) -> int:
 
 def _write(target: Path, views: Mapping[int, ShardView], ranks: list[int], *, show_progress: bool) -> Export:
     needed = export_nbytes(views, ranks)
-    free = shutil.disk_usage(target.parent).free
-    if needed + _FREE_BYTES_SPARE > free:
-        what = f"{target} needs {format_size(needed)}, {target.parent} has {format_size(free)} free"
-        raise CapacityError(what, hint="name another directory, or export fewer ranks with --rank")
+    check_room(target, needed)
     with progress_bar(is_wanted=show_progress) as bar:
         task = bar.add_task(f"writing {target.name}", total=needed)
         try:
@@ -123,6 +120,14 @@ def _write(target: Path, views: Mapping[int, ShardView], ranks: list[int], *, sh
         except OSError as error:
             what = f"{target} could not be written: {error.strerror or error}"
             raise ConfigError(what, hint="nothing was left behind; name another directory") from error
+
+
+def check_room(target: Path, nbytes: int) -> None:
+    """Raise CapacityError unless so much, and a little more, can be written to `target`."""
+    free = shutil.disk_usage(target.parent).free
+    if nbytes + _FREE_BYTES_SPARE > free:
+        what = f"{target} needs {format_size(nbytes)}, {target.parent} has {format_size(free)} free"
+        raise CapacityError(what, hint="name another directory, or export fewer ranks with --rank")
 
 
 def _check_still_there(

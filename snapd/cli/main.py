@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -77,6 +79,12 @@ app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")
 
 
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    """End as on Ctrl-C: what was begun is tidied away."""
+    raise SystemExit(128 + signum)
+
+
 def main() -> None:
     """Entry point of the `snapd` command."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
     app()

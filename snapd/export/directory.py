@@ -8,10 +8,13 @@ The directory appears complete or not at all: it is written beside its place und
 renamed.
 """
 
+import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +92,7 @@ def write_directory(
         OSError: the file system failed; nothing is left behind.
     """
     check_target(target)
-    working = target.parent / f".{target.name}.{os.getpid()}.partial"
-    working.mkdir(mode=0o700)
-    try:
+    with working_folder(target, "partial") as working:
         files: list[ExportedFile] = []
         tensor_count = nbytes = 0
         for rank in sorted(ranks):
@@ -102,10 +103,46 @@ def write_directory(
         _write_json(working / "snapshot.json", _snapshot_json(views[min(ranks)], sorted(ranks), files))
         _sync_directory(working)
         working.rename(target)  # replaces an empty directory, and nothing else
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     _sync_directory(target.parent)
     return Export(directory=target, files=files, tensor_count=tensor_count, nbytes=nbytes)
+
+
+@contextmanager
+def working_folder(target: Path, what: str) -> Iterator[Path]:
+    """A folder of this process beside `target`, to be renamed to it; removed at the end. What a killed process left
+    for the same target goes first: it holds no lock on it any more.
+    """
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9]+\.{what}")
+    for left in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
+        with _lock(left) as is_locked:
+            if is_locked:
+                shutil.rmtree(left, ignore_errors=True)
+    working = target.parent / f".{target.name}.{os.getpid()}.{what}"
+    working.mkdir(mode=0o700)
+    try:
+        with _lock(working):
+            yield working
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """False: another process has it, or the file system knows no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def _write_rank(

@@ -107,6 +107,29 @@ def test_sigterm_makes_the_newest_snapshot_durable_within_the_grace_time() -> No
         assert intents(scene.store, "a") == []
 
 
+def test_a_terminal_that_is_closed_ends_the_daemon_as_sigterm_does() -> None:
+    """And both together, as login managers send them, are no second signal that ends at once."""
+    with tier_daemon(SNAPD_TIER_EVERY_STEPS="1000") as scene:
+        process = scene.daemon.start()
+        opened(scene).capture(3, 1)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(20) == 0
+        assert list(scene.snapshots()) == [SnapshotId(1, 3)]
+        process = scene.daemon.start()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(20) == 0
+        assert scene.daemon.events("daemon.stopping")[-1]["reason"] == "SIGHUP"
+
+
+def test_a_daemon_that_is_told_to_ignore_hangups_does() -> None:
+    with tier_daemon() as scene:
+        process = scene.daemon.start(prefix=("nohup",))
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert scene.daemon.is_answering() and scene.daemon.stop() == 0
+
+
 def test_waiting_for_durable_asks_for_it() -> None:
     with tier_daemon(SNAPD_TIER_EVERY_STEPS="0") as scene:
         scene.daemon.start()

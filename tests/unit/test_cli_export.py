@@ -1,6 +1,7 @@
 """Exported directories: read back with safetensors and json only, equal bit for bit; bad bytes are named."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from snapd_proto import format_pb2
 
 from snapd.errors import ConfigError, IntegrityError
 from snapd.export.contents import contents_of
-from snapd.export.directory import export_nbytes, write_directory
+from snapd.export.directory import export_nbytes, working_folder, write_directory
 from snapd.export.shard_bytes import ShardBytes
 from snapd.export.shard_view import ShardView, contents_of_chunk, open_shard
 from tests.support.shard_builder import BuiltShard, ShardBuilder
@@ -296,6 +297,23 @@ def test_interrupted_by_the_user_nothing_is_left(tmp_path: Path) -> None:
     with _open(tmp_path, _two_tensors()) as views, pytest.raises(KeyboardInterrupt):
         write_directory(tmp_path / "out", views, [0], progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["segment-0-1-10"]
+
+
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+    left, mine, busy = (tmp_path / f".out.{name}.partial" for name in ("11", "my own", "12"))
+    for folder in (left, mine, busy):
+        folder.mkdir()
+        (folder / "rank-00000.safetensors").write_bytes(b"x")
+    descriptor = os.open(busy, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as the process that writes there
+    try:
+        with working_folder(tmp_path / "out", "partial") as working:
+            assert sorted(tmp_path.iterdir()) == sorted([mine, busy, working])
+            with working_folder(tmp_path / "other", "partial"):
+                assert working.exists()
+    finally:
+        os.close(descriptor)
+    assert sorted(tmp_path.iterdir()) == sorted([mine, busy])
 
 
 def test_progress_counts_all_bytes(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from snapd.tier.known_chunks import read_entry, read_record
 from snapd.tier.reading import Candidate, TierReader
 from snapd.tier.streaming import Miss
 from tests.support.stored_snapshot import TierWriter, build_world, directory_store, flip_bit
+from tests.support.waiting import wait_for
 
 KEYS = TierKeys("job")
 runner = CliRunner()
@@ -159,6 +163,28 @@ def test_what_is_deleted_between_listing_and_looking_is_not_listed(
     monkeypatch.setattr(TierReader, "candidates", then_delete)
     rows = json.loads(run("ls", "--from", tier, "--json"))
     assert listed == [20, 10] and [(row["step"], row["complete"]) for row in rows] == [(10, True)]
+
+
+def test_sigterm_leaves_nothing_behind(tier: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    code = f"""if True:
+        import pathlib, sys, time
+        from snapd.cli.main import main
+        from snapd.export import directory
+        def write(working, *more):
+            (working / "rank-00000.safetensors").write_bytes(b"x")
+            pathlib.Path({str(begun)!r}).touch()
+            time.sleep(60)
+        directory._write_rank = write
+        sys.argv = ["snapd", "restore", "--to", {str(tmp_path / "out")!r}, "--from", {str(tier)!r}]
+        main()
+    """
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(begun.exists, "it writes")
+    assert list(tmp_path.glob(".out.*.partial"))
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "tier"]
 
 
 def test_a_job_must_be_named_where_there_are_several(tier: Path, tmp_path: Path) -> None:
