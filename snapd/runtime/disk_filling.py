@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from snapd.core.ids import SnapshotId
 from snapd.core.node_disk import parts_to_bring
 from snapd.core.stored import StoredShard
+from snapd.core.tier_keys import TierKeys
 from snapd.errors import CapacityError, ConflictError, SnapdError, UnavailableError
 from snapd.runtime.disk_tier import DiskTier
 from snapd.runtime.job import Job
 from snapd.runtime.tier_bringing import Lacking, bring_stored
 from snapd.runtime.tier_restoring import forgive
 from snapd.tier.node_disk import DiskLook
+from snapd.tier.node_scrub import ScrubReader
 from snapd.tier.reading import TierReader
 from snapd.tier.streaming import Fault
 
@@ -127,7 +129,7 @@ async def _bring_one(tier: DiskTier, job: Job, reader: TierReader, shard: Stored
     try:
         await bring_stored(job, reader, shard, tier.asking, progress=fill.add)
     except Lacking as lacking:
-        if lacking.is_away:
+        if lacking.is_away and not await _is_unreadable(tier, job.name, lacking):
             raise _away(lacking, tier) from lacking
         note_rotten(tier, job.name, lacking)
         return f"rank {shard.rank}: {lacking.reason}"
@@ -137,6 +139,27 @@ async def _bring_one(tier: DiskTier, job: Job, reader: TierReader, shard: Stored
     except ConflictError as error:
         return error.message
     return ""
+
+
+async def _is_unreadable(tier: DiskTier, job: str, lacking: Lacking) -> bool:
+    """The disk says that it fails: has it bad sectors, or does it not answer at all? A restore waits for the second
+    only.
+    """
+    failing = [
+        miss.chunk for miss in lacking.misses if miss.error is not None and miss.error.kind == "store_failing"
+    ]
+    witness = next(iter(tier.job(job).known), "")
+    if not failing or not witness:
+        return False
+    reader = ScrubReader(tier.settings.path)
+    try:
+        store = await tier.ask(tier.opened)
+        found = await tier.flush(reader.find_unreadable, store, TierKeys(job), failing, witness)
+    except SnapdError:
+        return False  # what the fill says of the disk stands
+    if found and tier.job(job).note_rotten(found):
+        tier.metrics.rotten_chunks.inc(len(found))
+    return bool(found)
 
 
 def note_rotten(tier: DiskTier, job: str, lacking: Lacking) -> None:

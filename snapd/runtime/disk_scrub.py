@@ -34,6 +34,7 @@ class _Kept:
 
     manifests: Mapping[str, StoredShard] = field(default_factory=dict)
     packs: dict[str, list[StoredChunk]] = field(default_factory=dict)
+    pack_nbytes: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
 
 
@@ -76,17 +77,10 @@ class DiskScrub:
 
     @property
     def facts(self) -> ScrubFacts:
-        ages = list(self._read_s.values())
         stale = {key for key, at_s in self._read_s.items() if at_s is None}
         nbytes = sum(kept.nbytes for kept in self._kept.values())
-        left = sum(
-            chunk.stored_nbytes
-            for kept in self._kept.values()
-            for key, chunks in kept.packs.items()
-            if key in stale
-            for chunk in chunks
-        )
-        known = [at_s for at_s in ages if at_s is not None]
+        left = sum(kept.pack_nbytes.get(key, 0) for kept in self._kept.values() for key in stale)
+        known = [at_s for at_s in self._read_s.values() if at_s is not None]
         oldest_s = self._now_s() - min(known) if known and not stale else None
         return ScrubFacts(nbytes, nbytes - left, oldest_s)
 
@@ -219,7 +213,8 @@ def _kept_of(job: str, manifests: Mapping[str, StoredShard]) -> _Kept:
         for chunk in shard.chunks:
             packs.setdefault(keys.pack(chunk.pack), {})[chunk.offset] = chunk
     chunks = {key: list(by_offset.values()) for key, by_offset in packs.items()}
-    return _Kept(manifests, chunks, sum(chunk.stored_nbytes for each in chunks.values() for chunk in each))
+    nbytes = {key: sum(chunk.stored_nbytes for chunk in each) for key, each in chunks.items()}
+    return _Kept(manifests, chunks, nbytes, sum(nbytes.values()))
 
 
 def _spoilt(shards: Collection[StoredShard], found: Mapping[Spot, str]) -> list[SnapshotId]:

@@ -60,6 +60,16 @@ class ScrubReader:
         self._cool(key)
         return found
 
+    def find_unreadable(
+        self, store: Store, keys: TierKeys, chunks: Sequence[StoredChunk], witness: str
+    ) -> dict[Spot, str]:
+        """The first of `chunks` that is bad; empty: all can be read by now. As `check_chunks`."""
+        for chunk in chunks:
+            found = self.check_chunks(store, keys, [chunk], witness)
+            if found:
+                return found
+        return {}
+
     def check_manifest(self, store: Store, key: str, job: str, shard: StoredShard) -> str:
         """What is wrong with a manifest, which should say `shard`; empty: nothing. Raises as `check_chunks`."""
         self._cool(key)

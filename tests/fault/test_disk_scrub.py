@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
 from snapd.core.ids import SnapshotId
 from snapd.core.stored import StoredChunk
 from snapd.core.tier_keys import TierKeys
@@ -18,6 +26,19 @@ def chunk_of(scene: DiskDaemon, step: int, index: int) -> StoredChunk:
 
 def rot(scene: DiskDaemon, chunk: StoredChunk) -> None:
     changed(scene.root / KEYS.pack(chunk.pack), flip(chunk.offset + 11))
+
+
+@contextmanager
+def bad_sectors(path: Path) -> Iterator[None]:
+    """Every read of the file is answered with EIO: another one lies over it, that of a process's memory, from 0 on."""
+    if subprocess.run(["mount", "--bind", f"/proc/{os.getpid()}/mem", path], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with path.open("rb") as file, pytest.raises(OSError, match="Input/output error"):
+            file.read(64)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
 
 
 def wait_event(scene: DiskDaemon, event: str) -> dict[str, object]:
@@ -79,6 +100,43 @@ def test_what_cannot_be_mended_stays_in_sight() -> None:
         rot(scene, chunk)
         wait_event(scene, "disk.rotten")
         assert scene.daemon.status().disk.scrub.bad_count == 1
+
+
+def test_a_place_that_the_disk_cannot_read_is_found_and_what_lay_there_is_written_again() -> None:
+    with disk_daemon(**SCRUB, **ON_DEMAND) as scene:
+        scene.daemon.start()
+        trainer = scene.trainer()
+        trainer.capture(1, SEED)
+        assert trainer.wait_durable(1).reached
+        bad = chunk_of(scene, 1, 5)
+        with bad_sectors(scene.root / KEYS.pack(bad.pack)):
+            assert "Input/output error" in str(wait_event(scene, "disk.rotten")["reason"])
+            assert wait_event(scene, "disk.mended")["left"] == 0
+        assert bad.pack not in scene.named_packs()
+        trainer.disconnect()
+        scene.reboot()
+        assert scene.trainer("two").restore(SEED) == 1
+
+
+def test_a_snapshot_that_the_disk_cannot_read_is_given_up_for_an_older_one_at_a_restore() -> None:
+    """A bad sector answers for ever that it cannot be read: nobody waits for it as for a disk that is away."""
+    with disk_daemon(SNAPD_TIER_NODE_SCRUB="0") as scene:
+        scene.daemon.start()
+        trainer = scene.trainer()
+        capture_kept(scene, trainer, 1, 3)
+        trainer.disconnect()
+        others = {chunk.pack for chunk in scene.shards()[SnapshotId(1, 2)][0].chunks}
+        own = next(c.pack for c in scene.shards()[SnapshotId(1, 3)][0].chunks if c.pack not in others)
+        scene.daemon.kill()
+        with bad_sectors(scene.root / KEYS.pack(own)):
+            scene.reboot()
+            plan = scene.trainer("two").plan()
+            assert plan.step == 2
+            newer = next(candidate for candidate in plan.candidates if candidate.step == 3)
+            assert newer.verdict == "unusable"
+            assert "Input/output error" in newer.reason
+            assert own in newer.reason
+            assert "Input/output error" in scene.disk().bad_reason
 
 
 def test_a_pack_that_somebody_deleted_is_written_again() -> None:
