@@ -112,6 +112,8 @@ async def flush_now(node: Node, request: admin_pb2.FlushRequest) -> admin_pb2.Fl
     newest = flusher.newest
     if newest is None:
         raise NotFoundError("the job has no complete snapshot", kind="snapshot", job=job.name)
+    if isinstance(flusher, JobFlusher) and flusher.is_durable(newest) and not request.is_again:
+        await flusher.confirm()
     flusher.request(newest, is_again=request.is_again)
     timeout_s = min(max(0.0, request.timeout_s), FLUSH_WAIT_MAX_S)
 

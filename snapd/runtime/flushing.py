@@ -87,6 +87,31 @@ class JobFlusher(FlushLoop[Flushed]):
                 async with asyncio.timeout(OPEN_WAIT_S):
                     await asyncio.shield(self.job.context.keep(self._learn()))
 
+    async def confirm(self) -> None:
+        """See that the tier still has what is called durable here: somebody may have put an older state of it back.
+        Then memory's newest becomes durable anew. Waits a little; a tier that does not answer proves nothing.
+        """
+        durable = self._chooser.durable
+        if durable is None or not self._is_learnt or self.job.world is not None:
+            return  # in a world it is the collector that says what is durable
+        with contextlib.suppress(SnapdError, TimeoutError):
+            async with asyncio.timeout(OPEN_WAIT_S):
+                await asyncio.shield(self.job.context.keep(self._confirm(durable)))
+
+    async def _confirm(self, durable: SnapshotId) -> None:
+        found = await self.tier.ask(self.tier.newest_listed, self.job.name)
+        if self._chooser.durable != durable or (found is not None and found >= durable):
+            return
+        self._chooser.note_lost(found)
+        there = f"its newest is {found}" if found is not None else "it has nothing"
+        self.job.context.log.warning(
+            "flush.lost",
+            job=self.job.name,
+            snapshot=str(durable),
+            reason=f"{self.tier.settings.url} had it, and now {there}: memory's newest is written again",
+        )
+        self.job.changes.notify()
+
     # what the tier adds to the loop
 
     async def _learn(self) -> None:

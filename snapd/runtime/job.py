@@ -104,6 +104,9 @@ class FlushPart(Protocol):
     async def wait_newest_durable(self) -> None:
         """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""
 
+    async def confirm(self) -> None:
+        """See that the tier still has what is called durable. Waits a little."""
+
     async def before_opening(self) -> None:
         """A generation is about to be given out: it must be above all that the tier has. Waits a little."""
 

@@ -67,7 +67,18 @@ class TierCollecting:
                 pause_s = max(retry_s(self._failures), min(60.0, rules.round_s / 4))
                 continue
             self._note(done, rewritten)
+            await self._doubt(done)
             pause_s = max(PAUSE_MIN_S, min(done.next_s or rules.round_s, rules.round_s))
+
+    async def _doubt(self, done: Pass) -> None:
+        """What is called durable was not seen: either it came after the look, or the tier went back in time."""
+        flusher, newest = self.job.flusher, max(done.judgement.current, default=None)
+        if (
+            flusher is not None
+            and flusher.durable is not None
+            and (newest is None or newest < flusher.durable)
+        ):
+            await flusher.confirm()
 
     def _pass(self) -> tuple[Pass, Rewritten]:
         """In a thread of the tier."""

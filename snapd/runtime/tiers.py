@@ -182,6 +182,10 @@ class NodeTier(TierThreads):
             record.id if record is not None else None,
         )
 
+    def newest_listed(self, job: str) -> SnapshotId | None:
+        """The newest snapshot of a job that has a commit record, good or not. One listing, blocking."""
+        return max(committed_snapshots(self.opened(), TierKeys(job)), default=None)
+
     def count_requests(self) -> dict[str, int]:
         """By kind, since the store was opened; the metrics follow."""
         store = self._store

@@ -15,8 +15,10 @@ from snapd.errors import UnavailableError
 from snapd.store.directory import DirectoryStore
 from snapd.tier.writing import ShardBytes
 from tests.support.flush_parts import Writers, contents_of, flush, shard
+from tests.support.flush_scene import capture_steps, tier_daemon
 from tests.support.stores import directory_store
 from tests.support.tier_audit import audit
+from tests.support.waiting import wait_for
 
 ATTEMPTS_MAX = 3
 MOMENTS = [
@@ -87,3 +89,40 @@ def test_packs_are_gone_that_a_manifest_of_a_killed_daemon_names(
     done = flush(writer, built)
     assert done.snapshot.revision == 1 and done.shards_resumed == 0
     assert audit(store, "a") == {SnapshotId(1, 2): [frames_of(built[0])]}
+
+
+def put_back(root: Path, kept: Path) -> None:
+    shutil.rmtree(root / "jobs")
+    shutil.copytree(kept / "jobs", root / "jobs")
+
+
+def test_an_older_state_is_put_back_and_drain_does_not_call_durable_what_is_gone() -> None:
+    with tier_daemon(SNAPD_TIER_GC_EVERY="1h") as scene:
+        scene.daemon.start()
+        trainer = scene.daemon.trainer()
+        trainer.open(job="a", state_bytes_estimate=6 << 16)
+        capture_steps(trainer, 1, 2)
+        scene.wait_durable(2)
+        kept = scene.root.with_name("kept")
+        shutil.copytree(scene.root, kept)
+        capture_steps(trainer, 3, 4)
+        scene.wait_durable(4)
+        put_back(scene.root, kept)
+        assert max(scene.snapshots()) == SnapshotId(1, 2)
+        reply = scene.daemon.admin("Flush", scene.flush_request(20.0))
+        assert (reply.is_durable, reply.step) == (True, 4)
+        assert scene.snapshots()[SnapshotId(1, 4)] == [trainer.chunks(4, 1, 6)]
+        (lost,) = scene.daemon.events("flush.lost")
+        assert lost["snapshot"] == "1/4" and "1/2" in lost["reason"]
+
+
+def test_an_older_state_is_put_back_and_the_collector_sees_it() -> None:
+    with tier_daemon(SNAPD_TIER_GC_EVERY="1s", SNAPD_TIER_INTENT_TTL="4s") as scene:
+        scene.daemon.start()
+        trainer = scene.daemon.trainer()
+        trainer.open(job="a", state_bytes_estimate=6 << 16)
+        capture_steps(trainer, 1, 2)
+        scene.wait_durable(2)
+        emptied(scene.root)
+        wait_for(lambda: scene.daemon.events("flush.lost"), "it is seen")
+        wait_for(lambda: SnapshotId(1, 2) in audit(scene.store, "a"), "it is written again")
