@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from snapd import __version__
 from snapd.config import Config, MetricsConfig, Paths, node_settings, paths, unknown_variables
 from snapd.config_cluster import plan_cluster
-from snapd.config_tiers import TierConfig, check_tier, collect_rules, hurried, node_folder, store_of
+from snapd.config_tiers import (
+    TierConfig,
+    check_tier,
+    collect_rules,
+    hurried,
+    node_folder,
+    read_threads,
+    store_of,
+)
 from snapd.core.flushing import FlushRules
 from snapd.core.scrubbing import ScrubRules
 from snapd.errors import ConfigError, ConflictError, IntegrityError, SnapdError
@@ -240,7 +248,12 @@ def _restore_from(config: TierConfig, node: Node) -> None:
     """The shared tier, if there is one, is a source of restores, too."""
     if node.tier is None:
         return
-    node.tier_restores = TierRestores(config.shared, node.tier.settings.open, wait_s=config.restore_wait)
+    node.tier_restores = TierRestores(
+        config.shared,
+        node.tier.settings.open,
+        wait_s=config.restore_wait,
+        read_threads=read_threads(config, config.shared),
+    )
     if node.cluster is not None:
         node.cluster.tier_look = TierLook(node.tier_restores, node.jobs.get)
 

@@ -14,7 +14,7 @@ import typer
 from snapd_proto import admin_pb2
 
 from snapd.cli.settings import load_settings
-from snapd.config_tiers import store_of
+from snapd.config_tiers import read_threads, store_of
 from snapd.core.ids import checked_job_name
 from snapd.core.stored import StoredShard, StoredSnapshot
 from snapd.errors import ConfigError, NotFoundError, NotRestorable, SnapdError, UnavailableError
@@ -100,7 +100,7 @@ def opened_tier(url: str) -> Iterator[TierSource]:
         where = str(Path(where).absolute())
     _refuse_node_folder(where)
     store = store_of(config, _surroundings(), url=where)
-    pool = ReadPool()
+    pool = ReadPool(threads=read_threads(config, where))
     try:
         yield TierSource(store, pool)
     except NotFoundError as error:

@@ -35,9 +35,11 @@ R = TypeVar("R")
 
 
 class TierAccess:
-    """`url`: of the tier, as configured. `open_store`: makes a store; asks nothing of it."""
+    """`url`: of the tier, as configured. `open_store`: makes a store; asks nothing of it. `read_threads`: so many reads at
+    once.
+    """
 
-    def __init__(self, url: str, open_store: Callable[[], Store]) -> None:
+    def __init__(self, url: str, open_store: Callable[[], Store], *, read_threads: int) -> None:
         self.url = url
         self._open_store = open_store
         self._opening = threading.Lock()
@@ -46,7 +48,7 @@ class TierAccess:
         self._bad: dict[
             str, frozenset[Spot]
         ] = {}  # job -> where stored chunks lie that were read and are bad
-        self.pool = ReadPool()
+        self.pool = ReadPool(threads=read_threads)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="snapd-restore")
 
     @property

@@ -61,8 +61,10 @@ class Wish:
 class TierRestores(TierAccess):
     """`wait_s`: how long a restore waits for a tier that may have a newer snapshot."""
 
-    def __init__(self, url: str, open_store: Callable[[], Store], *, wait_s: float) -> None:
-        super().__init__(url, open_store)
+    def __init__(
+        self, url: str, open_store: Callable[[], Store], *, wait_s: float, read_threads: int
+    ) -> None:
+        super().__init__(url, open_store, read_threads=read_threads)
         self.chunks = TierChunks(self)
         self._wait_s = wait_s
         self._quiet_until_s = 0.0

@@ -195,7 +195,7 @@ class S3Requests:
                 connect_timeout=min(options.connect_s, stall_s),
                 read_timeout=stall_s,
                 retries={"total_max_attempts": 1, "mode": "standard"},
-                max_pool_connections=options.concurrency + _CONNECTIONS_BESIDE,
+                max_pool_connections=2 * options.concurrency + _CONNECTIONS_BESIDE,
                 s3={"addressing_style": _style(options)},
                 request_checksum_calculation="when_required",  # each request names its own
                 response_checksum_validation="when_required",

@@ -25,7 +25,7 @@ from snapd.tier.intents import read_condemned
 from snapd.tier.manifests import decode_entry, encode_shard, encode_snapshot, entry_of
 from snapd.tier.notes import encode_intent
 from snapd.tier.packs import PackBuilder
-from snapd.tier.streaming import Run, Want, plan_runs
+from snapd.tier.streaming import RUN_BYTES, Run, Want, plan_runs
 
 CHUNKS_MAX = 400_000  # of all kept snapshots, some 100 MB; with more nothing is rewritten
 Spot = tuple[str, int]  # pack and offset
@@ -252,7 +252,8 @@ class _Attempt:
             known = self.moved.get(spot)
             if known is None or self.keys.pack(known.pack) in condemned:
                 wants[spot] = chunk
-        runs = plan_runs([Want(index, chunk) for index, chunk in enumerate(wants.values())])
+        lost = [Want(index, chunk) for index, chunk in enumerate(wants.values())]
+        runs = plan_runs(lost, direct_bytes=RUN_BYTES)  # they go through a buffer in any case
         writer = _PackWriter(self)
         try:
             for chunk, stored in self._read(runs):

@@ -28,7 +28,8 @@ R = TypeVar("R")
 THREADS = 6
 RUN_BYTES = 8 * MIB  # of one ranged read
 GAP_BYTES = 128 * KIB  # that nobody wants, read along rather than asking twice
-DIRECT_BYTES = 256 * KIB  # from this size on a chunk that is stored as it is has a read of its own
+DIRECT_BYTES = 256 * KIB  # on a disk a chunk of this size that is stored as it is has a read of its own
+DIRECT_FAR_BYTES = RUN_BYTES  # the same where each read costs a round to a server, tens of milliseconds
 LARGE_BYTES = 128 * MIB  # for chunks beyond RUN_BYTES: stored and raw
 
 
@@ -77,10 +78,6 @@ class Run:
     def nbytes(self) -> int:
         return max(want.chunk.offset + want.chunk.stored_nbytes for want in self.wants) - self.offset
 
-    @property
-    def is_direct(self) -> bool:
-        return len(self.wants) == 1 and _is_direct(self.wants[0].chunk)
-
 
 Place = Callable[[int], memoryview]
 """Chunk index -> where its raw bytes go, as large as the chunk. Called on a thread of the pool, once for each try."""
@@ -88,12 +85,15 @@ Done = Callable[[int, memoryview], None]
 """The chunk is at its place, and is what its hash says. On a thread of the pool."""
 
 
-def _is_direct(chunk: StoredChunk) -> bool:
-    return chunk.encoding is Encoding.RAW and chunk.nbytes >= DIRECT_BYTES
+def _is_direct(chunk: StoredChunk, direct_bytes: int) -> bool:
+    return chunk.encoding is Encoding.RAW and chunk.nbytes >= direct_bytes
 
 
-def plan_runs(wants: Sequence[Want]) -> list[Run]:
-    """Cut what is wanted into runs, in the order of the packs. Pure."""
+def plan_runs(wants: Sequence[Want], *, direct_bytes: int = DIRECT_BYTES) -> list[Run]:
+    """Cut what is wanted into runs, in the order of the packs. Pure.
+
+    `direct_bytes`: from this size on a chunk that is stored as it is is a run of its own, read to its place.
+    """
     runs: list[Run] = []
     current: list[Want] = []
     end = 0
@@ -103,8 +103,8 @@ def plan_runs(wants: Sequence[Want]) -> list[Run]:
         is_joined = (
             current
             and chunk.pack == current[0].chunk.pack
-            and not _is_direct(chunk)
-            and not _is_direct(current[-1].chunk)
+            and not _is_direct(chunk, direct_bytes)
+            and not _is_direct(current[-1].chunk, direct_bytes)
             and chunk.offset - end <= GAP_BYTES
             and stop - current[0].chunk.offset <= RUN_BYTES
         )
@@ -168,8 +168,10 @@ class ReadPool:
         `key_of`: pack name -> the key of its object. Returns what did not come; bytes at its place are then undefined.
         A store that does not answer once is not asked for the rest.
         """
-        work = _Work(self, store, key_of, place, done, stop or threading.Event())
-        futures = [self._executor.submit(work.take, run) for run in plan_runs(wants)]
+        direct_bytes = DIRECT_BYTES if hasattr(store, "read_through") else DIRECT_FAR_BYTES
+        work = _Work(self, store, key_of, place, done, stop or threading.Event(), direct_bytes)
+        runs = plan_runs(wants, direct_bytes=direct_bytes)
+        futures = [self._executor.submit(work.take, run) for run in runs]
         for future in futures:  # all of them end before this returns: they write to the caller's memory
             if future.exception() is not None:
                 work.stop.set()
@@ -223,6 +225,7 @@ class _Work:
     place: Place
     done: Done | None
     stop: threading.Event
+    direct_bytes: int
     away: SnapdError | None = None
 
     def take(self, run: Run) -> list[Miss]:
@@ -230,7 +233,7 @@ class _Work:
             return [Miss(w.index, w.chunk, Fault.STOPPED, "called off") for w in run.wants]
         if self.away is not None:
             return [self._miss(want, Fault.AWAY, self.away) for want in run.wants]
-        if run.is_direct:
+        if len(run.wants) == 1 and _is_direct(run.wants[0].chunk, self.direct_bytes):
             return self._take_direct(run.wants[0])
         if run.nbytes <= RUN_BYTES:
             return self._take_run(run)

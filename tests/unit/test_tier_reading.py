@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -13,13 +14,14 @@ from snapd.core.ids import SnapshotId
 from snapd.core.stored import Encoding, StoredChunk, VoidRecord
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import UnavailableError
+from snapd.store.base import ObjectInfo, Store
 from snapd.store.directory import DirectoryStore
 from snapd.tier import envelope
 from snapd.tier.envelope import Kind, unwrap, wrap
 from snapd.tier.notes import encode_void
 from snapd.tier.reading import Broken, Opened, TierReader, jobs_of
 from snapd.tier.shard_bytes import BatchReader, StoredShardBytes
-from snapd.tier.streaming import GAP_BYTES, RUN_BYTES, Fault, ReadPool, Want, plan_runs
+from snapd.tier.streaming import DIRECT_FAR_BYTES, GAP_BYTES, RUN_BYTES, Fault, ReadPool, Want, plan_runs
 from snapd.units import MIB
 from tests.support.shard_builder import BuiltShard
 from tests.support.stored_snapshot import TierWriter, build_world, directory_store, flip_bit
@@ -207,7 +209,8 @@ def test_large_chunks_are_read_to_their_place_and_checked_on_the_way(tmp_path: P
     opened = reader.find(SnapshotId(1, 10), None)
     assert isinstance(opened, Opened)
     shard = opened.shards[0]
-    assert any(run.is_direct for run in plan_runs([Want(i, c) for i, c in enumerate(shard.chunks)]))
+    runs = plan_runs([Want(i, c) for i, c in enumerate(shard.chunks)])
+    assert any(run.nbytes == 2 * MIB and len(run.wants) == 1 for run in runs)
     out = [bytearray(chunk.nbytes) for chunk in shard.chunks]
     assert reader.read(shard, range(len(out)), lambda i: memoryview(out[i])) == []
     assert [bytes(piece) for piece in out] == chunks_of(world[0])
@@ -250,7 +253,55 @@ def test_gaps_packs_and_large_raw_chunks_end_a_run() -> None:
     assert len(plan_runs([Want(0, first), Want(1, elsewhere)])) == 2
     raw = chunk_at(1000, MIB, encoding=Encoding.RAW)
     runs = plan_runs([Want(0, first), Want(1, raw)])
-    assert [run.is_direct for run in runs] == [False, True]
+    assert [len(run.wants) for run in runs] == [1, 1]
+
+
+def test_what_each_read_costs_a_round_for_comes_in_few_of_them() -> None:
+    raw = [Want(i, chunk_at(64 + i * MIB, MIB, encoding=Encoding.RAW)) for i in range(20)]
+    assert len(plan_runs(raw)) == 20
+    far = plan_runs(raw, direct_bytes=DIRECT_FAR_BYTES)
+    assert [len(run.wants) for run in far] == [8, 8, 4]
+    large = [Want(i, chunk_at(64 + i * RUN_BYTES, RUN_BYTES, encoding=Encoding.RAW)) for i in range(3)]
+    assert [len(run.wants) for run in plan_runs(large, direct_bytes=DIRECT_FAR_BYTES)] == [1, 1, 1]
+
+
+class Far:
+    """A store that counts its reads, and has no reading on the way."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.reads = store, 0
+
+    def read(self, key: str, *, max_nbytes: int) -> bytes:
+        return self._store.read(key, max_nbytes=max_nbytes)
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        self.reads += 1
+        self._store.read_into(key, offset, buffer)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self._store.list(prefix)
+
+
+def test_from_afar_raw_chunks_come_together_and_each_is_checked(tmp_path: Path) -> None:
+    store = directory_store(tmp_path / "tier")
+    world = build_world(world_size=1, elements=1_500_000, chunk_bytes=MIB // 2)
+    TierWriter(store).write_built(world)
+    far = Far(store)
+    pool = ReadPool(threads=2)
+    reader = TierReader(cast(Store, far), "job", pool)
+    opened = reader.find(SnapshotId(1, 10), None)
+    assert isinstance(opened, Opened)
+    shard = opened.shards[0]
+    assert {chunk.encoding for chunk in shard.chunks} == {Encoding.RAW} and len(shard.chunks) > 8
+    out = [bytearray(chunk.nbytes) for chunk in shard.chunks]
+    assert reader.read(shard, range(len(out)), lambda i: memoryview(out[i])) == []
+    assert [bytes(piece) for piece in out] == chunks_of(world[0])
+    assert far.reads <= -(-sum(chunk.nbytes for chunk in shard.chunks) // RUN_BYTES) + 1
+    bad = shard.chunks[5]
+    flip_bit(tmp_path / "tier", KEYS.pack(bad.pack), bad.offset + 7)
+    misses = reader.read(shard, range(len(out)), lambda i: memoryview(out[i]))
+    pool.close()
+    assert [(miss.index, miss.fault) for miss in misses] == [(5, Fault.BAD)]
 
 
 def test_one_chunk_that_is_wanted_twice_is_read_once() -> None:
