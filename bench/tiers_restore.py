@@ -29,6 +29,7 @@ from report import Report, spread
 from snapd_proto import admin_pb2, format_pb2
 from tiers_flush import CHUNK_NBYTES, Floats, MemoryWatch
 
+from snapd.store.base import Store
 from snapd.tier.reading import Opened, TierReader
 from snapd.tier.streaming import THREADS, ReadPool
 from tests.support.daemon_process import daemon_folders
@@ -56,6 +57,11 @@ class Memory:
 
 def write_state(root: Path, nbytes: int, mode: str) -> None:
     """One rank with one tensor of `nbytes`, in a tier below `root`."""
+    write_into(directory_store(root), nbytes, mode)
+
+
+def write_into(store: Store, nbytes: int, mode: str) -> None:
+    """The same, in a store."""
     floats = Floats(1)
     builder = ShardBuilder(job="a", generation=1, step=1, chunk_bytes=CHUNK_NBYTES)
     small = builder.build()  # the layout's form; the tensor's bytes are streamed
@@ -66,7 +72,7 @@ def write_state(root: Path, nbytes: int, mode: str) -> None:
         record.chunks.add(nbytes=CHUNK_NBYTES, segment=0, frame=index, segment_rank=0)
     lazy = _Chunks(chunks, floats, record)
     lazy.finish()
-    TierWriter(directory_store(root), job="a", mode=mode).write([(record, lazy)])
+    TierWriter(store, job="a", mode=mode).write([(record, lazy)])
 
 
 class _Chunks(dict[int, bytes]):

@@ -35,8 +35,8 @@ R = TypeVar("R")
 
 
 class TierAccess:
-    """`url`: of the tier, as configured. `open_store`: makes a store; asks nothing of it. `read_threads`: so many reads at
-    once.
+    """`url`: of the tier, as configured. `open_store`: makes a store; asks nothing of it. `read_threads`: so many reads
+    at once.
     """
 
     def __init__(self, url: str, open_store: Callable[[], Store], *, read_threads: int) -> None:
