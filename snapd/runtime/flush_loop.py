@@ -158,8 +158,12 @@ class FlushLoop(ABC, Generic[Done]):
     def is_refused(self, snapshot: SnapshotId) -> bool:
         """It is complete, and waiting does not help: a person has to mend what `reason` says."""
         newest = self.newest
-        is_complete = newest is not None and newest >= snapshot
-        return is_complete and (self._chooser.is_hopeless or self._chooser.is_barred)
+        if newest is None or newest < snapshot:
+            return False
+        is_ours = (
+            self.job.world is None or newest in self.job.ledger.snapshots
+        )  # else other nodes bring it there
+        return is_ours and (self._chooser.is_hopeless or self._chooser.is_barred)
 
     async def wait_newest_durable(self) -> None:
         """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""

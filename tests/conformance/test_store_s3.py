@@ -8,6 +8,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -319,14 +320,20 @@ def test_deadlines_are_kept_when_the_server_stops(weed: Seaweed, store: S3Store)
         lambda: store.read_into("a", 0, memoryview(bytearray(20 * MIB)), deadline_s=1.5),
         lambda: store.head("a", deadline_s=1.5),
     ]
+
+    def give_up(call: Callable[[], object]) -> tuple[str, float]:
+        started = time.monotonic()
+        with pytest.raises(UnavailableError) as error:
+            call()
+        return error.value.kind, time.monotonic() - started
+
     weed.hang()
     try:
-        for call in calls:
-            started = time.monotonic()
-            with pytest.raises(UnavailableError) as error:
-                call()
-            assert error.value.kind in ("store_slow", "store_unreachable")
-            assert time.monotonic() - started < 8  # on a busy machine; the store's own deadline is 20 s
+        with ThreadPoolExecutor(len(calls)) as threads:
+            outcomes = list(threads.map(give_up, calls))
+        assert {kind for kind, _ in outcomes} <= {"store_slow", "store_unreachable"}
+        slowest_s = max(seconds for _, seconds in outcomes)
+        assert slowest_s < 8  # on a busy machine; the store's own deadline is 20 s
     finally:
         weed.go_on()
     assert store.create("c", b"x") is Created.OURS
@@ -352,7 +359,10 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(weed: Seaweed, store: S
     assert store.requests.retries > 0
 
 
-def test_an_upload_is_given_up_soon_while_the_server_hangs(weed: Seaweed, prefix: str) -> None:
+def test_an_upload_is_given_up_soon_while_the_server_hangs(
+    weed: Seaweed, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_upload, "_ABORT_WITHIN_S", 3.0)
     store = weed.store(prefix, stall_s=1, deadline_s=60, concurrency=2)
     begun = store.upload("p")
     begun.write([bytes(PART_BYTES + 1)])
@@ -361,7 +371,7 @@ def test_an_upload_is_given_up_soon_while_the_server_hangs(weed: Seaweed, prefix
         begun.write([bytes(PART_BYTES)])
         started = time.monotonic()
         begun.abort()
-        assert time.monotonic() - started < 12
+        assert time.monotonic() - started < 8  # not the store's own deadline of a minute
     finally:
         weed.go_on()
     for key, token, _ in list(store.unfinished()):  # what could not be aborted is found later
