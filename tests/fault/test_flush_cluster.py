@@ -109,6 +109,7 @@ def test_a_node_without_its_store_holds_up_nobody_and_catches_up(tier: Path) -> 
             lambda: nodes["n3"].job("apart").flush.pause == "bucket", "n3 pauses", WAIT_S, nodes["n3"].tail
         )
         assert set(read_tier(directory_store(tier), "apart")) == {SnapshotId(1, 2)}
+        assert "does not become durable" in nodes["n3"].command("drain", "--job", "apart", code=4)
         nodes["n3"].kill()
         nodes["n3"].start()
         world.trainers[2].reconnect()
