@@ -31,7 +31,6 @@ FLUSH_LIMIT = 1 / 0.70  # of the time of write and fsync
 STEP_LIMIT = 1.05  # of a step while nothing is written
 SCRUB_CPU_LIMIT = 1.0  # % of a core at RATE_MIN, on which all but huge disks are read again
 SCRUB_S = 6.0
-STEPS = 10  # of a turn
 
 
 def flush(report: Report, args: argparse.Namespace) -> None:
@@ -148,7 +147,7 @@ def worker(args: argparse.Namespace) -> None:
             while is_writing():
                 time.sleep(0.05)
         work.barrier()
-        for _ in range(STEPS):
+        for _ in range(args.steps):
             before = is_writing()
             seconds = step()
             turns.append({"seconds": seconds, "writing": before and is_writing(), "calm": not before})
@@ -163,7 +162,16 @@ def steps(report: Report, args: argparse.Namespace) -> None:
     options = ["--tier-node", str(folder), "--tier-node-every", "0"]
     try:
         with daemon(*options) as node:
-            own = [__file__, "--worker", "--size", args.size, "--turns", str(args.turns)]
+            own = [
+                __file__,
+                "--worker",
+                "--size",
+                args.size,
+                "--turns",
+                str(args.turns),
+                "--steps",
+                str(args.steps),
+            ]
             results = run_worker(own, ranks=args.ranks, env=node.env())
     finally:
         shutil.rmtree(folder)
@@ -195,6 +203,7 @@ def main() -> int:
     parser.add_argument(
         "--turns", type=int, default=10, help="of `steps`: so many with a write, as many without"
     )
+    parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--size", default="small", choices=["tiny", "small", "medium"])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--tmp", default=None, help="where the disk's folder is: a real disk")

@@ -284,17 +284,21 @@ class JobDisk(FlushLoop[DiskWritten]):
         job, log = self.job, self.job.context.log
         facts = job.ledger.snapshots.get(self.newest) if self.newest is not None else None
         stop = Event()
+        self._is_rotten = False  # what is found meanwhile is mended next
         if facts is not None:
             job.ledger.hold(facts.id)
         try:
             shards = self._shards(facts) if facts is not None else []
             mended = await self.tier.flush(self._disk.mend, shards, stop)
+            look = await self.tier.ask(self._disk.look)
+        except SnapdError:
+            self._is_rotten = True
+            raise
         finally:
             stop.set()
             if facts is not None:
                 job.ledger.unhold(facts.id)
                 job.settle()
-        self._is_rotten = False
         if mended.chunks:
             self.tier.metrics.mended_chunks.inc(mended.chunks)
             log.info(
@@ -306,7 +310,6 @@ class JobDisk(FlushLoop[DiskWritten]):
                 left=mended.left,
             )
         if mended.left:
-            look = await self.tier.ask(self._disk.look)
             whole = whole_parts(look.parts, is_alone=self.tier.settings.is_alone)
             newest = whole[0] if whole else None
             if self.here is not None and (newest is None or newest < self.here):
