@@ -70,10 +70,13 @@ def test_two_nodes_of_a_group_are_lost(nodes: Cluster, tier: Path) -> None:
 
 
 def test_all_nodes_are_lost(nodes: Cluster, tier: Path) -> None:
+    """And come back with as much memory as training took."""
+    taken = {daemon.node: str(daemon.status().arena_bytes) for daemon in nodes.daemons}
     for daemon in nodes.daemons:
         daemon.kill()
         assert daemon.wipe() > 0
-    nodes.start()
+    for daemon in nodes.daemons:
+        daemon.start(is_waiting=False, SNAPD_ARENA_BYTES=taken[daemon.node])
     nodes.wait_settled()
     world = FakeWorld(nodes.daemons, "w", "two")
     assert all(trainer.session.has_parent for trainer in world.trainers)
