@@ -247,17 +247,17 @@ def test_drain_does_not_wait_for_what_waiting_cannot_mend() -> None:
         began_s = time.monotonic()
         code, text = drained(scene, "--job", "a")
         assert code == 4 and "step 3 (generation 1) of a does not become durable: paused: " in text, text
-        assert str(scene.root) in text and time.monotonic() - began_s < 20
+        assert str(scene.root) in text and time.monotonic() - began_s < 60  # it was ready to wait 600
         code, text = drained(scene, "--job", "a", "--json")
         told = json.loads(text)
         assert (code, told["is_durable"], told["is_refused"], told["pause"]) == (4, False, True, "bucket")
         reply = trainer.wait_durable(3, 60.0)
         assert reply.refused and not (reply.reached or reply.dropped)
-        assert time.monotonic() - began_s < 30
+        assert time.monotonic() - began_s < 60
         aside.rename(scene.root)  # after six failures the daemon's own next try is 16 s away
         began_s = time.monotonic()
         assert drained(scene, "--job", "a") == (0, "step 3 (generation 1) of a is durable\n")
-        assert time.monotonic() - began_s < 10
+        assert time.monotonic() - began_s < 14
 
 
 def test_a_job_that_ends_leaves_memory_when_its_last_snapshot_is_durable() -> None:

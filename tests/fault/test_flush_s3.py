@@ -135,7 +135,7 @@ def test_what_waiting_cannot_mend_is_not_waited_for(scene: Scene, server: Seawee
     began_s = time.monotonic()
     reply = trainer.wait_durable(4, 60.0)
     assert reply.refused and not (reply.reached or reply.dropped) and "paused: " in reply.reason
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 30
     began_s = time.monotonic()
     assert scene.daemon.stop() == 0
     assert time.monotonic() - began_s < 10
