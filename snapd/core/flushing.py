@@ -34,6 +34,7 @@ class FlushSituation:
     the first step of the newest's generation that was complete. `waited_s`: since the last flush was begun. `floor`:
     the highest generation that the tier had before the job began; None: it could not be asked yet. `wanted`: asked
     for, this one or a newer one. `is_ending`: this node goes away. `is_brought`: the newest came from the tier.
+    `generation`: that the job has now; the newest may still be of an older one, or have come from the tier.
     """
 
     newest: SnapshotId | None = None
@@ -46,6 +47,7 @@ class FlushSituation:
     wanted: SnapshotId | None = None
     is_ending: bool = False
     is_brought: bool = False
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ def choose_flush(rules: FlushRules, situation: FlushSituation) -> FlushChoice:
         )
     if situation.is_brought:
         return FlushChoice(None, "the newest complete snapshot came from there")
+    if newest.generation <= situation.floor < situation.generation:
+        return FlushChoice(None, f"nothing of generation {situation.generation} is complete yet")
     if newest.generation <= situation.floor:
         reason = (
             f"the tier had generation {situation.floor} of this job before this start of it, which has generation"

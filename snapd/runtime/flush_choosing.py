@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import attrgetter
 
-from snapd.core.flushing import PAUSE_GENERATION, FlushChoice, FlushRules, FlushSituation, choose_flush
+from snapd.core.flushing import FlushChoice, FlushRules, FlushSituation, choose_flush
 from snapd.core.ids import SnapshotId
 from snapd.core.reports import FlushNews
 from snapd.core.tier_failures import may_pass
@@ -113,7 +113,9 @@ class FlushChooser:
     @property
     def is_barred(self) -> bool:
         """The newest complete snapshot will never become durable; only a newer one may."""
-        return self.newest in self.dropped or self._own(None, "").pause == PAUSE_GENERATION
+        newest, floor = self.newest, self.floor
+        is_older = newest is not None and floor is not None and newest.generation <= floor
+        return newest in self.dropped or (is_older and newest not in self.brought)
 
     def begin(self, snapshot: SnapshotId) -> None:
         """It is being flushed from now on."""
@@ -159,6 +161,7 @@ class FlushChooser:
             wanted=self._wanted,
             is_ending=self.is_ending,
             is_brought=newest in self.brought,
+            generation=self._job.coordination.current(),
         )
         return choose_flush(self._rules, situation)
 

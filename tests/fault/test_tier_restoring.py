@@ -123,9 +123,11 @@ def test_a_fresh_machine_with_only_the_tier() -> None:
         session = trainer.session
         assert (session.has_parent, session.newest_step, session.generation) == (True, 4, 2)
         assert trainer.restore(SEED) == 4
+        assert scene.flush().pause == "", scene.flush().reason
         capture_steps(trainer, 5, 6, seed=SEED)
         scene.wait_durable(6, generation=2)
         assert [event["step"] for event in scene.daemon.events("shard.brought")] == [4]
+        assert scene.daemon.events("flush.paused") == []  # what came from the tier is not refused by it
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)

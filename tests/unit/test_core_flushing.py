@@ -101,6 +101,11 @@ def test_a_generation_that_the_tier_had_before_is_refused() -> None:
     choice = choose_flush(BY_STEPS, FlushSituation(newest=S(3, 100), floor=3, wanted=S(3, 100)))
     assert (choice.snapshot, choice.pause) == (None, "tier_generation")
     assert "generation 3" in choice.reason
+    restored = FlushSituation(
+        newest=S(3, 100), floor=3, generation=4, wanted=S(3, 100)
+    )  # from the tier itself
+    choice = choose_flush(BY_STEPS, restored)
+    assert (choice.snapshot, choice.pause) == (None, "") and "generation 4" in choice.reason
     assert choose_flush(BY_STEPS, FlushSituation(newest=S(4, 100), floor=3)).snapshot == S(4, 100)
 
 
