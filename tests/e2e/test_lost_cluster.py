@@ -9,15 +9,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import seaweed
 from tests.support.daemon_process import DaemonProcess, daemon_folders
-from tests.support.tier_job import check_resumed, train
+from tests.support.tier_job import CUT, END, check_resumed, train
 
 pytest.importorskip("boto3")
-CUT, END = 3, 6
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,10 @@ def snapd(daemon: DaemonProcess, *arguments: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_a_fresh_machine_goes_on_bit_for_bit(server: seaweed.Seaweed, tmp_path: Path) -> None:
+def test_a_fresh_machine_goes_on_bit_for_bit(
+    server: seaweed.Seaweed, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
     with daemon_folders(**tier_settings(server)) as first:
-        undisturbed = train(first, 0, END, tmp_path / "plain", "plain")
         first.start()
         train(first, 0, CUT, tmp_path / "before")
         snapd(first, "restore", "--job", "lost", "--to", str(tmp_path / "memory"))

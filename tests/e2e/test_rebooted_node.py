@@ -6,22 +6,20 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.daemon_process import daemon_folders
-from tests.support.tier_job import check_resumed, train
-
-CUT, END = 3, 6
+from tests.support.tier_job import CUT, END, check_resumed, train
 
 
 @pytest.mark.timeout(600)
-def test_it_goes_on_from_its_own_disk(tmp_path: Path) -> None:
+def test_it_goes_on_from_its_own_disk(undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     settings = {"SNAPD_TIER_NODE": str(disk), "SNAPD_TIER_NODE_EVERY": "0.05", "OMP_NUM_THREADS": "1"}
     with daemon_folders(**settings) as node:
-        undisturbed = train(node, 0, END, tmp_path / "plain", "plain")
         node.start()
         train(node, 0, CUT, tmp_path / "before")
         node.kill()

@@ -11,6 +11,7 @@ from typing import Any
 from tests.support.daemon_process import ROOT, DaemonProcess
 
 RANKS = 2
+CUT, END = 3, 6  # steps: where it is stopped, and how far it goes
 
 
 def train(daemon: DaemonProcess, first: int, last: int, result: Path, *more: str) -> list[dict[str, Any]]:
