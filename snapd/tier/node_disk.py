@@ -303,7 +303,9 @@ class DiskJob:
     ) -> set[int]:
         """The ranks whose manifests are there already. What is damaged of the snapshot makes room for what is good."""
         if snapshot in look.problems:
-            store.delete([self.keys.shard(snapshot, shard.record.rank) for shard in shards])
+            gone = {self.keys.shard(snapshot, shard.record.rank) for shard in shards}
+            store.delete(sorted(gone))
+            self._known = {key: shard for key, shard in self._known.items() if key not in gone}
             return set()
         there = look.shards.get(snapshot, {})
         for shard in shards:

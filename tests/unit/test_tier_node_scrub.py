@@ -120,6 +120,21 @@ def test_a_rotten_chunk_spoils_all_snapshots_that_name_it_and_no_later_one(disk:
     assert disk.job.damages == []
 
 
+def test_a_spoilt_snapshot_that_is_written_again_keeps_what_was_written(disk: Disk) -> None:
+    disk.write(1)
+    disk.write(2)
+    bad = next(chunk for chunk in disk.chunks(2) if chunk not in disk.chunks(1))
+    disk.flip(bad)
+    disk.job.note_rotten(disk.read_again())
+    disk.write(2)
+    assert disk.job.damages == []
+    assert bad not in disk.chunks(2)
+    assert disk.read_again() == {}
+    disk.job = DiskJob("a", disk.means, keep=2, is_alone=True, random_token=lambda: secrets.token_hex(16))
+    assert set(disk.job.look().shards) == {SnapshotId(1, 1), SnapshotId(1, 2)}
+    assert disk.read_again() == {}  # and so it lies there
+
+
 def test_what_is_in_memory_mends_every_snapshot_at_once(disk: Disk) -> None:
     disk.write(1)
     newest = disk.write(2)
