@@ -142,6 +142,8 @@ class JobFlusher(FlushLoop[Flushed]):
     def _take_failure(self, error: SnapdError, current: SnapshotId | None) -> bool:
         if error.kind == "tier_void" and current is not None:
             self._chooser.dropped.add(current)
+        if error.kind == "tier_conflict":
+            self._looked_at_s = -math.inf  # the next start of the job must be above what is there by now
         return error.kind == "tier_condemned" and self._failures == 1
 
     def _is_committed_elsewhere(self, snapshot: SnapshotId) -> bool:
@@ -173,7 +175,11 @@ class JobFlusher(FlushLoop[Flushed]):
         if self._writer is None:
             means = self.tier.flush_means()
             self._writer = TierWriter(means, self.job.name, self._writer_name, self._proved_bad)
-        return self._writer.flush(snapshot, world_size, shards, stop=stop, stage=stage, own_done=own_done)
+        # where a world spans nodes, others commit, and the collector says so a little later
+        is_known = self._chooser.is_durable if self.job.world is None else lambda snapshot: True
+        return self._writer.flush(
+            snapshot, world_size, shards, stop=stop, stage=stage, own_done=own_done, is_known=is_known
+        )
 
     def _proved_bad(self) -> frozenset[Spot]:
         """What restores and repairs of this daemon found bad in the tier: it is written anew."""

@@ -279,6 +279,20 @@ def check_named(record: StoredSnapshot, rank: int, digest: bytes, write_id: str)
     )
 
 
+def check_not_overtaken(job: str, snapshot: SnapshotId, there: StoredSnapshot) -> None:
+    """Raise ConflictError (kind `tier_conflict`) if `there`, which this node has not written, is of the generation that
+    it writes, or of a later one: another machine has taken the job up, and is the one whose snapshots count.
+    """
+    if there.id.generation < snapshot.generation:
+        return
+    raise ConflictError(
+        f"another machine writes job {job!r} to this tier: {there.id} is there, committed by {there.write_id}, while"
+        f" this one is at {snapshot}",
+        kind="tier_conflict",
+        hint="end one of them, or give it another job's name; what is started anew gets a newer generation",
+    )
+
+
 def check_same_shard(key: str, there: StoredShard, digest: bytes, write_id: str) -> None:
     """Raise ConflictError (kind `tier_conflict`) unless the manifest that is there is of the same shard."""
     if there.digest == digest:

@@ -22,6 +22,7 @@ from snapd.tier.committing import (
     CommitMeans,
     Committer,
     check_named,
+    check_not_overtaken,
     check_same_shard,
     places_of,
     revisions_of,
@@ -99,10 +100,12 @@ class TierWriter:
             BEAT_LOOK_S, means.ttl_s / (2 * BEATS_PER_TTL)
         )  # how often it is seen whether one is due
         self._is_adopting = True
+        self._own_ids: set[str] = set()  # every write id that this node has had, as far as is known
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self.write_id = self._means.random_token()
+        self._own_ids.add(self.write_id)
         intent = Intent(self.keys.job, self.write_id, self._node, SnapshotId(0, 0), ())
         self._intent = WriterIntent(
             self._means.store,
@@ -124,16 +127,17 @@ class TierWriter:
         stop: threading.Event,
         stage: Stage,
         own_done: Callable[[], None] = lambda: None,
+        is_known: Callable[[SnapshotId], bool] = lambda snapshot: True,
     ) -> Flushed:
         """Write `shards`, this node's part of `snapshot`, and commit, or wait until another node has. `own_done`: the
-        shards' memory is needed no more.
+        shards' memory is needed no more. `is_known`: whether a snapshot in the tier was there before, or is ours.
 
         Raises:
             Stopped: `stop` was set. UnavailableError: kind `tier_condemned`: call again. ConflictError: kind
             `tier_conflict`. IntegrityError. What a store raises.
         """
         try:
-            return self._flush(snapshot, world_size, shards, stop, stage, own_done)
+            return self._flush(snapshot, world_size, shards, stop, stage, own_done, is_known)
         except UnavailableError as error:
             if error.kind == "tier_condemned":
                 self._begin_anew()  # what was written is not relied upon; the old intent is the collector's
@@ -161,6 +165,7 @@ class TierWriter:
         stop: threading.Event,
         stage: Stage,
         own_done: Callable[[], None],
+        is_known: Callable[[SnapshotId], bool],
     ) -> Flushed:
         point = self._means.write.point
         stage.text = "looks at what the tier has"
@@ -172,7 +177,8 @@ class TierWriter:
         )
         if attempt.revision is None:
             return self._there_already(committer, shards, own_done)
-        known, packs = self._known(snapshot, attempt.revision, [shard.record.rank for shard in shards])
+        ranks = [shard.record.rank for shard in shards]
+        known, packs = self._known(snapshot, attempt.revision, ranks, is_known)
         point("daemon.flush.intent.after")
         resumed = self._resumed(committer, shards, packs)
         left = [shard for shard in shards if shard.record.rank not in resumed]
@@ -219,7 +225,11 @@ class TierWriter:
         )
 
     def _known(
-        self, snapshot: SnapshotId, revision: int, ranks: Sequence[int]
+        self,
+        snapshot: SnapshotId,
+        revision: int,
+        ranks: Sequence[int],
+        is_known: Callable[[SnapshotId], bool],
     ) -> tuple[KnownChunks, dict[str, int]]:
         """Publish the intent, and gather what may be used again, nothing that a collector is about to delete; and all
         packs that are there. The order is the protocol's: intent, condemned lists, then what is built upon.
@@ -233,6 +243,8 @@ class TierWriter:
         packs = self._packs()
         if self._is_adopting:
             self._adopt(condemned, packs)
+        if base is not None and base.write_id not in self._own_ids and not is_known(base.id):
+            check_not_overtaken(self.keys.job, snapshot, base)
         known = KnownChunks()
         known.add(self._carried)
         if base is not None:
@@ -266,6 +278,7 @@ class TierWriter:
             monotonic_s=self._means.write.monotonic_s,
         )
         self._adopted.extend(adopted)
+        self._own_ids.update(each.intent.write_id for each in adopted)
         self._carried += chunks_of_packs(store, keys, {each.intent.write_id for each in adopted}, packs)
         self._is_adopting = False
 

@@ -172,6 +172,46 @@ def test_a_job_of_the_same_name_that_writes_the_same_snapshot_is_refused_and_bot
         assert scene.snapshots() == {}
 
 
+def test_of_two_machines_with_one_job_s_name_the_one_that_began_later_goes_on_and_the_other_is_told() -> None:
+    """Each snapshot of its own step: nothing meets at one key."""
+    with tier_daemon() as scene:
+        scene.daemon.start()
+        former = opened(scene)
+        capture_steps(former, 1, 2)
+        scene.wait_durable(2)
+        with tier_daemon(scene.root) as other:
+            other.daemon.start()
+            later = opened(other)
+            assert (former.session.generation, later.session.generation) == (1, 2)
+            capture_steps(later, 1, 4)
+            other.wait_durable(4, generation=2)
+            capture_steps(former, 3, 8)  # it trains on
+            scene.wait_pause("tier_conflict")
+            assert "2/4" in scene.flush().reason and "another machine" in scene.flush().reason
+            capture_steps(later, 5, 6)
+            other.wait_durable(6, generation=2)
+            assert {each for each in scene.snapshots() if each.generation == 1} == {SnapshotId(1, 2)}
+        again = opened(scene, incarnation="two")  # started anew, it is the later one
+        assert again.session.generation == 3
+        capture_steps(again, 1, 2)
+        scene.wait_durable(2, generation=3)
+
+
+def test_two_machines_that_begin_at_the_same_time() -> None:
+    with tier_daemon() as scene, tier_daemon(scene.root) as other:
+        scene.daemon.start()
+        other.daemon.start()
+        one, two = opened(scene), opened(other)
+        assert one.session.generation == two.session.generation == 1
+        capture_steps(one, 1, 2)
+        scene.wait_durable(2)
+        two.capture(4, 1)
+        other.wait_pause("tier_conflict")
+        capture_steps(one, 3, 6)
+        scene.wait_durable(6)
+        assert SnapshotId(1, 4) not in scene.snapshots() or scene.flush().durable_step == 6
+
+
 def test_a_bad_byte_in_memory_never_reaches_the_tier() -> None:
     with tier_daemon(**ON_DEMAND) as scene:
         scene.daemon.start()
