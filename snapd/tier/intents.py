@@ -76,8 +76,14 @@ class WriterIntent:
         self._put()
 
     def beat(self) -> None:
-        """Put it again if that is due. Called every so often while the writer works or waits."""
+        """Put it again if that is due. Called every so often while the writer works or waits.
+
+        Raises:
+            UnavailableError: kind `tier_condemned`: it was deleted, and so may have been what it protected: it is not
+            put back as if nothing had happened.
+        """
         if self.is_published and self._clock() - self._put_at_s >= self._beat_s:
+            self._check_there()
             self.intent = replace(self.intent, beat=self.intent.beat + 1)
             self._put()
 
@@ -95,13 +101,16 @@ class WriterIntent:
         condemned = read_condemned(self._store, self._keys)
         if self.key in condemned:
             raise condemned_error("this writer's intent", self.key)
+        self._check_there()
+        return condemned
+
+    def _check_there(self) -> None:
         try:
             self._store.head(self.key)
         except NotFoundError as error:
             if error.kind != "object":
                 raise
             raise condemned_error("this writer's intent", self.key) from error
-        return condemned
 
     def remove(self) -> None:
         """The writer is done, or has given up."""

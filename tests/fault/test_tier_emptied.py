@@ -50,13 +50,19 @@ def frames_of(written: ShardBytes) -> list[bytes]:
     return [bytes(frame) for frame in written.memory.frames]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("is_beat_due", [False, True])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_all_is_gone_and_the_snapshot_is_written_anew(
-    store: DirectoryStore, writers: Writers, tmp_path: Path, moment: str
+    store: DirectoryStore, writers: Writers, tmp_path: Path, moment: str, is_beat_due: bool
 ) -> None:
     flush(writers.make(store), [shard(contents_of(1))])
     writer, built = writers.make(store), [shard(contents_of(2), step=2)]
-    writers.at[moment] = lambda: emptied(tmp_path / "tier")
+
+    def strike() -> None:
+        emptied(tmp_path / "tier")
+        writers.clock.ahead_s += 1000.0 if is_beat_due else 0.0  # a quarter of the hour that an intent lives
+
+    writers.at[moment] = strike
     kinds = []
     for _ in range(ATTEMPTS_MAX):
         try:
