@@ -17,7 +17,7 @@ from snapd.core.node_disk import DiskPart, parts_to_drop
 from snapd.core.scrubbing import Spot
 from snapd.core.stored import StoredChunk, StoredShard
 from snapd.core.tier_keys import TierKeys
-from snapd.errors import IntegrityError, NotFoundError, SnapdError
+from snapd.errors import IntegrityError, NotFoundError, SnapdError, UnavailableError
 from snapd.store.base import Created, Store
 from snapd.tier.committing import check_same_shard
 from snapd.tier.envelope import NBYTES_MAX, Kind
@@ -133,7 +133,7 @@ class DiskJob:
     def _look(self, store: Store) -> DiskLook:
         shards: dict[SnapshotId, dict[int, StoredShard]] = {}
         problems: dict[SnapshotId, str] = {}
-        is_from_future, known = False, dict[str, StoredShard]()
+        is_from_future, known, failing = False, dict[str, StoredShard](), dict[SnapshotId, UnavailableError]()
         for info in sorted(store.list(self.keys.shards), key=lambda info: info.key):
             named = self.keys.shard_of(info.key)
             if named is None or named[2] != 0:
@@ -145,12 +145,20 @@ class DiskJob:
                 is_from_future = is_from_future or error.kind == "tier_version"
                 problems.setdefault(snapshot, error.message)
                 continue
+            except UnavailableError as error:
+                if error.kind != "store_failing":
+                    raise
+                failing[snapshot] = error
+                continue
             others = shards.setdefault(snapshot, {})
             if any(other.world_size != shard.world_size for other in others.values()):
                 problems.setdefault(
                     snapshot, f"{info.key} is of another world than the snapshot's other shards"
                 )
             others[rank] = shard
+        for snapshot, failure in failing.items():
+            self._check_reads(store, known, failure)
+            problems.setdefault(snapshot, failure.message)
         self._known, self._is_known = known, True
         self._generation = max(
             [_noted(store, self.keys), *(each.generation for each in {*shards, *problems})]
@@ -163,6 +171,18 @@ class DiskJob:
                 problems.setdefault(snapshot, why)
         good = {snapshot: found for snapshot, found in shards.items() if snapshot not in problems}
         return DiskLook(good, problems, unread, known, self._generation, is_from_future)
+
+    def _check_reads(self, store: Store, known: Iterable[str], failure: UnavailableError) -> None:
+        """A manifest could not be read. If another object can be, it lies on bad sectors, and is damaged; else the disk
+        does not answer, and nothing is proved: `failure` is raised.
+        """
+        for key in (*known, self.keys.generation_note):
+            try:
+                store.read(key, max_nbytes=NBYTES_MAX[Kind.SHARD])
+            except (NotFoundError, UnavailableError):
+                continue
+            return
+        raise failure
 
     def _read(self, store: Store, key: str) -> StoredShard:
         data = store.read(key, max_nbytes=NBYTES_MAX[Kind.SHARD])
@@ -425,6 +445,10 @@ def _noted(store: Store, keys: TierKeys) -> int:
         return 0
     except IntegrityError:
         return 0
+    except UnavailableError as error:
+        if error.kind != "store_failing":
+            raise
+        return 0  # a bad sector; a disk that does not answer at all is told by the manifests
     return int(text) if text.isdecimal() else 0
 
 

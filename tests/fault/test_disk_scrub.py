@@ -118,7 +118,8 @@ def test_a_place_that_the_disk_cannot_read_is_found_and_what_lay_there_is_writte
         assert scene.trainer("two").restore(SEED) == 1
 
 
-def test_a_snapshot_that_the_disk_cannot_read_is_given_up_for_an_older_one_at_a_restore() -> None:
+@pytest.mark.parametrize("what", ["pack", "manifest"])
+def test_a_snapshot_that_the_disk_cannot_read_is_given_up_for_an_older_one_at_a_restore(what: str) -> None:
     """A bad sector answers for ever that it cannot be read: nobody waits for it as for a disk that is away."""
     with disk_daemon(SNAPD_TIER_NODE_SCRUB="0") as scene:
         scene.daemon.start()
@@ -127,15 +128,16 @@ def test_a_snapshot_that_the_disk_cannot_read_is_given_up_for_an_older_one_at_a_
         trainer.disconnect()
         others = {chunk.pack for chunk in scene.shards()[SnapshotId(1, 2)][0].chunks}
         own = next(c.pack for c in scene.shards()[SnapshotId(1, 3)][0].chunks if c.pack not in others)
+        key = KEYS.pack(own) if what == "pack" else KEYS.shard(SnapshotId(1, 3), 0)
         scene.daemon.kill()
-        with bad_sectors(scene.root / KEYS.pack(own)):
+        with bad_sectors(scene.root / key):
             scene.reboot()
             plan = scene.trainer("two").plan()
             assert plan.step == 2
             newer = next(candidate for candidate in plan.candidates if candidate.step == 3)
             assert newer.verdict == "unusable"
             assert "Input/output error" in newer.reason
-            assert own in newer.reason
+            assert key.rpartition("/")[2] in newer.reason
             assert "Input/output error" in scene.disk().bad_reason
 
 

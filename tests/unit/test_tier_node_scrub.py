@@ -227,6 +227,27 @@ def test_a_disk_error_of_one_chunk_is_damage_and_one_of_all_of_the_disk_is_not(d
         disk.reader.check_chunks(all_broken, KEYS, chunks, witness)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("is_note_bad", [False, True])
+def test_a_manifest_that_the_disk_cannot_read_spoils_its_snapshot_only(disk: Disk, is_note_bad: bool) -> None:
+    disk.write(1)
+    disk.write(2)
+    disk.job.note_generation(5)
+    manifest, note = KEYS.shard(SnapshotId(1, 2), 0), KEYS.generation_note
+    bad = [manifest, note] if is_note_bad else [manifest]
+    store = disk.store
+    disk.store = FaultyStore(store, [Fault("read", Effect.REFUSE, key, times=-1) for key in bad])
+    disk.job = DiskJob("a", disk.means, keep=2, is_alone=True, random_token=lambda: secrets.token_hex(16))
+    look = disk.job.look()
+    assert (set(look.shards), set(look.problems)) == ({SnapshotId(1, 1)}, {SnapshotId(1, 2)})
+    assert look.generation == (1 if is_note_bad else 5)
+    disk.write(3)
+    assert SnapshotId(1, 3) in disk.job.look().shards
+    disk.store = FaultyStore(store, [Fault("read", Effect.REFUSE, KEYS.root, times=-1)])
+    disk.job = DiskJob("a", disk.means, keep=2, is_alone=True, random_token=lambda: secrets.token_hex(16))
+    with pytest.raises(UnavailableError):  # the disk does not answer at all: nothing is proved
+        disk.job.look()
+
+
 class BadSectors:
     """A store on a disk with unreadable places."""
 
