@@ -54,7 +54,8 @@ def back_segment(path: Path, number: int, nbytes: int, *, is_writable: bool = Fa
 
 def _clear_pages(mapping: Mapping) -> None:
     """Touch every page. Several threads clear two to three times as many bytes a second as one; half of the cores stay
-    for those who train. Raises OSError."""
+    for those who train. Where no thread can be had, this one does it. Raises OSError.
+    """
     threads = max(1, min(CLEARING_THREADS_MAX, (os.cpu_count() or 1) // 2))
     pieces = range(0, mapping.nbytes, BACKING_PIECE_BYTES)
     if threads == 1 or len(pieces) == 1:
@@ -64,9 +65,12 @@ def _clear_pages(mapping: Mapping) -> None:
     def clear(offset: int) -> None:
         mapping.populate(offset, min(BACKING_PIECE_BYTES, mapping.nbytes - offset))
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="snapd-clear") as pool:
-        for done in [pool.submit(clear, offset) for offset in pieces]:
-            done.result()
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="snapd-clear") as pool:
+            for done in [pool.submit(clear, offset) for offset in pieces]:
+                done.result()
+    except RuntimeError:  # the machine, or the container, has no more threads for us
+        mapping.populate()
 
 
 @dataclass(slots=True)

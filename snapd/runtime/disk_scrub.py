@@ -188,8 +188,9 @@ class DiskScrub:
                 return LOOK_S
             found = {spot_of(chunk): f"{key} {GONE}" for chunk in kept.packs[key]} if is_gone else {}
         self._read_s[key] = self._now_s()
-        named = {spot_of(chunk) for shard in disk.known.values() for chunk in shard.chunks}
-        self._tell(disk, key, {spot: why for spot, why in found.items() if spot in named}, kept)
+        if found:  # what nothing names any more was deleted meanwhile
+            named = {spot_of(chunk) for shard in disk.known.values() for chunk in shard.chunks}
+            self._tell(disk, key, {spot: why for spot, why in found.items() if spot in named}, kept)
         return 0.0
 
     def _tell(self, disk: DiskJob, key: str, found: Mapping[Spot, str], kept: _Kept) -> None:

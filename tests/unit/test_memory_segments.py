@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,26 @@ def test_every_page_is_backed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     nbytes = (5 << 20) + 3 * 4096
     segment = back_segment(tmp_path / "segment", 0, nbytes)
     assert (tmp_path / "segment").stat().st_blocks * 512 >= nbytes
+    with segment.mapping.view(0, nbytes) as view:
+        assert bytes(view) == bytes(nbytes)
+    segment.mapping.close()
+
+
+def test_where_no_thread_can_be_had_every_page_is_backed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[threading.Thread] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        refused.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(segments, "BACKING_PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    nbytes = 5 << 20
+    segment = back_segment(tmp_path / "segment", 0, nbytes)
+    assert refused
     with segment.mapping.view(0, nbytes) as view:
         assert bytes(view) == bytes(nbytes)
     segment.mapping.close()
