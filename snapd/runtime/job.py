@@ -422,8 +422,9 @@ class Job:
                 if self.world is not None:
                     raise
                 self._drop(keep_complete=1)  # what older ones hold is of less use than what is brought
-                if arena.pool.free_count < wanted:
-                    raise
+                missing = wanted - arena.pool.free_count
+                if missing > 0:
+                    await self._add_segment(arena, missing * self.chunk_bytes)
 
     async def _add_segment(self, arena: RankArena, nbytes: int) -> None:
         number = arena.memory.next_number

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.daemon_process import DaemonProcess
-from tests.support.flush_scene import TierDaemon, tier_daemon
+from tests.support.flush_scene import TierDaemon, capture_steps, tier_daemon
 
 TRAINER = """
 import json, sys, torch
@@ -75,3 +75,32 @@ def test_beside_older_snapshots() -> None:
         assert train(one.daemon, 8)["start"] == 6
         assert one.daemon.events("shard.brought")
         assert arena_bytes(one) <= most
+
+
+def test_older_snapshots_and_new_memory_together_are_room_enough() -> None:
+    """A larger state than before: neither what older snapshots give back is enough, nor what may still be backed."""
+    with tier_daemon(**EVERY_STEP, SNAPD_ARENA_SLOTS="3") as one:
+        one.daemon.start()
+        trainer = one.daemon.trainer()
+        trainer.open(job="a", state_bytes_estimate=6 << 16)
+        capture_steps(trainer, 1, 4)
+        one.wait_durable(4)
+        trainer.disconnect()
+        before = {snapshot.step for snapshot in one.daemon.snapshots("a")}
+        room = arena_bytes(one) + (12 << 16)
+        one.daemon.kill()
+        with tier_daemon(one.root, **EVERY_STEP) as other:
+            other.daemon.start()
+            trainer = other.daemon.trainer()
+            trainer.open(job="a", incarnation="two", state_bytes_estimate=20 << 16)
+            trainer.capture(9, 1, chunk_count=18)
+            assert trainer.wait_durable(9).reached
+            trainer.disconnect()
+        one.daemon.env["SNAPD_ARENA_BYTES"] = str(room)
+        one.daemon.start()
+        trainer = one.daemon.trainer()
+        trainer.open(job="a", incarnation="three")
+        assert trainer.restore(1, chunk_count=18) == 9
+        assert len(before) > 1 and {snapshot.step for snapshot in one.daemon.snapshots("a")} == {4, 9}
+        assert arena_bytes(one) <= room
+        trainer.disconnect()
