@@ -118,17 +118,27 @@ def working_folder(target: Path, what: str) -> Iterator[Path]:
             if is_locked:
                 shutil.rmtree(left, ignore_errors=True)
     working = target.parent / f".{target.name}.{os.getpid()}.{what}"
-    working.mkdir(mode=0o700)
-    try:
-        with _lock(working):
+    with _made(working):
+        try:
             yield working
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """False: another process has it, or the file system knows no locks."""
+def _made(working: Path) -> Iterator[None]:
+    """Make a folder and lock it. Another process that tidies may find it before it is locked, and remove it."""
+    while True:
+        working.mkdir(mode=0o700)
+        with _lock(working, is_waiting=True):
+            if working.is_dir():
+                yield
+                return
+
+
+@contextmanager
+def _lock(folder: Path, *, is_waiting: bool = False) -> Iterator[bool]:
+    """False: another process has it and `is_waiting` is not set, it is gone, or the file system knows no locks."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -136,7 +146,7 @@ def _lock(folder: Path) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if is_waiting else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
         else:

@@ -316,6 +316,24 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path:
     assert sorted(tmp_path.iterdir()) == sorted([mine, busy])
 
 
+def test_another_that_tidies_before_the_folder_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, taken = Path.mkdir, list[str]()
+
+    def make_and_lose(folder: Path, mode: int = 0o777) -> None:
+        make(folder, mode)
+        if not taken:
+            taken.append(folder.name)
+            folder.rmdir()  # as a process that took it for one that a killed process left
+
+    monkeypatch.setattr(Path, "mkdir", make_and_lose)
+    with working_folder(tmp_path / "out", "partial") as working:
+        assert taken == [working.name]
+        (working / "file").write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_progress_counts_all_bytes(tmp_path: Path) -> None:
     counted: list[int] = []
     with _open(tmp_path, _two_tensors()) as views:
