@@ -122,7 +122,7 @@ class Root:
             return UnavailableError(text, kind="store_unreachable")
         if number in (errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR):
             return ConfigError(text, kind="store")
-        return UnavailableError(text, kind="store_failing", hint=_HINTS.get(number, ""))
+        return UnavailableError(text, kind="store_failing", hint=_HINTS.get(number, ""), errno=number)
 
     # the folder itself
 

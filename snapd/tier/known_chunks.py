@@ -6,13 +6,14 @@ fit is simply written again.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterable
 
 from snapd.core.ids import SnapshotId
 from snapd.core.scrubbing import Spot
 from snapd.core.stored import ShardEntry, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys
-from snapd.errors import IntegrityError, NotFoundError
+from snapd.errors import IntegrityError, NotFoundError, UnavailableError
 from snapd.store.base import Store
 from snapd.tier.envelope import NBYTES_MAX, Kind
 from snapd.tier.manifests import decode_entry, decode_snapshot
@@ -92,7 +93,17 @@ def newest_good(
             except NotFoundError as error:
                 if error.kind != "object":
                     raise
+            except UnavailableError as error:
+                if not is_unreadable(error):
+                    raise
     return None
+
+
+def is_unreadable(error: UnavailableError) -> bool:
+    """Whether a disk has an error of its own for this object: others may well be read, and a new snapshot need not wait
+    for it.
+    """
+    return error.context.get("errno") == errno.EIO
 
 
 def add_base(store: Store, known: KnownChunks, base: StoredSnapshot, ranks: Collection[int]) -> None:
@@ -108,6 +119,10 @@ def add_base(store: Store, known: KnownChunks, base: StoredSnapshot, ranks: Coll
             continue
         except NotFoundError as error:
             if error.kind != "object":
+                raise
+            continue
+        except UnavailableError as error:
+            if not is_unreadable(error):
                 raise
             continue
         known.add(shard.chunks)

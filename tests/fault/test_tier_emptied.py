@@ -4,6 +4,7 @@ packs. What is committed afterwards can be read to the last byte, and nobody wai
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,32 @@ def test_packs_are_gone_that_a_manifest_of_a_killed_daemon_names(
     done = flush(writer, built)
     assert done.snapshot.revision == 1 and done.shards_resumed == 0
     assert audit(store, "a") == {SnapshotId(1, 2): [frames_of(built[0])]}
+
+
+@pytest.mark.parametrize("folder", ["snapshots", "shards"])
+def test_a_bad_sector_under_the_newest_snapshot_does_not_keep_newer_ones_from_becoming_durable(
+    store: DirectoryStore, writers: Writers, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    flush(writers.make(store), [shard(contents_of(1))])
+    opened, struck = DirectoryStore._opened, []
+
+    def fail(self: DirectoryStore, key: str) -> int:
+        if f"/{folder}/" in key and "-000000000000001" in key:
+            struck.append(key)
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(self, key)
+
+    monkeypatch.setattr(DirectoryStore, "_opened", fail)
+    built = [shard(contents_of(2), step=2)]
+    done = flush(writers.make(store), built)
+    assert struck and done.is_ours
+    with pytest.raises(
+        UnavailableError
+    ) as error:  # it is not called damaged: another path to the disk may read it
+        store.read(struck[0], max_nbytes=1 << 20)
+    assert error.value.kind == "store_failing" and "dmesg" in error.value.hint
+    monkeypatch.setattr(DirectoryStore, "_opened", opened)
+    assert audit(store, "a")[SnapshotId(1, 2)] == [frames_of(built[0])]
 
 
 def put_back(root: Path, kept: Path) -> None:
