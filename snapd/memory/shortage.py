@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import resource
 import sqlite3
 
 from snapd.errors import CapacityError
 
+OPEN_FILES = (
+    1 << 16
+)  # enough for any node; far larger limits make other programs slow that look at every descriptor
 _DESCRIPTORS_HINT = "raise the limit of open files (ulimit -n)"
 _LACKING = {
     errno.EMFILE: _DESCRIPTORS_HINT,
@@ -39,8 +43,11 @@ def index_shortage(error: sqlite3.Error, job: str) -> CapacityError | None:
 
 def raise_open_files() -> None:
     """Allow this process as many descriptors as its user may have: each session, and each request to a store, takes
-    some.
+    some. A kernel that refuses leaves the limit as it was.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

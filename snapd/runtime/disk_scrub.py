@@ -68,7 +68,7 @@ class DiskScrub:
         self._kept: dict[str, _Kept] = {}
         self._read_s: dict[str, float | None] = {}
         self._told_s = self._now_s()
-        self._nbytes_read = 0
+        self._nbytes_read = self._turn = 0
         rate = self._rules.rate_max
         self._bucket = TokenBucket(rate, max(1, int(rate)), self._now_s())
 
@@ -175,7 +175,8 @@ class DiskScrub:
 
     async def _read_pack(self, disk: DiskJob, key: str, kept: _Kept) -> float:
         store = await self._tier.ask(self._tier.opened)
-        witness = next(iter(kept.manifests))
+        self._turn += 1  # another one each time: this one may be unreadable, too
+        witness = list(kept.manifests)[self._turn % len(kept.manifests)]
         known, found = disk.rotten, dict[Spot, str]()
         for batch in batches([chunk for chunk in kept.packs[key] if spot_of(chunk) not in known]):
             await self._pace(sum(chunk.stored_nbytes for chunk in batch))
