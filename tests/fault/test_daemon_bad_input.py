@@ -201,11 +201,11 @@ def test_a_page_that_claims_frames_of_a_snapshot_refuses_its_job(daemon: DaemonP
     trainer = daemon.trainer()
     trainer.open(job="a", state_bytes_estimate=STATE)
     trainer.capture(1)
+    assert trainer.page is not None
+    segments, frames, _, _ = trainer.page.read_entries(trainer.lane)
+    assert frames
     trainer.take_lane(6)
     daemon.kill()
-    assert trainer.page is not None
-    other = 1 - trainer.lane
-    segments, frames, _, _ = trainer.page.read_entries(other)
     trainer.page.set_lane_state(trainer.lane, 1, 0)
     trainer.page.write_grant(trainer.lane, segments, frames)
     trainer.page.set_lane_state(trainer.lane, 0, 1)
