@@ -109,14 +109,15 @@ def test_sigterm_makes_the_newest_snapshot_durable_within_the_grace_time() -> No
 
 def test_a_terminal_that_is_closed_ends_the_daemon_as_sigterm_does() -> None:
     """And both together, as login managers send them, are no second signal that ends at once."""
+    heeding = ("env", "--default-signal=HUP")  # the tests may run under nohup themselves
     with tier_daemon(SNAPD_TIER_EVERY_STEPS="1000") as scene:
-        process = scene.daemon.start()
+        process = scene.daemon.start(prefix=heeding)
         opened(scene).capture(3, 1)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGHUP)
         assert process.wait(20) == 0
         assert list(scene.snapshots()) == [SnapshotId(1, 3)]
-        process = scene.daemon.start()
+        process = scene.daemon.start(prefix=heeding)
         process.send_signal(signal.SIGHUP)
         assert process.wait(20) == 0
         assert scene.daemon.events("daemon.stopping")[-1]["reason"] == "SIGHUP"
