@@ -374,9 +374,8 @@ def _on_signals(stop: asyncio.Event, log: EventLog) -> None:
         log.info("daemon.stopping", reason=name)
         stop.set()
 
-    def on_hangup() -> (
-        None
-    ):  # a login manager sends it beside SIGTERM: never the second signal that ends at once
+    def on_hangup() -> None:
+        # a login manager sends it beside SIGTERM: never the second signal that ends at once
         if not stop.is_set():
             log.info("daemon.stopping", reason="SIGHUP")
             stop.set()
