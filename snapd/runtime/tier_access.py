@@ -45,9 +45,7 @@ class TierAccess:
         self._opening = threading.Lock()
         self._store: Store | None = None
         self._is_closing = False
-        self._bad: dict[
-            str, frozenset[Spot]
-        ] = {}  # job -> where stored chunks lie that were read and are bad
+        self._bad: dict[str, frozenset[Spot]] = {}  # job -> chunks that were read and are bad
         self.pool = ReadPool(threads=read_threads)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="snapd-restore")
 

@@ -85,9 +85,7 @@ class TierRestores(TierAccess):
             if now_s - self._noted_s.get(job.name, -math.inf) >= NOTE_S:
                 self._noted_s[job.name] = now_s
                 newest = dict(sorted((job.index.served() | known).items())[-NOTED_MAX:])
-                with contextlib.suppress(
-                    CapacityError
-                ):  # without the note the tier is waited for, that is all
+                with contextlib.suppress(CapacityError):  # without it the tier is waited for
                     job.index.set_served(newest)
 
     def note_filled(self, job: Job) -> None:
