@@ -65,7 +65,7 @@ class TierConfig:
         4,
         "count",
         "Requests in flight for a large object; a restore from S3 has twice as many. More fills a long line; each"
-        " costs 16 MiB of memory.",
+        " costs 16 MiB of memory, 24 where chunks are compressed.",
         low=1,
         high=32,
     )
