@@ -1,6 +1,7 @@
 """A snapshot out of S3 over a long line, against boto3's transfer manager on the same objects.
 
     python bench/tiers_far.py --delays-ms 0,20,50 --rounds 5
+    python bench/tiers_far.py --rounds 0 --memory-nbytes 1073741824 --memory-concurrency 32
 
 SeaweedFS on loopback, behind a relay that keeps every byte for so long, each way; what comes lies in memory that is
 backed already. snapd lists, opens, reads, verifies; boto3 is given the names and reads. As many requests in flight.
@@ -26,11 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from report import Report, spread
-from tiers_restore import CHUNK_NBYTES, Memory, write_into
+from tiers_restore import CHUNK_NBYTES, Memory, daemon_memory, read_snapd, write_into
 
-from snapd.store.base import Store
-from snapd.tier.reading import Opened, TierReader
-from snapd.tier.streaming import ReadPool
 from tests.support.seaweed import BUCKET, Seaweed, running
 
 CONCURRENCY = 4  # as tier.concurrency; a restore has twice as many requests in flight
@@ -51,21 +49,6 @@ def relayed(server: Seaweed, delay_s: float) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             relay.kill()
-
-
-def read_snapd(store: Store, memory: Memory) -> float:
-    """Seconds from the listing to the last verified byte."""
-    pool = ReadPool(threads=2 * CONCURRENCY)
-    began = time.perf_counter()
-    reader = TierReader(store, "a", pool)
-    opened = reader.open(reader.candidates()[0], None)
-    assert isinstance(opened, Opened)
-    shard = opened.shards[0]
-    misses = reader.read(shard, range(len(shard.chunks)), lambda i: memory.chunk(i, shard.chunks[i].nbytes))
-    seconds = time.perf_counter() - began
-    pool.close()
-    assert not misses
-    return seconds
 
 
 class _Sink:
@@ -113,7 +96,7 @@ def compare(
     ours: list[float] = []
     theirs: list[float] = []
     for number in range(rounds + 1):
-        found = read_snapd(store, memory), read_boto3(client, keys, memory)
+        found = read_snapd(store, memory, 2 * CONCURRENCY), read_boto3(client, keys, memory)
         if number:  # the first makes connections
             ours.append(found[0])
             theirs.append(found[1])
@@ -129,6 +112,17 @@ def compare(
     store.close()
 
 
+def show_memory(server: Seaweed, nbytes: int, concurrency: int) -> None:
+    """What a daemon takes beside its arena while it fills that, raw and compressed."""
+    for mode in ("off", "always"):
+        store = server.store(mode)
+        write_into(store, nbytes, mode)
+        store.close()
+        settings = {"SNAPD_TIER_ENDPOINT": server.endpoint, "SNAPD_TIER_CONCURRENCY": str(concurrency)}
+        seconds, peak_mb = daemon_memory(f"s3://{BUCKET}/{mode}", **settings)
+        print(f"daemon fills its arena, {mode}: {seconds:.2f} s, at most {peak_mb:.0f} MB", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,18 +130,27 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--nbytes", type=int, default=256 << 20)
     parser.add_argument("--delays-ms", default="0,20,50", help="each way, separated by commas")
+    parser.add_argument(
+        "--memory-nbytes", type=int, default=0, help="also fill a daemon's arena with so many"
+    )
+    parser.add_argument(
+        "--memory-concurrency", type=int, default=CONCURRENCY, help="tier.concurrency of that daemon"
+    )
     args = parser.parse_args()
     report = Report("tiers_far", vars(args))
     folder = Path(tempfile.mkdtemp(prefix="snapd-bench-", dir="/dev/shm"))
     try:
         with running(folder) as server:
             os.environ.update(server.environment())
-            near = server.store("far", concurrency=CONCURRENCY)
-            write_into(near, args.nbytes, "off")
-            near.close()
-            for delay_ms in map(float, args.delays_ms.split(",")):
+            if args.rounds:
+                near = server.store("far", concurrency=CONCURRENCY)
+                write_into(near, args.nbytes, "off")
+                near.close()
+            for delay_ms in map(float, args.delays_ms.split(",") if args.rounds else ()):
                 with relayed(server, delay_ms / 1e3) as endpoint:
                     compare(report, server, endpoint, delay_ms, args.nbytes, args.rounds)
+            if args.memory_nbytes:
+                show_memory(server, args.memory_nbytes, args.memory_concurrency)
     finally:
         shutil.rmtree(folder)
     return report.finish()

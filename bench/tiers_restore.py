@@ -116,11 +116,11 @@ def read_floor(paths: Sequence[Path], memory: Memory, threads: int) -> float:
     return time.perf_counter() - began
 
 
-def read_snapd(root: Path, memory: Memory) -> float:
+def read_snapd(store: Store, memory: Memory, threads: int = THREADS) -> float:
     """Seconds from the listing to the last verified byte."""
-    pool = ReadPool()
+    pool = ReadPool(threads=threads)
     began = time.perf_counter()
-    reader = TierReader(directory_store(root), "a", pool)
+    reader = TierReader(store, "a", pool)
     opened = reader.open(reader.candidates()[0], None)
     assert isinstance(opened, Opened)
     shard = opened.shards[0]
@@ -141,9 +141,9 @@ def others(folder: Path, nbytes: int) -> dict[str, Callable[[], float]]:
     return peers.loads()
 
 
-def daemon_memory(root: Path) -> tuple[float, float]:
+def daemon_memory(tier: str, **settings: str) -> tuple[float, float]:
     """(seconds, most MB beside the arena) of a whole daemon that fills its arena from the tier."""
-    settings = {**ON_DEMAND, "SNAPD_TIER_SHARED": str(root), "SNAPD_ARENA_HEADROOM": "0"}
+    settings = {**ON_DEMAND, "SNAPD_TIER_SHARED": tier, "SNAPD_ARENA_HEADROOM": "0", **settings}
     with daemon_folders(**settings) as daemon:
         daemon.start()
         assert daemon.process is not None
@@ -175,8 +175,8 @@ def restore(
         runs: dict[str, Callable[[], float]] = {
             "read, one thread": lambda: read_floor(packs["off"], memory, 1),
             f"read, {THREADS} threads": lambda: read_floor(packs["off"], memory, THREADS),
-            "snapd, raw": lambda: read_snapd(roots["off"], memory),
-            "snapd, compressed": lambda: read_snapd(roots["always"], memory),
+            "snapd, raw": lambda: read_snapd(directory_store(roots["off"]), memory),
+            "snapd, compressed": lambda: read_snapd(directory_store(roots["always"]), memory),
         }
         if with_others:
             runs |= others(folder, nbytes)
@@ -239,7 +239,7 @@ def main() -> int:
         try:
             for mode in ("off", "always"):
                 write_state(folder / mode, args.memory_nbytes, mode)
-                seconds, peak_mb = daemon_memory(folder / mode)
+                seconds, peak_mb = daemon_memory(str(folder / mode))
                 rate = args.memory_nbytes / 1e9 / seconds
                 print(
                     f"daemon fills its arena, {mode}: {seconds:.2f} s, {rate:.2f} GB/s, at most {peak_mb:.0f} MB"

@@ -162,15 +162,15 @@ def _read_all(
     reader: TierReader, opened: Opened, verdict: Verdict, checked: _Checked, progress: Callable[[int], None]
 ) -> None:
     for rank, shard in sorted(opened.shards.items()):
-        fresh = [i for i, chunk in enumerate(shard.chunks) if _place(chunk) not in checked.results]
-        fresh = list({_place(shard.chunks[i]): i for i in reversed(fresh)}.values())
+        fresh = [i for i, chunk in enumerate(shard.chunks) if chunk.spot not in checked.results]
+        fresh = list({shard.chunks[i].spot: i for i in reversed(fresh)}.values())
         known = sum(chunk.nbytes for chunk in shard.chunks) - sum(shard.chunks[i].nbytes for i in fresh)
         progress(known)
         misses = _hash(reader, shard, fresh, progress)
         verdict.nbytes += sum(shard.chunks[i].nbytes for i in fresh)
-        checked.results.update({_place(shard.chunks[i]): "" for i in fresh})
-        checked.results.update({_place(shard.chunks[miss.index]): miss.what for miss in misses})
-        bad = [(i, what) for i, chunk in enumerate(shard.chunks) if (what := checked.results[_place(chunk)])]
+        checked.results.update({shard.chunks[i].spot: "" for i in fresh})
+        checked.results.update({shard.chunks[miss.index].spot: miss.what for miss in misses})
+        bad = [(i, what) for i, chunk in enumerate(shard.chunks) if (what := checked.results[chunk.spot])]
         if bad:
             layout = _layout(reader, shard)
             record = record_of(shard)
@@ -197,10 +197,6 @@ def _hash(
         if miss.fault is Fault.AWAY and miss.error is not None:
             raise miss.error
     return misses
-
-
-def _place(chunk: StoredChunk) -> tuple[str, int]:
-    return chunk.pack, chunk.offset
 
 
 def _layout(reader: TierReader, shard: StoredShard) -> format_pb2.ShardLayout | None:

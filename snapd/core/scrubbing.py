@@ -17,7 +17,6 @@ from snapd.units import MIB
 RATE_MIN = 1.0 * MIB  # bytes a second; a small disk is through sooner, and no disk feels it
 SHARE = 0.5  # of the period: a pass takes so much of it at most, and as much lies between two
 BATCH_BYTES = 8 * MIB
-Spot = tuple[str, int]  # pack and offset: where a stored chunk lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def batches(chunks: Collection[StoredChunk]) -> list[list[StoredChunk]]:
     """What is read at once: at most `BATCH_BYTES`, or one chunk; each place once, in the order in which they lie."""
     found: list[list[StoredChunk]] = []
     nbytes = 0
-    for chunk in sorted({(c.pack, c.offset): c for c in chunks}.values(), key=lambda c: (c.pack, c.offset)):
+    for chunk in sorted({c.spot: c for c in chunks}.values(), key=lambda c: c.spot):
         if not found or nbytes + chunk.stored_nbytes > BATCH_BYTES:
             found.append([])
             nbytes = 0

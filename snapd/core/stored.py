@@ -16,6 +16,10 @@ class Encoding(enum.IntEnum):
     SHUFFLED_ZSTD = 2  # bytes of equal significance together, then zstd; `element_nbytes` says of what width
 
 
+Spot = tuple[str, int]
+"""Pack and offset: where a stored chunk lies."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
     """One chunk, and where its stored bytes lie."""
@@ -27,6 +31,10 @@ class StoredChunk:
     stored_nbytes: int
     encoding: Encoding
     element_nbytes: int = 1
+
+    @property
+    def spot(self) -> Spot:
+        return self.pack, self.offset
 
 
 @dataclass(frozen=True, slots=True)

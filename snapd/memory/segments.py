@@ -17,9 +17,7 @@ from snapd.memory.shortage import shortage
 from snapd.units import MIB
 
 BACKING_PIECE_BYTES = 64 * MIB
-CLEARING_THREADS_MAX = (
-    4  # more bring nothing: 2.4 GB/s with one, 3.6 with two, 5.0 with four, 5.0 with sixteen
-)
+CLEARING_THREADS_MAX = 4  # more bring nothing (bench/backing.py)
 
 
 def back_segment(path: Path, number: int, nbytes: int, *, is_writable: bool = False) -> Segment:
@@ -53,8 +51,8 @@ def back_segment(path: Path, number: int, nbytes: int, *, is_writable: bool = Fa
 
 
 def _clear_pages(mapping: Mapping) -> None:
-    """Touch every page. Several threads clear two to three times as many bytes a second as one; half of the cores stay
-    for those who train. Where no thread can be had, this one does it. Raises OSError.
+    """Touch every page. Four threads clear two to three times as many bytes a second as one; half of the cores stay for
+    those who train. Where no thread can be had, this one does it. Raises OSError.
     """
     threads = max(1, min(CLEARING_THREADS_MAX, (os.cpu_count() or 1) // 2))
     pieces = range(0, mapping.nbytes, BACKING_PIECE_BYTES)

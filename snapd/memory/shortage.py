@@ -9,9 +9,7 @@ import sqlite3
 
 from snapd.errors import CapacityError
 
-OPEN_FILES = (
-    1 << 16
-)  # enough for any node; far larger limits make other programs slow that look at every descriptor
+OPEN_FILES = 1 << 16  # enough for any node; programs that look at every descriptor are slow with far more
 _DESCRIPTORS_HINT = "raise the limit of open files (ulimit -n)"
 _LACKING = {
     errno.EMFILE: _DESCRIPTORS_HINT,

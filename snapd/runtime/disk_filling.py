@@ -165,7 +165,7 @@ async def _is_unreadable(tier: DiskTier, job: str, lacking: Lacking) -> bool:
 def note_rotten(tier: DiskTier, job: str, lacking: Lacking) -> None:
     """What was read and is bad, or missing, is not used again."""
     bad = [miss for miss in lacking.misses if miss.fault in (Fault.BAD, Fault.GONE)]
-    found = {(miss.chunk.pack, miss.chunk.offset): miss.what for miss in bad}
+    found = {miss.chunk.spot: miss.what for miss in bad}
     if found and tier.job(job).note_rotten(found):
         tier.metrics.rotten_chunks.inc(len(found))
 

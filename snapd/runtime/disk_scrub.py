@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from snapd.core.ids import SnapshotId
-from snapd.core.scrubbing import Spot, batches, choose_scrub, scrub_rate
-from snapd.core.stored import StoredChunk, StoredShard
+from snapd.core.scrubbing import batches, choose_scrub, scrub_rate
+from snapd.core.stored import Spot, StoredChunk, StoredShard
 from snapd.core.tier_keys import TierKeys
 from snapd.core.words import listed
 from snapd.errors import SnapdError
@@ -20,7 +20,6 @@ from snapd.peer.rate import TokenBucket
 from snapd.runtime.context import Context
 from snapd.runtime.disk_tier import DiskTier
 from snapd.tier.node_disk import DiskJob
-from snapd.tier.node_mending import spot_of
 from snapd.tier.node_scrub import GONE, ScrubReader
 
 LOOK_S = 10.0  # how soon what was written anew is seen, to know its age
@@ -178,7 +177,7 @@ class DiskScrub:
         self._turn += 1  # another one each time: this one may be unreadable, too
         witness = list(kept.manifests)[self._turn % len(kept.manifests)]
         known, found = disk.rotten, dict[Spot, str]()
-        for batch in batches([chunk for chunk in kept.packs[key] if spot_of(chunk) not in known]):
+        for batch in batches([chunk for chunk in kept.packs[key] if chunk.spot not in known]):
             await self._pace(sum(chunk.stored_nbytes for chunk in batch))
             found |= await self._tier.ask(self._reader.check_chunks, store, disk.keys, batch, witness)
             if GONE in found.values():
@@ -187,10 +186,10 @@ class DiskScrub:
             is_gone = await self._tier.ask(disk.confirm_gone, kept.packs[key][0].pack)
             if is_gone is None:
                 return LOOK_S
-            found = {spot_of(chunk): f"{key} {GONE}" for chunk in kept.packs[key]} if is_gone else {}
+            found = {chunk.spot: f"{key} {GONE}" for chunk in kept.packs[key]} if is_gone else {}
         self._read_s[key] = self._now_s()
         if found:  # what nothing names any more was deleted meanwhile
-            named = {spot_of(chunk) for shard in disk.known.values() for chunk in shard.chunks}
+            named = {chunk.spot for shard in disk.known.values() for chunk in shard.chunks}
             self._tell(disk, key, {spot: why for spot, why in found.items() if spot in named}, kept)
         return 0.0
 
@@ -220,4 +219,4 @@ def _kept_of(job: str, manifests: Mapping[str, StoredShard]) -> _Kept:
 
 
 def _spoilt(shards: Collection[StoredShard], found: Mapping[Spot, str]) -> list[SnapshotId]:
-    return sorted({shard.id for shard in shards if any(spot_of(chunk) in found for chunk in shard.chunks)})
+    return sorted({shard.id for shard in shards if any(chunk.spot in found for chunk in shard.chunks)})

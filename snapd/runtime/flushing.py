@@ -15,7 +15,7 @@ from typing import Any
 from snapd.core.ids import SnapshotId
 from snapd.core.ledger import SnapshotFacts
 from snapd.core.reports import FlushNews
-from snapd.core.scrubbing import Spot
+from snapd.core.stored import Spot
 from snapd.errors import SnapdError
 from snapd.runtime.flush_choosing import FlushChooser
 from snapd.runtime.flush_loop import FlushLoop, LoopEvents

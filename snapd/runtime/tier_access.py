@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from snapd.core.scrubbing import Spot
+from snapd.core.stored import Spot
 from snapd.errors import (
     AuthError,
     CapacityError,

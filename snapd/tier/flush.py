@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from snapd.core.committing import attempt_of, check_base
 from snapd.core.ids import SnapshotId
-from snapd.core.scrubbing import Spot
-from snapd.core.stored import Intent, StoredChunk, StoredShard, StoredSnapshot
+from snapd.core.stored import Intent, Spot, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import UnavailableError
 from snapd.store.base import Store

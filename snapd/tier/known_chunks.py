@@ -10,8 +10,7 @@ import errno
 from collections.abc import Collection, Iterable
 
 from snapd.core.ids import SnapshotId
-from snapd.core.scrubbing import Spot
-from snapd.core.stored import ShardEntry, StoredChunk, StoredShard, StoredSnapshot
+from snapd.core.stored import ShardEntry, Spot, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import IntegrityError, NotFoundError, UnavailableError
 from snapd.store.base import Store
@@ -50,8 +49,7 @@ class KnownChunks:
     def without(self, spots: Collection[Spot]) -> None:
         """Forget what lies in these places."""
         if spots:
-            there = self._chunks.items()
-            self._chunks = {name: chunk for name, chunk in there if (chunk.pack, chunk.offset) not in spots}
+            self._chunks = {name: chunk for name, chunk in self._chunks.items() if chunk.spot not in spots}
 
     @property
     def packs(self) -> frozenset[str]:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 from snapd.core.ids import SnapshotId
 from snapd.core.node_disk import DiskPart, parts_to_drop
-from snapd.core.scrubbing import Spot
-from snapd.core.stored import StoredChunk, StoredShard
+from snapd.core.stored import Spot, StoredChunk, StoredShard
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import IntegrityError, NotFoundError, SnapdError, UnavailableError
 from snapd.store.base import Created, Store
@@ -24,7 +23,7 @@ from snapd.tier.envelope import NBYTES_MAX, Kind
 from snapd.tier.flush import Stage
 from snapd.tier.known_chunks import KnownChunks
 from snapd.tier.manifests import decode_shard, encode_shard
-from snapd.tier.node_mending import Mended, name_of, plan_again, rotten_in, spot_of, with_places
+from snapd.tier.node_mending import Mended, name_of, plan_again, rotten_in, with_places
 from snapd.tier.shard_writing import write_shards
 from snapd.tier.writing import PackWriter, ShardBytes, Stopped, WriteCounts, WriteMeans, plan_packs
 
@@ -246,7 +245,7 @@ class DiskJob:
         with self._lock:
             store = self._opened()
             look, rotten, there = self._look(store), self._rotten, set(self._packs(store))
-            before = {spot_of(chunk): name_of(chunk) for chunk in look.chunks() if spot_of(chunk) in rotten}
+            before = {chunk.spot: name_of(chunk) for chunk in look.chunks() if chunk.spot in rotten}
             wanted = set(before.values())
             known = self._reusable(look, there)
             good = {name: chunk for name in wanted if (chunk := known.find(*name)) is not None}
@@ -263,7 +262,7 @@ class DiskJob:
                     manifests[key] = mended
                     count += 1
             self._known = manifests
-            named = {spot_of(chunk) for shard in manifests.values() for chunk in shard.chunks}
+            named = {chunk.spot for shard in manifests.values() for chunk in shard.chunks}
             left = named & rotten.keys()
             self._forget_rotten(named)
             return Mended(len(before) - len(left), writer.counts.raw_nbytes, count, len(left))
@@ -367,8 +366,8 @@ class DiskJob:
     def _reusable(self, look: DiskLook, packs: Collection[str]) -> KnownChunks:
         """What the disk has already, and nothing that is known to be bad or missing."""
         known, rotten = KnownChunks(), self._rotten
-        known.add(chunk for chunk in look.chunks() if spot_of(chunk) not in rotten and chunk.pack in packs)
-        known.add(chunk for chunk in self._carried if spot_of(chunk) not in rotten and chunk.pack in packs)
+        known.add(chunk for chunk in look.chunks() if chunk.spot not in rotten and chunk.pack in packs)
+        known.add(chunk for chunk in self._carried if chunk.spot not in rotten and chunk.pack in packs)
         return known
 
     def _writer(self, shards: Sequence[ShardBytes], stop: threading.Event) -> PackWriter:
@@ -404,14 +403,14 @@ class DiskJob:
             store.delete([self.keys.pack(name) for name in sorted(garbage)])
         kept = set(self._packs(store))
         self._carried = [chunk for chunk in self._carried if chunk.pack in kept]
-        self._forget_rotten({spot_of(chunk) for chunk in left.chunks()} if self._rotten else ())
+        self._forget_rotten({chunk.spot for chunk in left.chunks()} if self._rotten else ())
         return dropped
 
     def _forget_rotten(self, named: Collection[Spot]) -> None:
         """Nothing but `named` can be named by anything that is written from now on."""
         with self._marking:
             rotten = self._rotten
-            self._carried = [chunk for chunk in self._carried if spot_of(chunk) not in rotten]
+            self._carried = [chunk for chunk in self._carried if chunk.spot not in rotten]
             self._rotten = {spot: why for spot, why in rotten.items() if spot in named}
 
     # removing

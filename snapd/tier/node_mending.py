@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
-from snapd.core.scrubbing import Spot
-from snapd.core.stored import StoredChunk, StoredShard
+from snapd.core.stored import Spot, StoredChunk, StoredShard
 from snapd.tier.known_chunks import ChunkName
 from snapd.tier.packs import PACK_BYTES_AIM
 from snapd.tier.writing import PackPlan, PlannedChunk, ShardBytes
@@ -34,19 +33,15 @@ def name_of(chunk: StoredChunk) -> ChunkName:
     return chunk.digest, chunk.nbytes
 
 
-def spot_of(chunk: StoredChunk) -> Spot:
-    return chunk.pack, chunk.offset
-
-
 def rotten_in(shards: Iterable[StoredShard], rotten: Mapping[Spot, str]) -> str:
     """What is wrong with the chunks of a snapshot, in words; empty: nothing is known to be."""
     if not rotten:
         return ""
     found = [
-        f"rank {shard.rank}: chunk {index}: {rotten[spot_of(chunk)]}"
+        f"rank {shard.rank}: chunk {index}: {rotten[chunk.spot]}"
         for shard in shards
         for index, chunk in enumerate(shard.chunks)
-        if spot_of(chunk) in rotten
+        if chunk.spot in rotten
     ]
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return f"{found[0]}{more}" if found else ""
@@ -79,5 +74,5 @@ def with_places(
     """The shard with good chunks in the place of bad ones, as far as there are any; the shard itself if there are
     none.
     """
-    chunks = tuple(good.get(name_of(c), c) if spot_of(c) in rotten else c for c in shard.chunks)
+    chunks = tuple(good.get(name_of(c), c) if c.spot in rotten else c for c in shard.chunks)
     return replace(shard, chunks=chunks) if chunks != shard.chunks else shard

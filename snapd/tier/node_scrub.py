@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapd.codec.compress import ChunkDecoder
-from snapd.core.scrubbing import Spot
-from snapd.core.stored import Encoding, StoredChunk, StoredShard
+from snapd.core.stored import Encoding, Spot, StoredChunk, StoredShard
 from snapd.core.tier_keys import TierKeys
 from snapd.errors import IntegrityError, NotFoundError, UnavailableError
 from snapd.store.base import Store
@@ -48,15 +47,15 @@ class ScrubReader:
             try:
                 self._check(store, key, chunk)
             except IntegrityError as error:
-                found[chunk.pack, chunk.offset] = error.message
+                found[chunk.spot] = error.message
             except NotFoundError as error:
                 if error.kind != "object":
                     raise
-                return {(chunk.pack, chunk.offset): GONE for chunk in chunks}
+                return {chunk.spot: GONE for chunk in chunks}
             except UnavailableError as error:
                 if error.kind != "store_failing" or not self._can_read(store, witness):
                     raise
-                found[chunk.pack, chunk.offset] = error.message
+                found[chunk.spot] = error.message
         self._cool(key)
         return found
 

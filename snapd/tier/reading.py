@@ -12,8 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from snapd.core.ids import JOB_NAME, SnapshotId
-from snapd.core.scrubbing import Spot
-from snapd.core.stored import ShardEntry, StoredChunk, StoredShard, StoredSnapshot
+from snapd.core.stored import ShardEntry, Spot, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import JOBS, TierKeys, job_of
 from snapd.errors import IntegrityError, NotFoundError
 from snapd.store.base import Store
@@ -209,7 +208,7 @@ class TierReader:
         misses: list[Miss] = []
         for _ in range(REFRESHES_MAX):
             found = self.pool.read(self.store, self.keys.pack, wants, place, done=done, stop=stop)
-            self._proved_bad({(m.chunk.pack, m.chunk.offset) for m in found if m.fault is Fault.BAD})
+            self._proved_bad({m.chunk.spot for m in found if m.fault is Fault.BAD})
             gone = [miss for miss in found if miss.fault is Fault.GONE]
             misses += [miss for miss in found if miss.fault is not Fault.GONE]
             if not gone:

@@ -16,7 +16,7 @@ from snapd.core.committing import BeforeCommit, Go, check_base, check_before_com
 from snapd.core.condemning import CollectRules, Judgement
 from snapd.core.ids import SnapshotId
 from snapd.core.repacking import PackUse, Repacking, choose_packs
-from snapd.core.stored import Intent, ShardEntry, StoredChunk, StoredShard, StoredSnapshot
+from snapd.core.stored import Intent, ShardEntry, Spot, StoredChunk, StoredShard, StoredSnapshot
 from snapd.core.tier_keys import TierKeys, pack_name
 from snapd.core.tier_sight import SeenRecord, Sight
 from snapd.errors import IntegrityError, NotFoundError
@@ -28,7 +28,6 @@ from snapd.tier.packs import PackBuilder
 from snapd.tier.streaming import RUN_BYTES, Run, Want, plan_runs
 
 CHUNKS_MAX = 400_000  # of all kept snapshots, some 100 MB; with more nothing is rewritten
-Spot = tuple[str, int]  # pack and offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +117,7 @@ class Rewriter:
     def _uses(self, record: StoredSnapshot, entry: ShardEntry) -> dict[Spot, int]:
         if entry.key not in self._used:
             shard = read_shard(self._means.store, record, entry)
-            self._used[entry.key] = {(c.pack, c.offset): c.stored_nbytes for c in shard.chunks}
+            self._used[entry.key] = {c.spot: c.stored_nbytes for c in shard.chunks}
         return self._used[entry.key]
 
     def _uses_packs(self, entry: ShardEntry) -> frozenset[str]:
@@ -203,7 +202,7 @@ class _Attempt:
             entries.append(entry)
         self._move([c for shard in shards.values() for c in shard.chunks if c.pack in victims], condemned)
         for rank, shard in shards.items():
-            chunks = tuple(self.moved.get((c.pack, c.offset), c) for c in shard.chunks)
+            chunks = tuple(self.moved.get(c.spot, c) for c in shard.chunks)
             newer = replace(shard, chunks=chunks)
             key, data = self.keys.shard(record.id, rank, revision), encode_shard(newer)
             if store.create(key, data) is not Created.OURS:
@@ -248,7 +247,7 @@ class _Attempt:
         """Copy the chunks that were not copied before into new packs."""
         wants: dict[Spot, StoredChunk] = {}
         for chunk in chunks:
-            spot = (chunk.pack, chunk.offset)
+            spot = chunk.spot
             known = self.moved.get(spot)
             if known is None or self.keys.pack(known.pack) in condemned:
                 wants[spot] = chunk
@@ -257,7 +256,7 @@ class _Attempt:
         writer = _PackWriter(self)
         try:
             for chunk, stored in self._read(runs):
-                self.moved[chunk.pack, chunk.offset] = writer.add(chunk, stored)
+                self.moved[chunk.spot] = writer.add(chunk, stored)
                 self._beat(self.rules.intent_ttl_s / 4)
             writer.finish()
         except BaseException:

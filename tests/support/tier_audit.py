@@ -111,7 +111,7 @@ def pack_nbytes(store: Store, job: str) -> tuple[int, int]:
     keys = TierKeys(job)
     stored = sum(info.nbytes for info in store.list(keys.packs))
     live = {
-        (chunk.pack, chunk.offset): chunk.stored_nbytes
+        chunk.spot: chunk.stored_nbytes
         for record in offered(store, keys).values()
         for shard in shards_of(store, record)
         for chunk in shard.chunks

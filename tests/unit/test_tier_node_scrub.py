@@ -22,7 +22,6 @@ from snapd.store.directory import DirectoryStore
 from snapd.store.faulty import Effect, Fault, FaultyStore
 from snapd.tier.flush import Stage
 from snapd.tier.node_disk import DiskJob
-from snapd.tier.node_mending import spot_of
 from snapd.tier.node_scrub import GONE, ScrubReader
 from snapd.tier.writing import Compressing, ShardBytes, WriteMeans
 from tests.support.flush_parts import contents_of, shard
@@ -107,8 +106,8 @@ def test_a_rotten_chunk_spoils_all_snapshots_that_name_it_and_no_later_one(disk:
     bad = shared_chunk(disk, 1, 2)
     disk.flip(bad)
     found = disk.read_again()
-    assert list(found) == [spot_of(bad)]
-    assert KEYS.pack(bad.pack) in found[spot_of(bad)] or bad.pack in found[spot_of(bad)]
+    assert list(found) == [bad.spot]
+    assert KEYS.pack(bad.pack) in found[bad.spot] or bad.pack in found[bad.spot]
     assert disk.job.note_rotten(found)
     assert not disk.job.note_rotten(found)  # no news
     assert set(disk.job.look().problems) == {SnapshotId(1, 1), SnapshotId(1, 2)}
@@ -220,8 +219,8 @@ def test_a_disk_error_of_one_chunk_is_damage_and_one_of_all_of_the_disk_is_not(d
     assert isinstance(store, DirectoryStore)
     broken = BadSectors(store, {chunks[1].offset})
     found = disk.reader.check_chunks(broken, KEYS, chunks, witness)  # type: ignore[arg-type]
-    assert list(found) == [spot_of(chunks[1])]
-    assert "Input/output error" in found[spot_of(chunks[1])]
+    assert list(found) == [chunks[1].spot]
+    assert "Input/output error" in found[chunks[1].spot]
     with pytest.raises(UnavailableError):
         all_broken = BadSectors(store, {c.offset for c in chunks}, is_all=True)
         disk.reader.check_chunks(all_broken, KEYS, chunks, witness)  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ def chunks_of(store: Store, record: StoredSnapshot) -> list[bytes]:
 
 def live_nbytes(store: Store, records: list[StoredSnapshot]) -> int:
     places = {
-        (chunk.pack, chunk.offset): chunk.stored_nbytes
+        chunk.spot: chunk.stored_nbytes
         for record in records
         for entry in record.shards
         for chunk in read_shard(store, record, entry).chunks
