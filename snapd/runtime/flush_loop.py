@@ -160,10 +160,9 @@ class FlushLoop(ABC, Generic[Done]):
         newest = self.newest
         if newest is None or newest < snapshot:
             return False
-        is_ours = (
-            self.job.world is None or newest in self.job.ledger.snapshots
-        )  # else other nodes bring it there
-        return is_ours and (self._chooser.is_hopeless or self._chooser.is_barred)
+        if self.job.world is not None and newest not in self.job.ledger.snapshots:
+            return False  # other nodes bring it there
+        return self._chooser.is_hopeless or self._chooser.is_barred
 
     async def wait_newest_durable(self) -> None:
         """The job has ended: returns when its newest snapshot is durable, or never will be, or the job goes on."""
